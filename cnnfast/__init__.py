@@ -1,0 +1,28 @@
+"""cnnfast: convolution kernels for PyTorch, hand-written in CUDA C++, Triton and SIMD C++.
+
+    import cnnfast
+    model = cnnfast.convert(model)          # any model: its convolutions and poolings on cnnfast's kernels
+    layer = cnnfast.Conv2d(64, 128, 3)      # or module by module
+
+``cnnfast.explain(model, x)`` says what serves each layer and why.
+"""
+
+from __future__ import annotations
+
+from cnnfast import backends, functional
+from cnnfast.errors import DtypeError, ShapeError
+from cnnfast.nn import Conv2d
+from cnnfast.settings import backend, precision, strict
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Conv2d",
+    "DtypeError",
+    "ShapeError",
+    "backend",
+    "backends",
+    "functional",
+    "precision",
+    "strict",
+]

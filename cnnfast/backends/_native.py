@@ -1,0 +1,85 @@
+"""What the backends with a native module share: turning a kernel table into implementations and plans."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from cnnfast.dispatch import Implementation, Kernel, Problem
+
+
+class Table:
+    """A native module's kernel table: (stem, direction, dtype, variant) -> id, and how to pack its parameters."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.structs: dict[str, tuple[int, list[tuple[str, int]]]] = module.structs()
+        self.ids: dict[tuple[str, str, str, str], int] = {}
+        self.params: dict[int, str] = {}
+        for id, (name, params) in enumerate(module.kernels()):
+            stem, direction, dtype, *variant = name.split(".")
+            self.ids[stem, direction, dtype, ".".join(variant)] = id
+            self.params[id] = params
+
+    def dtypes(self, stem: str, direction: str, variant: str = "") -> tuple[str, ...]:
+        """The dtypes that a kernel is compiled for."""
+        return tuple(k[2] for k in self.ids if k[0] == stem and k[1] == direction and k[3] == variant)
+
+    def directions(self, stem: str) -> tuple[str, ...]:
+        """The directions of a stem, each once, in the table's order."""
+        return tuple(dict.fromkeys(k[1] for k in self.ids if k[0] == stem))
+
+    def pack(self, id: int, fields: Mapping[str, int]) -> bytes:
+        """The parameter struct of a kernel, packed by name from its field table."""
+        size, layout = self.structs[self.params[id]]
+        out = bytearray(size)
+        for name, offset in layout:
+            struct.pack_into("=q", out, offset, fields[name])
+        return bytes(out)
+
+
+def implementation(
+    table: Table,
+    backend: str,
+    op: str,
+    stem: str,
+    direction: str,
+    variant: str,
+    unsupported: Callable[[Problem], list[str]],
+    caller: Callable[[Any, Problem], Kernel],
+    **options: Any,
+) -> Implementation:
+    """An implementation over one stem and direction of a kernel table, for all dtypes it is compiled for.
+
+    ``caller(call, problem)`` turns a native Call into a function over operands: how a backend gives stream, threads and
+    workspace.
+    """
+
+    def node(problem: Problem, fields: Mapping[str, int]) -> tuple[int, bytes]:
+        id = table.ids[stem, direction, problem.dtype, variant]
+        return id, table.pack(id, fields)
+
+    def bind(problem: Problem, fields: Mapping[str, int]) -> Kernel:
+        return caller(table.module.Call(*node(problem, fields)), problem)
+
+    return Implementation(
+        name=".".join(part for part in (backend, stem, variant) if part),
+        op=op,
+        backend=backend,
+        stem=stem,
+        direction=direction,
+        dtypes=table.dtypes(stem, direction, variant),
+        unsupported=unsupported,
+        bind=bind,
+        node=node,
+        **options,
+    )
+
+
+def addresses(operands: Sequence[torch.Tensor | None]) -> list[int]:
+    """The operands' addresses as a native Call takes them: 0 where absent."""
+    return [0 if t is None else t.data_ptr() for t in operands]

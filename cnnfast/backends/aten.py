@@ -1,0 +1,53 @@
+"""ATen: what serves where no kernel of ours does. Explicit, with its reason, and never counted as ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
+
+_ALL = ("f32", "f64", "bf16", "f16")
+
+
+def _conv2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
+    x, w, b, y = operands
+    p = problem
+    stride, dilation = [p.stride_h, p.stride_w], [p.dilation_h, p.dilation_w]
+    # ATen takes symmetric padding only: pad to the larger side and cut the surplus
+    below = (p.P - 1) * p.stride_h + p.dilation_h * (p.R - 1) + 1 - p.H - p.pad_h
+    right = (p.Q - 1) * p.stride_w + p.dilation_w * (p.S - 1) + 1 - p.W - p.pad_w
+    pad = (p.pad_w, max(right, 0), p.pad_h, max(below, 0))
+    args = (stride, [0, 0], dilation, False, [0, 0], p.G)
+    if direction == "fprop":
+        return torch.ops.aten.convolution(torch.nn.functional.pad(x, pad), w, b, *args)
+    if direction == "bgrad":
+        return y.sum((0, 2, 3))
+    height, width = p.H + pad[2] + pad[3], p.W + pad[0] + pad[1]
+    if direction == "dgrad":
+        like = y.new_empty((p.N, p.C, height, width))
+        padded = torch.ops.aten.convolution_backward(y, like, w, None, *args, [True, False, False])[0]
+        return padded[:, :, pad[2] : pad[2] + p.H, pad[0] : pad[0] + p.W]
+    like = y.new_empty((p.K, p.C // p.G, p.R, p.S))
+    padded = torch.nn.functional.pad(x, pad)
+    return torch.ops.aten.convolution_backward(y, padded, like, None, *args, [False, True, False])[1]
+
+
+def _implementation(op: str, direction: str, function: Callable[..., Any]) -> Implementation:
+    def bind(problem: Problem, fields: Mapping[str, int]) -> Kernel:
+        return lambda operands: function(problem, direction, operands)
+
+    return Implementation(
+        name=f"aten.{op}", op=op, backend="aten", stem=op, direction=direction, dtypes=_ALL,
+        unsupported=lambda problem: [], bind=bind, returns=True, error_bound=(1.0, "torch itself"),
+    )  # fmt: skip
+
+
+BACKEND = Backend(
+    name="aten",
+    unavailable=lambda problem: [],
+    implementations=[_implementation("conv2d", d, _conv2d) for d in ("fprop", "dgrad", "wgrad", "bgrad")],
+    status=lambda: f"torch {torch.__version__}",
+)

@@ -1,0 +1,117 @@
+"""The CPU backend: native kernels for AVX-512, AVX2 and any processor, from one source.
+
+A kernel exists once for each ISA; the best that the processor has comes first, the others can be pinned by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from cnnfast.backends._native import Table, addresses, implementation
+from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
+
+_threads = torch.get_num_threads
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("cnnfast._cpu"), ""
+    except ImportError as error:
+        return None, f"the native module cnnfast._cpu can't be imported: {error}"
+
+
+MODULE, ABSENT = _load()
+
+
+def isas() -> tuple[str, ...]:
+    """The ISAs that this processor runs, best first; ``CNNFAST_CPU_ISA`` caps the choice (avx2, portable)."""
+    if MODULE is None:
+        return ()
+    found = tuple(MODULE.device()["isas"].split(","))
+    cap = os.environ.get("CNNFAST_CPU_ISA", "")
+    if cap and cap not in found:
+        raise ValueError(f"CNNFAST_CPU_ISA: expected one of {', '.join(found)} on this processor, got {cap!r}")
+    return found[found.index(cap) :] if cap else found
+
+
+def _caller(call: Any, problem: Problem) -> Kernel:
+    if call.workspace:
+        size = call.workspace
+
+        def with_workspace(operands: Sequence[torch.Tensor | None]) -> None:
+            workspace = torch.empty(size, dtype=torch.uint8)
+            call(addresses(operands), workspace.data_ptr(), 0, _threads())
+
+        return with_workspace
+
+    def launch(operands: Sequence[torch.Tensor | None]) -> None:
+        call([0 if t is None else t.data_ptr() for t in operands], 0, 0, _threads())
+
+    return launch
+
+
+def _any(problem: Problem) -> list[str]:
+    return []
+
+
+def _grouped(p: Problem, lanes: int) -> list[str]:
+    per_group = p.C // p.G
+    return [
+        reason
+        for wrong, reason in (
+            (p.C != p.K, f"needs as many output as input channels, not {p.C} and {p.K}"),
+            (per_group not in (1, 2, 4, 8, 16), f"needs 1, 2, 4, 8 or 16 channels a group, not {per_group}"),
+            (per_group > lanes, f"{per_group} channels a group don't fit the {lanes} lanes of a vector"),
+        )
+        if wrong
+    ]
+
+
+def _lanes(isa: str, dtype: str) -> int:
+    return {"avx512": 64, "avx2": 32}.get(isa, 16) // (8 if dtype == "f64" else 4)
+
+
+# stem -> (operation, capability(problem, isa), predicted seconds(problem)); in the order of preference
+_Rule = tuple[str, Callable[[Problem, str], list[str]], Callable[[Problem], float]]
+RULES: dict[str, _Rule] = {
+    "conv2d_grouped": ("conv2d", lambda p, isa: _grouped(p, _lanes(isa, p.dtype)), lambda p: 2e-6 + p.flops / 2e11),
+    "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], lambda p: 4e-6 + p.flops / 2e11 * (1 if p.G == 1 else 4)),
+    "conv2d_direct": ("conv2d", lambda p, isa: [], lambda p: 1e-6 + p.flops / 4e9),
+}
+
+
+def _implementations() -> list[Implementation]:
+    if MODULE is None:
+        return []
+    table = Table(MODULE)
+    return [
+        implementation(
+            table, "cpu", op, stem, direction, isa, functools.partial(unsupported, isa=isa), _caller,
+            cost=functools.partial(_ranked, cost, rank),
+        )
+        for rank, isa in enumerate(isas())
+        for stem, (op, unsupported, cost) in RULES.items()
+        for direction in table.directions(stem)
+        if table.dtypes(stem, direction, isa)
+    ]  # fmt: skip
+
+
+def _ranked(cost: Callable[[Problem], float], rank: int, problem: Problem) -> float:
+    """A lesser ISA is never predicted faster: it serves only where it is pinned or the better one has no kernel."""
+    return cost(problem) + 1e3 * rank
+
+
+BACKEND = Backend(
+    name="cpu",
+    unavailable=lambda p: [ABSENT] if ABSENT else [] if p.device == "cpu" else [f"serves CPU tensors, not {p.device}"],
+    implementations=_implementations(),
+    plan=None if MODULE is None else MODULE.Plan,
+    status=lambda: ABSENT or f"{MODULE.device()['isa']} ({', '.join(isas())}), {_threads()} threads",  # type: ignore[union-attr]
+)

@@ -1,0 +1,132 @@
+"""The CUDA C++ backend: native kernels for CUDA tensors, or, in tests, the same sources on an emulated GPU.
+
+With ``CNNFAST_EMULATE_CUDA=1`` the emulation (built by ``make test``, never installed) stands in for the native module and
+``backend("cuda")`` takes CPU tensors: the same table, launchers and registrations, executed on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from cnnfast.backends._native import Table, addresses, implementation
+from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
+
+EMULATED = os.environ.get("CNNFAST_EMULATE_CUDA", "") not in ("", "0")
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    if EMULATED:
+        return _load_emulation()
+    try:
+        return importlib.import_module("cnnfast._cuda"), ""
+    except ImportError as error:
+        return None, f"the native module cnnfast._cuda can't be imported: {error}"
+
+
+def _load_emulation() -> tuple[ModuleType | None, str]:
+    checked = os.environ["CNNFAST_EMULATE_CUDA"] == "check"
+    name = "_emulated_check" if checked else "_emulated"
+    default = Path(__file__).resolve().parents[2] / "build" / "emulation"
+    folder = Path(os.environ.get("CNNFAST_EMULATION_DIR", default))
+    found = sorted(folder.glob(f"{name}.*so")) + sorted(folder.glob(f"{name}.so"))
+    if not found:
+        return None, f"CNNFAST_EMULATE_CUDA is set, but {folder} has no {name} module: run make emulation"
+    spec = importlib.util.spec_from_file_location(name, found[0])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, ""
+
+
+MODULE, ABSENT = _load()
+
+
+def _stream(device: torch.device) -> int:
+    return 0 if EMULATED else int(torch.cuda.current_stream(device).cuda_stream)
+
+
+def _caller(call: Any, problem: Problem) -> Kernel:
+    size = call.workspace
+
+    def launch(operands: Sequence[torch.Tensor | None]) -> None:
+        device = next(t.device for t in operands if t is not None)
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return launch(operands)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+        call(addresses(operands), 0 if workspace is None else workspace.data_ptr(), _stream(device), 1)
+        return None
+
+    return launch
+
+
+def _implicit_gemm(p: Problem) -> list[str]:
+    return [
+        reason
+        for wrong, reason in (
+            (p.G != 1, f"needs groups = 1, not {p.G}"),
+            (p.C % 8 != 0, f"needs input channels in multiples of 8, not {p.C}"),
+            (p.K % 8 != 0, f"needs output channels in multiples of 8, not {p.K}"),
+        )
+        if wrong
+    ]
+
+
+# stem -> (operation, capability, predicted seconds, options); in the order of preference
+RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float], dict[str, Any]]] = {
+    "conv2d_implicit_gemm": (
+        "conv2d", _implicit_gemm, lambda p: 4e-6 + p.flops / 1e14,
+        {"layouts": {"x": "nhwc", "w": "nhwc", "y": "nhwc"}, "alignment": 16},
+    ),
+    "conv2d_direct": ("conv2d", lambda p: [], lambda p: 4e-6 + p.flops / 2e12, {}),
+}  # fmt: skip
+
+
+def _implementations() -> list[Implementation]:
+    if MODULE is None:
+        return []
+    table = Table(MODULE)
+    return [
+        implementation(table, "cuda", op, stem, direction, "", unsupported, _caller, cost=cost, **options)
+        for stem, (op, unsupported, cost, options) in RULES.items()
+        for direction in table.directions(stem)
+    ]
+
+
+def _unavailable(problem: Problem) -> list[str]:
+    if ABSENT:
+        return [ABSENT]
+    expected = "cpu" if EMULATED else "cuda"
+    if problem.device == expected:
+        return []
+    return [f"serves {'CPU tensors (emulated)' if EMULATED else 'CUDA tensors'}, not {problem.device}"]
+
+
+def _status() -> str:
+    if ABSENT:
+        return ABSENT
+    if EMULATED:
+        return "emulated on the CPU (CNNFAST_EMULATE_CUDA)"
+    found = MODULE.device() if MODULE is not None else {}
+    driver = found.get("driver", "none")
+    built = found.get("architectures", "")
+    return f"built for {built}; " + ("no NVIDIA driver on this machine" if driver == "none" else f"driver {driver}")
+
+
+BACKEND = Backend(
+    name="cuda",
+    unavailable=_unavailable,
+    implementations=_implementations(),
+    automatic=lambda problem: problem.device == "cuda" and not EMULATED,
+    plan=None if MODULE is None else MODULE.Plan,
+    stream=_stream,
+    status=_status,
+)

@@ -1,0 +1,191 @@
+"""``torch.nn.functional``'s signatures, served by cnnfast's kernels.
+
+Each function first lets ``__torch_function__`` have its say, then normalises its arguments, reads the settings and
+calls the differentiable operator. What no operator of ours takes (integer and complex dtypes, other devices, inputs
+without channels) goes to torch, is reported to ``explain`` with its reason, and is an error under ``strict()``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function
+
+from cnnfast import dispatch, ops, settings
+from cnnfast.errors import DtypeError, ShapeError
+
+_has_torch_function = torch._C._has_torch_function_variadic
+_tracing = torch._C._get_tracing_state
+_any_autocast = torch._C._is_any_autocast_enabled
+_TYPES = tuple(dispatch.DTYPES)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _pair(op: str, name: str, value: Any) -> tuple[int, int]:
+    """An int or a sequence of one or two ints, as torch takes it, as a pair of plain ints."""
+    if type(value) is tuple and len(value) == 2:
+        a, b = value
+        if type(a) is int and type(b) is int:
+            return value
+    if type(value) is int:
+        return (value, value)
+    items = list(value) if isinstance(value, (tuple, list, torch.Size)) else [value]
+    if len(items) not in (1, 2):
+        raise ShapeError(f"{op}: expected {name} to be a single integer or a sequence of 2 integers, got {value!r}")
+    out = [_int(op, name, v) for v in items]
+    return (out[0], out[-1])
+
+
+def _int(op: str, name: str, value: Any) -> int:
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    try:
+        if isinstance(value, (bool, float)) or (isinstance(value, Tensor) and value.is_floating_point()):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: expected {name} to be an integer or integers, got {value!r}") from None
+
+
+def _check_tensors(op: str, **tensors: Any) -> None:
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a Tensor, got {type(t).__name__}")
+
+
+def _resolve_precision(device: torch.device) -> tuple[str, str, bool]:
+    """The ambient settings as an operator takes them: precision, backend, strict."""
+    backend, precision, strict = settings._state
+    if precision is None:
+        precision = "fp32"
+        if device.type == "cuda" and _torch_allows_tf32():
+            precision = "high"
+    return precision, backend, strict
+
+
+def _torch_allows_tf32() -> bool:
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    value = getattr(conv, "fp32_precision", None)
+    return value == "tf32" if value not in (None, "none") else bool(torch.backends.cudnn.allow_tf32)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors as autocast wants them: float tensors of an eligible device in the autocast dtype."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 and t.dtype != dtype else t
+        for t in tensors
+    )
+
+
+def _torch_serves(op: str, reason: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Lets torch serve what no operator of ours takes: never silently, never under strict() or a forced backend."""
+    backend, _, strict = settings._state
+    if strict or backend not in (settings.AUTO, "aten"):
+        raise NotImplementedError(f"{op}: {reason}; backend {backend!r}{' under strict()' if strict else ''} has nothing else")
+    settings.note(dispatch.Unserved(op, reason))
+    return function(*args, **kwargs)
+
+
+def _scripting() -> bool:
+    """Whether the call is recorded for TorchScript or ONNX, which know standard operators only."""
+    return _tracing() is not None or torch.onnx.is_in_onnx_export()
+
+
+# ---- conv2d ----------------------------------------------------------------------------------------------------------
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """A 2-D convolution (cross-correlation), as :func:`torch.nn.functional.conv2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float64, bfloat16 or float16, any strides. channels_last is fastest.
+        weight: (K, C/groups, R, S), of the input's dtype.
+        bias: (K,) or None.
+        stride, dilation: An int or a pair (height, width).
+        padding: An int, a pair, ``"valid"``, or ``"same"`` (stride 1 only; an odd total puts the extra row or column
+            below or to the right).
+        groups: C and K are divided into that many independent convolutions.
+
+    Returns:
+        (N, K, P, Q) or (K, P, Q) with P = (H + 2*padding - dilation*(R-1) - 1) // stride + 1; channels_last where the
+        input's or the weight's strides suggest it. NaN and Inf propagate as the sum has them; padding contributes nothing.
+
+    Raises:
+        ShapeError: (a ValueError and RuntimeError) shapes or values that torch rejects.
+        DtypeError: (a TypeError and RuntimeError) dtypes that don't go together.
+        NotImplementedError: nothing serves under ``strict()`` or a forced backend; lists every backend's reason.
+    """
+    if _has_torch_function(input, weight, bias):
+        return handle_torch_function(
+            conv2d, (input, weight, bias), input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
+        )  # fmt: skip
+    if type(input) is not Tensor:
+        _check_tensors("conv2d", input=input, weight=weight, **({} if bias is None else {"bias": bias}))
+    if _scripting():
+        return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if _any_autocast():
+        input, weight, bias = _autocast(input, weight, bias)  # type: ignore[assignment]
+    stride, dilation = _pair("conv2d", "stride", stride), _pair("conv2d", "dilation", dilation)
+    groups = _int("conv2d", "groups", groups)
+    dims = input.dim()
+    if dims != 4 and dims != 3:
+        raise ShapeError(f"conv2d: expected a 3-D (unbatched) or 4-D (batched) input, got shape {tuple(input.shape)}")
+    if type(padding) is str:
+        pad = _named_padding(padding, weight, stride, dilation)
+    else:
+        h, w = _pair("conv2d", "padding", padding)
+        pad = (h, h, w, w)
+    reason = _not_ours(input, weight, bias)
+    if reason:
+        torch_args = (input, weight, bias, stride, padding, dilation, groups)
+        return _torch_serves("conv2d", reason, torch.nn.functional.conv2d, *torch_args)
+    params = (stride, pad, dilation, groups, *_resolve_precision(input.device))
+    if dims == 3:
+        return ops.conv2d(input.unsqueeze(0), weight, bias, *params).squeeze(0)
+    return ops.conv2d(input, weight, bias, *params)
+
+
+def _named_padding(
+    padding: str, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    if padding == "valid":
+        return (0, 0, 0, 0)
+    if padding != "same":
+        raise ShapeError(f"conv2d: expected padding 'same' or 'valid', got {padding!r}")
+    if stride != (1, 1):
+        raise ShapeError(f"conv2d: padding='same' is not supported for strided convolutions, got stride {stride}")
+    if weight.dim() != 4:
+        raise ShapeError(f"conv2d: expected a 4-D weight (K, C/groups, R, S), got shape {tuple(weight.shape)}")
+    h, w = dilation[0] * (weight.shape[2] - 1), dilation[1] * (weight.shape[3] - 1)
+    return (h // 2, h - h // 2, w // 2, w - w // 2)
+
+
+def _not_ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    """Why no operator of ours takes these tensors; empty where one does."""
+    if input.dtype not in _TYPES:
+        return f"dtype {input.dtype} (ours: {', '.join(map(str, _TYPES))})"
+    if input.layout is not torch.strided or weight.layout is not torch.strided:
+        return f"layout {input.layout}, {weight.layout} (ours: torch.strided)"
+    if input.device.type not in ("cpu", "cuda", "meta"):
+        return f"device {input.device} (ours: cpu, cuda)"
+    if 0 in weight.shape or (input.dim() == 4 and input.shape[1] == 0):
+        return "no input channels, or an empty weight"
+    return ""

@@ -1,0 +1,291 @@
+"""One definition of an operator gives its schema, kernels, meta function, derivatives, vmap rule and FLOP formula.
+
+Two autograd Functions are made of one backward rule. *Light* serves eager calls, where every microsecond counts, and the
+Autograd key (direct calls of ``torch.ops.cnnfast.*`` and compiled graphs). *Setup* has the ``setup_context`` form that
+functorch transforms and forward-mode AD need; it is three times slower, so it is used only where one of them is active.
+It takes the tensors and one opaque object with all other arguments: lists would be flattened, which breaks ``hessian``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from cnnfast import settings
+from cnnfast.ops._memory import prefers_channels_last
+
+library = torch.library.Library("cnnfast", "DEF")
+
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_active = torch._C._are_functorch_transforms_active
+_profiling = torch._C._autograd._profiler_enabled
+_tracing = torch._C._get_tracing_state
+_any_autocast = torch._C._is_any_autocast_enabled
+_grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+
+
+def transforms_active() -> bool:
+    """Whether a functorch transform or a forward-mode AD level is active."""
+    return bool(_functorch_active()) or forward_ad._current_level >= 0
+
+
+def direct() -> bool:
+    """Whether a call may go straight to its kernel: nobody watches, traces, transforms or casts."""
+    return not (
+        _dispatch_modes()
+        or _functorch_active()
+        or forward_ad._current_level >= 0
+        or _any_autocast()
+        or settings._observer is not None
+        or _profiling()
+        or _tracing() is not None
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorMeta:
+    """What a backward rule needs to know of a tensor that isn't saved."""
+
+    shape: Any
+    channels_last: bool
+
+
+def metas(tensors: Sequence[Any]) -> tuple[TensorMeta | None, ...]:
+    """The metas of tensors; for the hot path they are computed once a kind of call."""
+    return tuple(None if t is None else TensorMeta(t.shape, prefers_channels_last(t)) for t in tensors)
+
+
+class Opaque:
+    """Arguments that autograd and pytree pass on without looking inside."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: tuple[Any, ...]) -> None:
+        self.values = values
+
+
+class Operator:
+    """A differentiable operator ``torch.ops.cnnfast.<name>`` and its fast Python entry (call the object).
+
+    Args:
+        name: The operator's name.
+        schema: What stands between the parentheses of its schema, and the result.
+        tensors: How many leading arguments are tensors (some may be None).
+        resolve: ``resolve(tensors, params) -> run``; called once for each kind of call (shapes, strides, dtypes,
+            parameters), where it validates, selects and binds. ``run(*tensors)`` then computes.
+        fake: The results' meta tensors, from (possibly fake) tensors and parameters.
+        backward: ``backward(needs, gradients, saved, params, metas) -> gradients of the tensors``.
+        saves: ``saves(needs) -> for each tensor whether backward reads it``.
+        jvp: ``jvp(tangents, tensors, params) -> tangent(s) of the result(s)``.
+        flops: FLOP formula over shapes, as torch's counter wants it; None: zero.
+        fold: Positions of the tensors that may carry a vmap dimension inside their batch dimension, all the others
+            being unbatched, and ``unfold_size``, see :meth:`_vmap`.
+        differentiable: For each result whether it has a gradient.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        tensors: int,
+        resolve: Callable[[Sequence[Any], tuple[Any, ...]], Callable[..., Any]],
+        fake: Callable[[Sequence[Any], tuple[Any, ...]], Any],
+        backward: Callable[..., Sequence[Any]],
+        jvp: Callable[..., Any],
+        saves: Callable[[Sequence[bool]], Sequence[bool]],
+        flops: Callable[..., int] | None = None,
+        fold: tuple[int, ...] = (),
+        fold_params: Callable[[tuple[Any, ...], int], tuple[Any, ...]] | None = None,
+        differentiable: tuple[bool, ...] = (True,),
+    ) -> None:
+        self.name, self.tensors = name, tensors
+        self._resolve, self._fake, self._backward, self._jvp, self._saves = resolve, fake, backward, jvp, saves
+        self._fold, self._fold_params = fold, fold_params
+        self._runs: dict[Any, Callable[..., Any]] = {}
+        library.define(f"{name}{schema}")
+        self.op = getattr(getattr(torch.ops.cnnfast, name), "default")
+        for key in ("CPU", "CUDA"):
+            library.impl(name, self._kernel, key)
+        torch.library.register_fake(f"cnnfast::{name}", self._fake_entry, lib=library)
+        self.light, self.setup = _functions(self, differentiable)
+        library.impl(name, self._autograd, "Autograd")
+        torch.library.register_vmap(f"cnnfast::{name}", self._vmap, lib=library)
+        register_flop_formula(getattr(torch.ops.cnnfast, name))(flops or (lambda *args, **kwargs: 0))
+
+    # ---- kernels
+
+    def run(self, tensors: Sequence[Any], params: tuple[Any, ...]) -> Callable[..., Any]:
+        """The bound kernel of a kind of call, from the cache or resolved now."""
+        key = (params, *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+        if settings._observer is not None:
+            return self._resolve(tensors, params)
+        found = self._runs.get(key)
+        if found is None:
+            first = next(t for t in tensors if t is not None)
+            served = first.device.type in ("cpu", "cuda")
+            # others (meta) go through the dispatcher; the lambda gives each entry attributes of its own
+            inner = self._resolve(tensors, params) if served else self._below(params)
+            found = functools.partial(inner)
+            found.metas = metas(tensors)  # type: ignore[attr-defined]
+            if len(self._runs) >= _CACHE_LIMIT:
+                self._runs.clear()  # bounded over ever changing shapes; a refill costs some 0.1 ms a kind
+            self._runs[key] = found
+        return found
+
+    def _kernel(self, *args: Any) -> Any:
+        tensors, params = args[: self.tensors], _hashable(args[self.tensors :])
+        return self.run(tensors, params)(*tensors)
+
+    def _fake_entry(self, *args: Any) -> Any:
+        return self._fake(args[: self.tensors], args[self.tensors :])
+
+    # ---- entries
+
+    def __call__(self, *args: Any) -> Any:
+        """The differentiable call: tensors first, then every other argument."""
+        if _is_compiling():
+            return self.op(*args)
+        n = self.tensors
+        tensors, params = args[:n], args[n:]
+        if transforms_active():
+            return self.setup.apply(*tensors, Opaque(params))
+        needs = _grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if direct() and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors):
+            run = self.run(tensors, params)
+            return self.light.apply(run, params, *tensors) if needs else run(*tensors)
+        if needs:
+            return self.light.apply(self._below(params), params, *tensors)
+        with _below_autograd():
+            return self.op(*args)
+
+    def _below(self, params: tuple[Any, ...]) -> Callable[..., Any]:
+        def run(*tensors: Any) -> Any:
+            with _below_autograd():
+                return self.op(*tensors, *params)
+
+        return run
+
+    def _autograd(self, *args: Any) -> Any:
+        """The Autograd key: direct calls of the raw operator, and compiled graphs."""
+        n = self.tensors
+        tensors, params = args[:n], _hashable(args[n:])
+        if forward_ad._current_level >= 0 and any(
+            t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+        ):
+            return self.setup.apply(*tensors, Opaque(params))
+        if _grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            return self.light.apply(self._below(params), params, *tensors)
+        with _below_autograd():
+            return self.op(*args)
+
+    # ---- vmap
+
+    def _vmap(self, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        """Folds the vmapped dimension into the batch where only foldable tensors carry one; else a loop over it."""
+        n, size = self.tensors, info.batch_size
+        tensors, params = args[:n], args[n:]
+        batched = [i for i in range(n) if tensors[i] is not None and in_dims[i] is not None]
+        foldable = [i for i in self._fold if tensors[i] is not None]
+        if size and self._fold_params is not None and batched == foldable:
+            moved = list(tensors)
+            for i in batched:
+                t = tensors[i].movedim(in_dims[i], 0)
+                moved[i] = t.reshape(t.shape[0] * t.shape[1], *t.shape[2:])
+            out = self.op(*moved, *self._fold_params(params, size))
+            results = out if isinstance(out, tuple) else (out,)
+            unfolded = tuple(r.reshape(size, r.shape[0] // size, *r.shape[1:]) for r in results)
+        else:
+            parts = []
+            for b in range(size):
+                one = [t if d is None or t is None else t.select(d, b) for t, d in zip(tensors, in_dims, strict=False)]
+                out = self.op(*one, *params)
+                parts.append(out if isinstance(out, tuple) else (out,))
+            if not parts:
+                raise ValueError(f"cnnfast::{self.name}: vmap over a dimension of size 0")
+            unfolded = tuple(torch.stack(column) for column in zip(*parts, strict=True))
+        dims: Any = tuple(0 for _ in unfolded)
+        return (unfolded, dims) if len(unfolded) > 1 else (unfolded[0], 0)
+
+
+_CACHE_LIMIT = 4096
+
+
+def _hashable(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(v) if isinstance(v, list) else v for v in values)
+
+
+def _functions(operator: Operator, differentiable: tuple[bool, ...]) -> tuple[Any, Any]:
+    n = operator.tensors
+    constant = [i for i, d in enumerate(differentiable) if not d]
+
+    class Light(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, run: Callable[..., Any], params: tuple[Any, ...], *tensors: Any) -> Any:
+            saved = operator._saves(ctx.needs_input_grad[2:])
+            ctx.save_for_backward(*[t if s else None for t, s in zip(tensors, saved, strict=True)])
+            ctx.params = params
+            ctx.metas = getattr(run, "metas", None) or metas(tensors)
+            out = run(*tensors)
+            if constant:
+                ctx.mark_non_differentiable(*[out[i] for i in constant])
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            needs = ctx.needs_input_grad[2:]
+            return (None, None, *operator._backward(needs, gradients, ctx.saved_tensors, ctx.params, ctx.metas))
+
+    class Setup(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return operator.op(*args[:n], *args[n].values)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*inputs[:n])
+            ctx.save_for_forward(*inputs[:n])
+            ctx.params = inputs[n].values
+            ctx.metas = metas(inputs[:n])
+            ctx.strides = [o.stride() for o in (output if isinstance(output, tuple) else (output,))]
+            if constant:
+                ctx.mark_non_differentiable(*[output[i] for i in constant])
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            needs = ctx.needs_input_grad[:n]
+            return (*operator._backward(needs, gradients, ctx.saved_tensors, ctx.params, ctx.metas), None)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            out = operator._jvp(tangents[:n], ctx.saved_tensors, ctx.params)
+            if isinstance(out, tuple):
+                return tuple(_laid_out(t, s) for t, s in zip(out, ctx.strides, strict=True))
+            return _laid_out(out, ctx.strides[0])
+
+    Light.__name__ = Light.__qualname__ = f"{operator.name}_light"
+    Setup.__name__ = Setup.__qualname__ = f"{operator.name}_setup"
+    return Light, Setup
+
+
+def _laid_out(tangent: Any, strides: tuple[int, ...]) -> Any:
+    """A tangent in its primal's layout, which forward mode insists on."""
+    if tangent is None or tangent.stride() == strides:
+        return tangent
+    return torch.empty_strided(tangent.shape, strides, dtype=tangent.dtype, device=tangent.device).copy_(tangent)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a CUDA device; None for others."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

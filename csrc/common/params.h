@@ -1,0 +1,52 @@
+// One parameter struct an operation, written once.
+//
+// Each struct is an X-macro list of fields. The list declares the struct for C++ and yields its field table (name,
+// offset) for Python, which packs a Problem by name from that table: there is no second list to keep in step.
+// Every field is an int64_t: sizes and strides may pass 2^31, and one type keeps the packing trivial.
+// Strides count elements, never bytes. The channel stride of an activation is always 1 (NHWC is the only layout a
+// kernel sees); the pixel strides are free, so that a result can be written into a slice of a larger tensor.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace cnnfast {
+
+struct Field {
+  const char* name;
+  int64_t offset;
+};
+
+struct StructInfo {
+  const char* name;
+  int64_t size;
+  const Field* fields;
+  int64_t count;
+};
+
+#define CNNFAST_DECLARE_FIELD(name) int64_t name;
+#define CNNFAST_FIELD_ENTRY(name) {#name, static_cast<int64_t>(offsetof(Self, name))},
+
+#define CNNFAST_PARAMS(Name, LIST)                                                                    \
+  struct Name {                                                                                       \
+    LIST(CNNFAST_DECLARE_FIELD)                                                                       \
+  };                                                                                                  \
+  namespace detail_##Name {                                                                           \
+  using Self = Name;                                                                                  \
+  inline constexpr Field fields[] = {LIST(CNNFAST_FIELD_ENTRY)};                                      \
+  }                                                                                                   \
+  inline constexpr StructInfo Name##Info = {#Name, static_cast<int64_t>(sizeof(Name)),                \
+                                            detail_##Name::fields,                                    \
+                                            static_cast<int64_t>(sizeof(detail_##Name::fields) / sizeof(Field))};
+
+// y[n,k,p,q] = b[k] + sum_{c,r,s} x[n, g*C/G + c, p*stride_h - pad_h + r*dilation_h, q*stride_w - pad_w + s*dilation_w] * w[k,c,r,s]
+// C and K are the totals over the G groups. pad_h and pad_w are the paddings above and to the left; what is padded
+// below and to the right follows from H, W, P, Q. One struct serves every direction: fprop writes y, dgrad x, wgrad w,
+// bgrad b; the strides always describe the tensor of that name (for dgrad x_* are dx's, for wgrad w_* are dw's).
+// Operands, in order: x, w, b, y; those a direction doesn't use, and an absent bias, are null.
+#define CNNFAST_CONV2D_FIELDS(F)                                                        \
+  F(N) F(C) F(H) F(W) F(K) F(R) F(S) F(P) F(Q) F(G)                                     \
+  F(stride_h) F(stride_w) F(pad_h) F(pad_w) F(dilation_h) F(dilation_w)                 \
+  F(x_n) F(x_h) F(x_w) F(w_k) F(w_c) F(w_r) F(w_s) F(y_n) F(y_h) F(y_w)
+CNNFAST_PARAMS(Conv2dParams, CNNFAST_CONV2D_FIELDS)
+
+}  // namespace cnnfast
