@@ -234,7 +234,7 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _readable(role: Role, shape: Sequence[int], strides: Sequence[int], layout: str | None) -> bool:
+def readable(role: Role, shape: Sequence[int], strides: Sequence[int], layout: str | None) -> bool:
     """Whether a kernel can read an operand as it lies in memory."""
     if not role.strides:  # a vector
         return len(shape) == 0 or shape[-1] <= 1 or tuple(strides) == contiguous_strides(shape)
@@ -245,6 +245,15 @@ def _readable(role: Role, shape: Sequence[int], strides: Sequence[int], layout: 
             )
         return all(field is not None or n == 1 or s == 1 for field, n, s in zip(role.strides, shape, strides, strict=True))
     return True
+
+
+def parameters(problem: Problem, strides: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Every field of the operation's parameter struct: the problem's sizes, and the strides of the operands by role."""
+    fields = dict(problem.sizes)
+    for role in signature(problem.op).roles:
+        given = strides.get(role.name, (0,) * len(role.strides))
+        fields.update({f: int(s) for f, s in zip(role.strides, given, strict=False) if f is not None})
+    return fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,33 +276,29 @@ def bind(
     """
     implementation, problem = selection.implementation, selection.problem
     sig = signature(problem.op)
-    fields: dict[str, int] = dict(problem.sizes)
+    strides: dict[str, tuple[int, ...]] = {}
     positions: list[int] = []  # of the inputs among the operands
     converts: dict[int, torch.memory_format] = {}  # index among the inputs -> format to copy to
     allocations: list[_Allocation] = []
     for position, role in enumerate(sig.roles):
-        fields.update({field: 0 for field in role.strides if field is not None})
         layout = implementation.layouts.get(role.name)
         if role.name in outputs:
             returned = written = outputs[role.name]
-            if not _readable(role, written.shape, written.strides, layout):
+            if not readable(role, written.shape, written.strides, layout):
                 written = dataclasses.replace(written, strides=_dense_strides(written.shape))
             allocations.append(_Allocation(position, written, returned))
-            strides = written.strides
+            strides[role.name] = written.strides
         elif role.name in inputs:
             positions.append(position)
             given = inputs[role.name]
             if given is None:
                 continue
-            strides = given.strides
-            if not _readable(role, given.shape, given.strides, layout):
+            strides[role.name] = given.strides
+            if not readable(role, given.shape, given.strides, layout):
                 nhwc = len(given.shape) == 4
                 converts[len(positions) - 1] = torch.channels_last if nhwc else torch.contiguous_format
-                strides = _dense_strides(given.shape)
-        else:
-            continue
-        fields.update({f: s for f, s in zip(role.strides, strides, strict=False) if f is not None})
-    kernel = implementation.bind(problem, fields)
+                strides[role.name] = _dense_strides(given.shape)
+    kernel = implementation.bind(problem, parameters(problem, strides))
     if implementation.returns:
         expected = [a.returned for a in allocations]
 
@@ -361,7 +366,8 @@ def _runner(
             results.append(out)
         return results[0] if len(results) == 1 else tuple(results)
 
-    trailing = list(positions) == list(range(count - 1)) and allocations[0].position == count - 1
+    # operands after the output are absent: they need not be passed
+    trailing = [*positions, allocations[0].position] == list(range(len(positions) + 1)) and len(allocations) == 1
     if converts or empty or alignment > 1 or not trailing or allocations[0].returned is not allocations[0].written:
         return general
     meta = allocations[0].written

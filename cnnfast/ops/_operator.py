@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from cnnfast import settings
+from cnnfast import dispatch, settings
 from cnnfast.ops._memory import prefers_channels_last
 
 library = torch.library.Library("cnnfast", "DEF")
@@ -276,6 +276,29 @@ def _functions(operator: Operator, differentiable: tuple[bool, ...]) -> tuple[An
     Light.__name__ = Light.__qualname__ = f"{operator.name}_light"
     Setup.__name__ = Setup.__qualname__ = f"{operator.name}_setup"
     return Light, Setup
+
+
+def layouts(inputs: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """How the four-dimensional operands lie in memory: part of the problem, for cost models and explain."""
+
+    def layout(t: Any) -> str:
+        if t.is_contiguous(memory_format=torch.channels_last):
+            return "nhwc"
+        return "nchw" if t.is_contiguous() else "strided"
+
+    return tuple((name, layout(t)) for name, t in inputs.items() if t is not None and t.dim() == 4)
+
+
+def serve(
+    problem: dispatch.Problem, inputs: Mapping[str, Any], outputs: Mapping[str, dispatch.Meta], backend: str, strict: bool
+) -> Callable[..., Any]:
+    """Selects an implementation for a problem and binds it to the tensors' layouts: what ``resolve`` ends with."""
+    selection = dispatch.select(problem, forced=backend, strict=strict)
+    given = {
+        name: None if t is None else dispatch.Meta(tuple(t.shape), tuple(t.stride()), t.dtype) for name, t in inputs.items()
+    }
+    device = next(t.device for t in inputs.values() if t is not None)
+    return dispatch.observed(selection, dispatch.bind(selection, given, outputs, device))
 
 
 def _laid_out(tangent: Any, strides: tuple[int, ...]) -> Any:

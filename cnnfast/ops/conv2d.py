@@ -22,7 +22,7 @@ from cnnfast import dispatch
 from cnnfast.dispatch import DTYPES, Meta, Role
 from cnnfast.errors import DtypeError, ShapeError
 from cnnfast.ops import _memory
-from cnnfast.ops._operator import Operator, capability
+from cnnfast.ops._operator import Operator, capability, layouts, serve
 
 X = Role("x", ("x_n", None, "x_h", "x_w"), batch_dim=0)
 W = Role("w", ("w_k", "w_c", "w_r", "w_s"))
@@ -118,10 +118,6 @@ def problem(
     )  # fmt: skip
 
 
-def _meta(t: Any) -> Meta | None:
-    return None if t is None else Meta(tuple(t.shape), tuple(t.stride()), t.dtype)
-
-
 def _bind(
     direction: str, shapes: tuple[Any, Any, Any], inputs: Mapping[str, Any], output: str, channels_last: bool,
     params: Sequence[Any],
@@ -131,17 +127,8 @@ def _bind(
     x, w, y = shapes
     shape = {"x": x, "w": w, "y": y, "b": (w[0],)}[output]
     out = Meta(tuple(shape), _memory.strides_of(shape, channels_last), first.dtype)
-    layouts = tuple((name, _layout(t)) for name, t in inputs.items() if t is not None and t.dim() == 4)
-    p = problem(direction, x, w, y, first.dtype, first.device, params, layouts)
-    selection = dispatch.select(p, forced=params[5], strict=params[6])
-    run = dispatch.bind(selection, {k: _meta(t) for k, t in inputs.items()}, {output: out}, first.device)
-    return dispatch.observed(selection, run)
-
-
-def _layout(t: Any) -> str:
-    if t.is_contiguous(memory_format=torch.channels_last):
-        return "nhwc"
-    return "nchw" if t.is_contiguous() else "strided"
+    p = problem(direction, x, w, y, first.dtype, first.device, params, layouts(inputs))
+    return serve(p, inputs, {output: out}, params[5], params[6])
 
 
 # ---- fprop -----------------------------------------------------------------------------------------------------------
