@@ -7,7 +7,7 @@ without channels) goes to torch, is reported to ``explain`` with its reason, and
 
 from __future__ import annotations
 
-import operator
+import operator as python_operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +16,16 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from cnnfast import dispatch, ops, settings
-from cnnfast.errors import DtypeError, ShapeError
+from cnnfast.errors import ShapeError
+from cnnfast.ops import _operator
 
 _has_torch_function = torch._C._has_torch_function_variadic
 _tracing = torch._C._get_tracing_state
 _any_autocast = torch._C._is_any_autocast_enabled
+_is_compiling = torch.compiler.is_compiling
+_direct = _operator.direct
 _TYPES = tuple(dispatch.DTYPES)
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -48,7 +52,7 @@ def _int(op: str, name: str, value: Any) -> int:
     try:
         if isinstance(value, (bool, float)) or (isinstance(value, Tensor) and value.is_floating_point()):
             raise TypeError
-        return operator.index(value)
+        return python_operator.index(value)
     except TypeError:
         raise TypeError(f"{op}: expected {name} to be an integer or integers, got {value!r}") from None
 
@@ -96,6 +100,11 @@ def _torch_serves(op: str, reason: str, function: Callable[..., Any], *args: Any
     return function(*args, **kwargs)
 
 
+def _plain() -> bool:
+    """Whether the call may take the short way: nobody compiles, traces, transforms, casts or watches."""
+    return not _is_compiling() and _direct()
+
+
 def _scripting() -> bool:
     """Whether the call is recorded for TorchScript or ONNX, which know standard operators only."""
     return _tracing() is not None or torch.onnx.is_in_onnx_export()
@@ -137,27 +146,34 @@ def conv2d(
         return handle_torch_function(
             conv2d, (input, weight, bias), input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
         )  # fmt: skip
-    if type(input) is not Tensor:
+    plain = _plain()
+    if not plain:
+        if _scripting():
+            return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
+        if _any_autocast():
+            input, weight, bias = _autocast(input, weight, bias)  # type: ignore[assignment]
+    if type(input) is not Tensor or type(weight) not in _PLAIN_TYPES:
         _check_tensors("conv2d", input=input, weight=weight, **({} if bias is None else {"bias": bias}))
-    if _scripting():
-        return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if _any_autocast():
-        input, weight, bias = _autocast(input, weight, bias)  # type: ignore[assignment]
     stride, dilation = _pair("conv2d", "stride", stride), _pair("conv2d", "dilation", dilation)
     groups = _int("conv2d", "groups", groups)
-    dims = input.dim()
-    if dims != 4 and dims != 3:
-        raise ShapeError(f"conv2d: expected a 3-D (unbatched) or 4-D (batched) input, got shape {tuple(input.shape)}")
     if type(padding) is str:
         pad = _named_padding(padding, weight, stride, dilation)
     else:
         h, w = _pair("conv2d", "padding", padding)
         pad = (h, h, w, w)
+    params = (stride, pad, dilation, groups, *_resolve_precision(input.device))
+    dims = input.dim()
+    if dims == 4 and plain:
+        tensors = (input, weight, bias)
+        run = ops.conv2d.find(tensors, params)
+        if run is not None:
+            return ops.conv2d.apply(run, tensors, params)
+    if dims != 4 and dims != 3:
+        raise ShapeError(f"conv2d: expected a 3-D (unbatched) or 4-D (batched) input, got shape {tuple(input.shape)}")
     reason = _not_ours(input, weight, bias)
     if reason:
         torch_args = (input, weight, bias, stride, padding, dilation, groups)
         return _torch_serves("conv2d", reason, torch.nn.functional.conv2d, *torch_args)
-    params = (stride, pad, dilation, groups, *_resolve_precision(input.device))
     if dims == 3:
         return ops.conv2d(input.unsqueeze(0), weight, bias, *params).squeeze(0)
     return ops.conv2d(input, weight, bias, *params)

@@ -28,13 +28,15 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 MODULE, ABSENT = _load()
+LANE_BYTES = {"avx512": 64, "avx2": 32, "portable": 16}  # vector width by ISA, best first
 
 
 def isas() -> tuple[str, ...]:
     """The ISAs that this processor runs, best first; ``CNNFAST_CPU_ISA`` caps the choice (avx2, portable)."""
     if MODULE is None:
         return ()
-    found = tuple(MODULE.device()["isas"].split(","))
+    usable = [isa.strip() for isa in MODULE.device()["isas"].split(",")]
+    found = tuple(isa for isa in LANE_BYTES if isa in usable)
     cap = os.environ.get("CNNFAST_CPU_ISA", "")
     if cap and cap not in found:
         raise ValueError(f"CNNFAST_CPU_ISA: expected one of {', '.join(found)} on this processor, got {cap!r}")
@@ -75,7 +77,7 @@ def _grouped(p: Problem, lanes: int) -> list[str]:
 
 
 def _lanes(isa: str, dtype: str) -> int:
-    return {"avx512": 64, "avx2": 32}.get(isa, 16) // (8 if dtype == "f64" else 4)
+    return LANE_BYTES[isa] // (8 if dtype == "f64" else 4)
 
 
 # stem -> (operation, capability(problem, isa), predicted seconds(problem)); in the order of preference

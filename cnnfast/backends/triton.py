@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
+from cnnfast.dispatch import DTYPES, Backend, Implementation, Kernel, Problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
 
@@ -33,7 +33,7 @@ def _implementations() -> tuple[list[Implementation], str]:
             found.append(
                 Implementation(
                     name=f"triton.{stem}", op=op, backend="triton", stem=stem, direction=direction,
-                    dtypes=module.DTYPES, unsupported=unsupported, bind=_binder(launcher, module), cost=cost,
+                    dtypes=tuple(DTYPES[t] for t in module.DTYPES), unsupported=unsupported, bind=_binder(launcher, module), cost=cost,
                 )  # fmt: skip
             )
     return found, ""

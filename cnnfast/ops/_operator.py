@@ -27,6 +27,8 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
 _profiling = torch._C._autograd._profiler_enabled
 _tracing = torch._C._get_tracing_state
+_key_included = torch._C._dispatch_tls_is_dispatch_key_included
+_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # the older vmap of is_grads_batched, unknown to functorch
 _any_autocast = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
@@ -43,12 +45,18 @@ def direct() -> bool:
     return not (
         _dispatch_modes()
         or _functorch_active()
+        or _key_included(_VMAP_MODE)
         or forward_ad._current_level >= 0
         or _any_autocast()
         or settings._observer is not None
         or _profiling()
         or _tracing() is not None
     )
+
+
+def _plain(t: Any) -> bool:
+    """Whether the memory of a tensor holds its values: no subclass, no lazy negation, no zero without memory."""
+    return type(t) in _PLAIN and not t.is_neg() and not t._is_zerotensor()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +131,32 @@ class Operator:
 
     # ---- kernels
 
+    def find(self, tensors: Sequence[Any], params: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """The bound kernel of a kind of call that was served before; None at the first, or for unusual tensors.
+
+        Only for callers that know :func:`direct` to hold.
+        """
+        try:
+            for t in tensors:
+                if t is not None and not _plain(t):
+                    return None
+            return self._runs.get(_key(tensors, params))
+        except (RuntimeError, TypeError):  # a tensor without strides (sparse), an unhashable parameter
+            return None
+
+    def apply(self, run: Callable[..., Any], tensors: Sequence[Any], params: tuple[Any, ...]) -> Any:
+        """A differentiable call of what :meth:`find` found."""
+        if _grad_enabled():
+            for t in tensors:
+                if t is not None and t.requires_grad:
+                    return self.light.apply(run, params, *tensors)
+        return run(*tensors)
+
     def run(self, tensors: Sequence[Any], params: tuple[Any, ...]) -> Callable[..., Any]:
         """The bound kernel of a kind of call, from the cache or resolved now."""
-        key = (params, *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
         if settings._observer is not None:
             return self._resolve(tensors, params)
+        key = _key(tensors, params)
         found = self._runs.get(key)
         if found is None:
             first = next(t for t in tensors if t is not None)
@@ -158,11 +187,9 @@ class Operator:
         tensors, params = args[:n], args[n:]
         if transforms_active():
             return self.setup.apply(*tensors, Opaque(params))
-        needs = _grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        if direct() and all(t is None or (type(t) in _PLAIN and not t.is_neg()) for t in tensors):
-            run = self.run(tensors, params)
-            return self.light.apply(run, params, *tensors) if needs else run(*tensors)
-        if needs:
+        if direct() and all(t is None or _plain(t) for t in tensors):
+            return self.apply(self.run(tensors, params), tensors, params)
+        if _grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             return self.light.apply(self._below(params), params, *tensors)
         with _below_autograd():
             return self.op(*args)
@@ -217,6 +244,10 @@ class Operator:
 
 
 _CACHE_LIMIT = 4096
+
+
+def _key(tensors: Sequence[Any], params: tuple[Any, ...]) -> Any:
+    return (params, *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
 
 
 def _hashable(values: Sequence[Any]) -> tuple[Any, ...]:
