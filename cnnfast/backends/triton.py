@@ -12,13 +12,31 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from cnnfast.dispatch import DTYPES, Backend, Implementation, Kernel, Problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
 
+_PROGRAMS = 2**31 - 2**24  # pixels are numbered in 32 bits, with room for the last tile
+
+
+def _conv2d(p: Problem) -> list[str]:
+    phases = -(-p.H // p.stride_h) * p.stride_h * -(-p.W // p.stride_w) * p.stride_w
+    return [
+        reason
+        for wrong, reason in (
+            (p.N * max(p.P * p.Q, phases) >= _PROGRAMS, f"numbers pixels in 32 bits: {p.N} x {p.P * p.Q} are too many"),
+            (p.K * (p.C // p.G) * p.R * p.S >= 2**31, "numbers weights in 32 bits"),
+            (p.capability is not None and p.capability < (8, 0), f"needs sm_80 or newer, not {p.capability}"),
+        )
+        if wrong
+    ]
+
+
 # kernel module -> (operation, capability, predicted seconds); in the order of preference
 RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float]]] = {
-    "conv2d_implicit_gemm": ("conv2d", lambda p: [], lambda p: 8e-6 + p.flops / 5e13),
+    "conv2d_implicit_gemm": ("conv2d", _conv2d, lambda p: 8e-6 + p.flops / 5e13),
 }
 
 
@@ -33,18 +51,25 @@ def _implementations() -> tuple[list[Implementation], str]:
             found.append(
                 Implementation(
                     name=f"triton.{stem}", op=op, backend="triton", stem=stem, direction=direction,
-                    dtypes=tuple(DTYPES[t] for t in module.DTYPES), unsupported=unsupported, bind=_binder(launcher, module), cost=cost,
+                    dtypes=tuple(DTYPES[t] for t in module.DTYPES), unsupported=unsupported,
+                    bind=_binder(launcher, getattr(module, "WORKSPACE", {}).get(direction)), cost=cost,
                 )  # fmt: skip
             )
     return found, ""
 
 
-def _binder(launcher: Callable[..., None], module: Any) -> Callable[[Problem, Mapping[str, int]], Kernel]:
+def _binder(
+    launcher: Callable[..., None], workspace: Callable[[Any], int] | None
+) -> Callable[[Problem, Mapping[str, int]], Kernel]:
     def bind(problem: Problem, fields: Mapping[str, int]) -> Kernel:
         p = types.SimpleNamespace(**fields, precision=problem.precision, capability=problem.capability)
+        size = workspace(p) if workspace is not None else 0
+        if not size:
+            return lambda operands: launcher(p, *operands)
 
         def launch(operands: Sequence[Any]) -> None:
-            launcher(p, *operands)
+            device = next(t.device for t in operands if t is not None)
+            launcher(p, *operands, workspace=torch.empty(size, dtype=torch.uint8, device=device))
 
         return launch
 

@@ -1,0 +1,143 @@
+"""What every Triton kernel file shares: the interpreter's flag, exact bf16 conversions, and offline compilation.
+
+Offline compilation needs no GPU: ``variants()`` of ``_<stem>_variants.py`` lists all that the launchers of a file can
+select, ``compile_variant`` turns one into PTX and machine code with the compiler that Triton's wheel ships.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import triton
+import triton.language as tl
+
+# Read once: @triton.jit decides at decoration whether a kernel is interpreted.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+
+class Conv2dProblem(Protocol):
+    """The fields of csrc/common/params.h, and the precision mode. Strides count elements."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    R: int
+    S: int
+    P: int
+    Q: int
+    G: int
+    stride_h: int
+    stride_w: int
+    pad_h: int
+    pad_w: int
+    dilation_h: int
+    dilation_w: int
+    x_n: int
+    x_h: int
+    x_w: int
+    w_k: int
+    w_c: int
+    w_r: int
+    w_s: int
+    y_n: int
+    y_h: int
+    y_w: int
+    precision: str
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def needs_int64(*extents: tuple[int, int]) -> bool:
+    """Whether an offset passes 2^31: each extent is (count, stride); a tensor's largest offset is their sum.
+
+    The margin leaves room for what tails and padding add before the mask hides it.
+    """
+    return sum(count * abs(stride) for count, stride in extents) >= 2**31 - 2**24
+
+
+def capability(tensor: torch.Tensor) -> int:
+    """The compute capability, 80 for sm_80; the interpreter poses as sm_80."""
+    if not tensor.is_cuda:
+        return 80
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+# The interpreter holds bf16 as bare 16-bit patterns: its arithmetic on them is integer arithmetic, and its rounding
+# loses the carry into the exponent. BY_HAND does both conversions on the bits; the compiler's own are exact.
+
+
+@triton.jit
+def widen(value, BY_HAND: tl.constexpr):
+    """To fp32; without BY_HAND the value stays as it is, for the tensor cores."""
+    if BY_HAND:
+        if value.dtype == tl.bfloat16:
+            return (value.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        else:
+            return value.to(tl.float32)
+    else:
+        return value
+
+
+@triton.jit
+def narrow(value, dtype: tl.constexpr, BY_HAND: tl.constexpr):
+    """From fp32 to dtype, to nearest even."""
+    if BY_HAND and dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        bits = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return value.to(dtype)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of one kernel: all that Triton's just-in-time compiler would derive from a call."""
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]  # argument → Triton type, or "constexpr"
+    constexprs: Mapping[str, Any]
+    aligned: tuple[str, ...]  # arguments known to be divisible by 16
+    num_warps: int
+    num_stages: int
+    capability: int  # 80 or 90
+    tensor_cores: bool  # HMMA is expected; on sm_90 HGMMA where the operands allow it
+    asynchronous: bool  # LDGSTS (cp.async) is expected
+
+
+def compile_variant(variant: Variant) -> Any:
+    """Compiles for the variant's architecture; the result's ``asm`` holds ptx and cubin.
+
+    Not in an interpreting process: there the kernels are no longer Triton's own functions.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = list(variant.fn.arg_names)
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
+    source = ASTSource(
+        fn=variant.fn,
+        signature={name: variant.signature[name] for name in names},
+        constexprs=dict(variant.constexprs),
+        attrs=attrs,
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=options)

@@ -1,0 +1,128 @@
+"""Tiles of matrix products: the configurations, and which of them a problem gets.
+
+Everything here is a pure function of sizes, so that a choice can be tested, and compiled, without a card. Predicted
+from the instruction sets and occupancy, not tuned: no card has timed them yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ._common import INTERPRETED, ceil_div, next_power_of_2
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile: BLOCK_M × BLOCK_N results, BLOCK_K of the reduction at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8  # tiles of pixels that share a weight panel before the next panel
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """What the pipeline holds at most."""
+        return (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages
+
+
+# What a block may use, and the number of blocks that fill the card: sm_80 (A100) and sm_90 (H100).
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+MULTIPROCESSORS = {80: 108, 90: 132}
+
+# Largest first: config() takes the first that wastes no channels and fills the card.
+HALF_CONFIGS: dict[int, tuple[Config, ...]] = {
+    80: (
+        Config(128, 128, 64, 8, 3),
+        Config(128, 64, 64, 4, 3),
+        Config(64, 64, 64, 4, 3),
+        Config(128, 32, 64, 4, 4),
+        Config(64, 32, 64, 4, 4),
+        Config(64, 16, 64, 4, 4),
+    ),
+    90: (
+        Config(128, 256, 64, 8, 3),
+        Config(128, 128, 64, 8, 4),
+        Config(128, 64, 64, 4, 4),
+        Config(64, 64, 64, 4, 4),
+        Config(128, 32, 64, 4, 4),
+        Config(64, 32, 64, 4, 4),
+        Config(64, 16, 64, 4, 4),
+    ),
+}
+TF32_CONFIGS: tuple[Config, ...] = (
+    Config(128, 128, 32, 8, 3),
+    Config(128, 64, 32, 4, 3),
+    Config(64, 64, 32, 4, 4),
+    Config(64, 32, 32, 4, 4),
+    Config(64, 16, 32, 4, 4),
+)
+# Full fp32 runs on the FMA pipes: small tiles, since operands come through registers.
+IEEE_CONFIGS: tuple[Config, ...] = (
+    Config(128, 128, 16, 8, 3),
+    Config(64, 64, 16, 4, 3),
+    Config(64, 32, 16, 4, 3),
+    Config(64, 16, 16, 4, 3),
+)
+# Where operands are loaded element by element (odd sizes or strides, flattened reductions), each element costs an
+# address and a mask in registers: smaller tiles over more threads, or they spill.
+CAREFUL_CONFIGS: tuple[Config, ...] = (
+    Config(64, 64, 32, 8, 3),
+    Config(64, 32, 32, 4, 3),
+    Config(64, 16, 32, 4, 3),
+)
+CAREFUL_IEEE_CONFIGS: tuple[Config, ...] = (
+    Config(64, 64, 16, 4, 3),
+    Config(64, 32, 16, 4, 3),
+    Config(64, 16, 16, 4, 2),
+)
+# The interpreter pays by the program and by the operation: few, and tiles that small problems still cut.
+INTERPRETER_CONFIGS: tuple[Config, ...] = (Config(64, 64, 64, 4, 1), Config(64, 16, 64, 4, 1))
+
+# How tl.dot multiplies fp32, by precision mode. An "fp32" of three tf32 terms can take its place here.
+INPUT_PRECISION = {"ieee": "ieee", "fp32": "ieee", "high": "tf32"}
+
+
+def candidates(precision: str, itemsize: int, vectors: bool, arch: int) -> tuple[Config, ...]:
+    """What config() selects from."""
+    if itemsize == 4 and INPUT_PRECISION[precision] == "ieee":
+        return IEEE_CONFIGS if vectors else CAREFUL_IEEE_CONFIGS
+    if not vectors:
+        return CAREFUL_CONFIGS
+    return HALF_CONFIGS[table_arch(arch)] if itemsize == 2 else TF32_CONFIGS
+
+
+def table_arch(arch: int) -> int:
+    """The architecture whose tiles a card gets: consumer cards have sm_80's instructions, and room for its tiles."""
+    return 90 if 90 <= arch < 100 else 80
+
+
+def config(m: int, n: int, depth: int, precision: str, itemsize: int, vectors: bool, arch: int = 80) -> Config:
+    """The tile for m × n results; depth: the stretch of the reduction that a block may not cross, 0 if there is none.
+
+    vectors: whether operands are loaded 16 bytes at a time. Pure, so that it can be tested without a card.
+    """
+    if INTERPRETED:
+        return INTERPRETER_CONFIGS[0] if n > 16 else INTERPRETER_CONFIGS[1]
+    tile = _fit_tile(m, n, candidates(precision, itemsize, vectors, arch), MULTIPROCESSORS[table_arch(arch)])
+    return _fit_depth(tile, depth)
+
+
+def _fit_tile(m: int, n: int, configs: tuple[Config, ...], programs: int) -> Config:
+    width = max(16, next_power_of_2(n))
+    narrow_enough = [c for c in configs if c.block_n <= width]
+    for candidate in narrow_enough:
+        if ceil_div(m, candidate.block_m) * ceil_div(n, candidate.block_n) >= programs:
+            return candidate
+    # Nothing fills the card: the smallest tile that is no narrower than half the channels keeps most programs busy.
+    return next((c for c in reversed(narrow_enough) if c.block_n >= min(32, width)), narrow_enough[-1])
+
+
+def _fit_depth(tile: Config, depth: int) -> Config:
+    """The deepest block that pads the channels at most 30 % more than the shallowest does."""
+    shallowest = ceil_div(depth, 16) * 16
+    block_k = tile.block_k
+    while block_k > 16 and ceil_div(depth, block_k) * block_k > 1.3 * shallowest:
+        block_k //= 2
+    return replace(tile, block_k=block_k)
