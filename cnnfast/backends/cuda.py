@@ -68,10 +68,27 @@ def _caller(call: Any, problem: Problem) -> Kernel:
     return launch
 
 
+_COORDINATE = 2**30  # the kernels hold coordinates in 32 bits (memory offsets in 64), with room for a tile
+
+
+def _direct(p: Problem) -> list[str]:
+    """What every convolution kernel needs."""
+    extents = {
+        "H * W": p.H * p.W,
+        "P * Q": p.P * p.Q,
+        "height of the padded window": (p.R - 1) * p.dilation_h + p.pad_h,
+        "width of the padded window": (p.S - 1) * p.dilation_w + p.pad_w,
+        "P * stride": max(p.P, p.dilation_h) * p.stride_h,
+        "Q * stride": max(p.Q, p.dilation_w) * p.stride_w,
+    }
+    return [f"{name} = {n} doesn't fit 32-bit coordinates" for name, n in extents.items() if n >= _COORDINATE]
+
+
 def _implicit_gemm(p: Problem) -> list[str]:
-    return [
+    return _direct(p) + [
         reason
         for wrong, reason in (
+            (p.capability is not None and p.capability < (8, 0), f"needs sm_80 or newer, not {p.capability}"),
             (p.G != 1, f"needs groups = 1, not {p.G}"),
             (p.C % 8 != 0, f"needs input channels in multiples of 8, not {p.C}"),
             (p.K % 8 != 0, f"needs output channels in multiples of 8, not {p.K}"),
@@ -86,7 +103,7 @@ RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], 
         "conv2d", _implicit_gemm, lambda p: 4e-6 + p.flops / 1e14,
         {"layouts": {"x": "nhwc", "w": "nhwc", "y": "nhwc"}, "alignment": 16},
     ),
-    "conv2d_direct": ("conv2d", lambda p: [], lambda p: 4e-6 + p.flops / 2e12, {}),
+    "conv2d_direct": ("conv2d", _direct, lambda p: 4e-6 + p.flops / 2e12, {}),
 }  # fmt: skip
 
 

@@ -1,0 +1,46 @@
+// Launching, for launchers: no synchronisation, no allocation, every launch checked.
+#pragma once
+#include <algorithm>
+#include <cstddef>
+
+#include "cuda.h"
+
+namespace cnnfast::cuda {
+
+#ifdef __CUDACC__
+
+// launch<kernel<float>>(grid, block, dynamic shared bytes, stream, arguments...): null, or the driver's reason.
+template <auto kernel, class... Args>
+const char* launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream, const Args&... arguments) {
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 * 1024)  // more has to be asked for
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess) {
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// The largest gridDim.x.
+inline int64_t max_grid_x() { return (int64_t{1} << 31) - 1; }
+
+#else
+
+template <auto kernel, class... Args>
+const char* launch(dim3 grid, dim3 block, size_t shared_bytes, void*, const Args&... arguments) {
+  auto body = [&]() __attribute__((no_sanitize_thread)) { kernel(arguments...); };
+  emulation::launch(
+      __PRETTY_FUNCTION__, grid, block, shared_bytes,
+      [](void* f) __attribute__((no_sanitize_thread)) { (*static_cast<decltype(body)*>(f))(); }, &body);
+  return nullptr;
+}
+
+inline int64_t max_grid_x() { return emulation::config().max_grid; }
+
+#endif
+
+// Blocks for that many tiles; a kernel loops `for (tile = blockIdx.x; tile < tiles; tile += gridDim.x)`.
+inline dim3 grid_for(int64_t tiles) { return dim3(static_cast<unsigned>(std::min(tiles, max_grid_x())), 1, 1); }
+
+}  // namespace cnnfast::cuda
