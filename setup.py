@@ -1,7 +1,8 @@
 """Builds the native modules with CMake: cnnfast._cpu always, cnnfast._cuda where a CUDA compiler is at hand.
 
-Environment: ``CNNFAST_CUDA`` = auto | system | wheel | off (see build_backend/backend.py), ``MAX_JOBS``, ``CMAKE_ARGS``,
-``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0+PTX"), ``CXX``, ``CUDACXX``. No torch is needed: csrc knows pointers only.
+Environment: ``CNNFAST_CUDA`` = auto | system | wheel | off and ``CNNFAST_NATIVE`` = off (see build_backend/backend.py),
+``MAX_JOBS``, ``CMAKE_ARGS``, ``TORCH_CUDA_ARCH_LIST`` ("8.0;9.0+PTX"), ``CXX``, ``CUDACXX``. No torch is needed: csrc
+knows pointers only.
 """
 
 import os
@@ -17,41 +18,12 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "build_backend"))
-from backend import cuda_mode, system_nvcc  # noqa: E402
+from backend import check, cuda_mode, native, say, stop, usable_nvcc  # noqa: E402
 
 # sm_80's PTX beside real code: older drivers don't compile the PTX of newer toolkits
 DEFAULT_ARCHITECTURES = "80-real;90-real;80-virtual"
-MINIMUM_NVCC = (12, 0)
-MINIMUM_GCC = 9
-
-
-def say(message):
-    """Build messages go to stderr, which pip shows with -v and on failure."""
-    print(f"cnnfast: {message}", file=sys.stderr, flush=True)
-
-
-def stop(message):
-    """Ends the build with one sentence."""
-    raise SystemExit(f"cnnfast: {message}")
-
-
-def check_link():
-    """The Triton kernels are cnnfast.kernels through a link, which some Windows clones turn into a file."""
-    link = HERE / "cnnfast" / "kernels"
-    if not link.is_dir():
-        stop("cnnfast/kernels must be a link to ../kernels, but this clone made it a file: set core.symlinks and clone again")
-
-
-def check_compiler():
-    """A C++17 compiler, or one clear sentence."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if not compiler or not shutil.which(shlex.split(compiler)[0]):
-        stop("no C++ compiler found: install one (Debian, Ubuntu: apt-get install g++) or set CXX")
-    out = subprocess.run([*shlex.split(compiler), "-dumpfullversion", "-dumpversion"], capture_output=True, text=True)
-    version = re.match(r"\d+", out.stdout)
-    name = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout
-    if version and "clang" not in name and int(version.group()) < MINIMUM_GCC:
-        stop(f"{compiler} is GCC {out.stdout.strip()}; C++17 kernels need GCC {MINIMUM_GCC} or newer")
+MINIMUM_CAPABILITY = 80  # cp.async and bf16 matrix instructions
+MINIMUM_CMAKE = (3, 22)
 
 
 def wheel_cuda_root():
@@ -67,88 +39,126 @@ def wheel_cuda_root():
     return None
 
 
-def nvcc_version(nvcc):
-    """(major, minor) of an nvcc, or None if it can't be run."""
-    try:
-        out = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    match = re.search(r"release (\d+)\.(\d+)", out)
-    return (int(match.group(1)), int(match.group(2))) if match else None
+def listed_architectures(text):
+    """CMAKE_CUDA_ARCHITECTURES from the syntax of TORCH_CUDA_ARCH_LIST: "8.0;9.0a+PTX", also by blanks or commas."""
+    out = []
+    for item in re.split(r"[;,\s]+", text.strip()):
+        number = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if not number:
+            stop(f"TORCH_CUDA_ARCH_LIST: expected items such as 8.0 or 9.0+PTX, got {item!r}")
+        arch = "".join(number.groups()[:3])
+        if int(number.group(1) + number.group(2)) < MINIMUM_CAPABILITY:
+            stop(f"TORCH_CUDA_ARCH_LIST: the kernels need compute capability 8.0 or newer, got {item}")
+        out += [f"{arch}-real"] + ([f"{arch}-virtual"] if number.group(4) else [])
+    return ";".join(dict.fromkeys(out))
 
 
-def architectures():
-    """CMAKE_CUDA_ARCHITECTURES from TORCH_CUDA_ARCH_LIST, the present GPU, or the default."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
-    if asked:
-        out = []
-        for item in filter(None, asked.split(";")):
-            number = re.match(r"(\d+)\.(\d+)(a?)", item)
-            if not number:
-                stop(f"TORCH_CUDA_ARCH_LIST: expected items such as 8.0 or 9.0+PTX, got {item!r}")
-            arch = "".join(number.groups())
-            out.append(f"{arch}-real")
-            if item.endswith("+PTX"):
-                out.append(f"{arch}-virtual")
-        return ";".join(dict.fromkeys(out))
+def present_architectures(nvcc):
+    """The compute capabilities of the cards here that this nvcc can build for, as "90-real;..."; empty without any."""
     smi = shutil.which("nvidia-smi")
-    if smi:
-        out = subprocess.run([smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
-        found = sorted({c.strip().replace(".", "") for c in out.stdout.splitlines() if re.fullmatch(r"\d+\.\d", c.strip())})
-        if out.returncode == 0 and found:
-            return ";".join(f"{c}-real" for c in found)
-    return DEFAULT_ARCHITECTURES
+    if not smi:
+        return ""
+    cards = subprocess.run([smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+    found = {c.strip().replace(".", "") for c in cards.stdout.splitlines() if re.fullmatch(r"\d+\.\d", c.strip())}
+    known = set(
+        re.findall(r"compute_(\d+)", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout)
+    )
+    if cards.returncode or not found:
+        return ""
+    usable = sorted((c for c in found if c in known and int(c) >= MINIMUM_CAPABILITY), key=int)
+    for card in sorted(found - set(usable)):
+        say(
+            f"{nvcc} has no code for the sm_{card} card here"
+            if int(card) >= MINIMUM_CAPABILITY
+            else f"sm_{card} is too old"
+        )
+    return ";".join(f"{c}-real" for c in usable)
+
+
+def architectures(nvcc):
+    """CMAKE_CUDA_ARCHITECTURES: TORCH_CUDA_ARCH_LIST, or the cards here, or the default."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    return listed_architectures(asked) if asked else present_architectures(nvcc) or DEFAULT_ARCHITECTURES
 
 
 def cuda_arguments():
     """CMake arguments for the CUDA module; empty where it isn't built, with the reason said."""
     mode = cuda_mode()
-    if mode == "off" or sys.platform != "linux":
+    if mode == "off":
         return []
-    arguments = ["-DCNNFAST_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures()}"]
-    nvcc = system_nvcc() if mode in ("auto", "system") else None
-    if nvcc:
-        version = nvcc_version(nvcc)
-        if version and version >= MINIMUM_NVCC:
-            return [*arguments, f"-DCMAKE_CUDA_COMPILER={nvcc}"]
-        problem = f"{nvcc} is {'.'.join(map(str, version)) if version else 'not runnable'}; 12.0 or newer is needed"
+    nvcc, problem = usable_nvcc() if mode in ("auto", "system") else (None, "")
+    extra = []
+    if not nvcc:
         if mode == "system":
-            stop(problem)
-        say(problem)
-    root = wheel_cuda_root() if mode in ("auto", "wheel") else None
-    if root:
-        flags = f"{os.environ.get('CUDAFLAGS', '')} -L{root}/lib".strip()  # the wheel has lib, nvcc's profile says lib64
-        return [*arguments, f"-DCMAKE_CUDA_COMPILER={root}/bin/nvcc", f"-DCUDAToolkit_ROOT={root}", f"-DCMAKE_CUDA_FLAGS={flags}"]
-    if mode != "auto":
-        stop(f"CNNFAST_CUDA={mode}, but there is no {'nvcc on this system' if mode == 'system' else 'CUDA compiler wheel'}")
-    say("no CUDA compiler here (pip's build isolation would fetch one): building for the CPU alone")
-    return []
+            stop(f"CNNFAST_CUDA=system, but {problem}")
+        root = wheel_cuda_root()
+        if not root and mode == "wheel":
+            stop(
+                "CNNFAST_CUDA=wheel, but the compiler wheels aren't installed: without build isolation, pip doesn't add them"
+            )
+        if not root:
+            say(f"WARNING: {problem}, and pip's build isolation would fetch one: building for the CPU alone")
+            return []
+        nvcc = str(root / "bin" / "nvcc")
+        flags = (
+            f"{os.environ.get('CUDAFLAGS', '')} -L{root}/lib".strip()
+        )  # the wheel has lib, nvcc's profile says lib64
+        extra = [f"-DCUDAToolkit_ROOT={root}", f"-DCMAKE_CUDA_FLAGS={flags}"]
+    return [
+        "-DCNNFAST_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={architectures(nvcc)}", f"-DCMAKE_CUDA_COMPILER={nvcc}", *extra,
+    ]  # fmt: skip
 
 
-class CMakeExtension(Extension):
-    """A native module that CMake builds."""
+def cmake_program():
+    """The cmake to use; one sentence where it is missing or too old."""
+    cmake = shutil.which("cmake") or stop("cmake is missing: pip install cmake ninja")
+    out = subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout
+    version = tuple(map(int, re.findall(r"\d+", out)[:2]))
+    if version < MINIMUM_CMAKE:
+        stop(
+            f"{cmake} is {'.'.join(map(str, version))}; {'.'.join(map(str, MINIMUM_CMAKE))} or newer is needed: pip install cmake"
+        )
+    return cmake
 
-    def __init__(self, name):
-        super().__init__(name, sources=[])
+
+def forget_compilers(build):
+    """Lets CMake look for compilers anew, keeping the objects: isolated environments change place from build to build."""
+    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    for folder in (build / "CMakeFiles").glob("[0-9]*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def jobs():
+    """How many compilers run at once."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return os.environ.get("MAX_JOBS") or str(cores)
 
 
 class CMakeBuild(build_ext):
     """One CMake build writes every native module, in editable mode into the package itself."""
 
     def run(self):
-        check_link()
-        check_compiler()
+        """Configures and builds; what is missing ends it with one sentence."""
+        check()
+        if not native():
+            say("WARNING: no native module is built here (they need Linux, and CNNFAST_NATIVE not off)")
+            return
         inplace = self.inplace or getattr(self, "editable_mode", False)
         target = HERE / "cnnfast" if inplace else Path(self.build_lib).resolve() / "cnnfast"
+        # An editable build keeps its objects, so that the next one compiles only what changed.
+        build = (
+            HERE / "build" / f"native-{sys.implementation.cache_tag}"
+            if inplace
+            else Path(self.build_temp).resolve() / "cmake"
+        )
         target.mkdir(parents=True, exist_ok=True)
-        build = Path(self.build_temp).resolve() / "cmake"
-        cache = build / "CMakeCache.txt"
-        if cache.exists():
-            cache.unlink()  # pip's isolated environments change place from build to build
         build.mkdir(parents=True, exist_ok=True)
-        import pybind11
-
-        cmake = shutil.which("cmake") or stop("cmake is missing: pip install cmake ninja")
+        try:
+            import pybind11
+        except ImportError:
+            stop("pybind11 is missing: pip install pybind11")
+        cmake = cmake_program()
+        forget_compilers(build)
         configure = [
             cmake, "-S", str(HERE / "csrc"), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
             f"-DCNNFAST_OUTPUT={target}", f"-DPython_EXECUTABLE={sys.executable}",
@@ -157,9 +167,12 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja")
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        configure += cuda_arguments() + shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        for command in (configure, [cmake, "--build", str(build), "--parallel", jobs]):
+        cuda = cuda_arguments()
+        for stale in target.glob("_c*.so"):
+            if not inplace or (stale.name.startswith("_cuda.") and not cuda):
+                stale.unlink()  # of an earlier build, which this one would silently pass off as its own
+        configure += cuda + shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        for command in (configure, [cmake, "--build", str(build), "--parallel", jobs()]):
             say("+ " + shlex.join(command))
             if subprocess.call(command):
                 stop(f"the build failed in: {shlex.join(command[:2])} ...; its output is above (pip: -v)")
@@ -172,4 +185,9 @@ class CMakeBuild(build_ext):
         return []
 
 
-setup(ext_modules=[CMakeExtension("cnnfast._cpu")], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":  # tests import this file for its functions
+    setup(
+        license="Apache-2.0",  # here, not in pyproject.toml: the forms that old and new setuptools take there differ
+        ext_modules=[Extension("cnnfast._cpu", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+    )

@@ -10,7 +10,9 @@
 from __future__ import annotations
 
 from cnnfast import backends, functional
+from cnnfast.convert import conversion_report, convert, revert
 from cnnfast.errors import DtypeError, ShapeError
+from cnnfast.explain import explain
 from cnnfast.nn import Conv2d
 from cnnfast.settings import backend, precision, strict
 
@@ -22,7 +24,11 @@ __all__ = [
     "ShapeError",
     "backend",
     "backends",
+    "conversion_report",
+    "convert",
+    "explain",
     "functional",
     "precision",
+    "revert",
     "strict",
 ]

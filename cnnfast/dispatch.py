@@ -170,7 +170,8 @@ def _candidates(problem: Problem, forced: str) -> tuple[list[Backend], str]:
     if name not in _backends:
         raise NotImplementedError(f"{problem.op}: no backend {name!r} is registered")
     stem = kernel.split(".")[0]
-    known = {i.stem for i in _backends[name].implementations if i.op == problem.op}
+    asked = (problem.op, problem.direction)  # a kernel may be pinned that has no backward: its backend then serves that
+    known = {i.stem for i in _backends[name].implementations if (i.op, i.direction) == asked}
     return [_backends[name]], forced if stem in known else ""
 
 

@@ -26,6 +26,7 @@ _is_compiling = torch.compiler.is_compiling
 _direct = _operator.direct
 _TYPES = tuple(dispatch.DTYPES)
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_OPTIONAL_TYPES = (*_PLAIN_TYPES, type(None))
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -146,14 +147,14 @@ def conv2d(
         return handle_torch_function(
             conv2d, (input, weight, bias), input, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups
         )  # fmt: skip
+    if type(input) is not Tensor or type(weight) not in _PLAIN_TYPES or type(bias) not in _OPTIONAL_TYPES:
+        _check_tensors("conv2d", input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     plain = _plain()
     if not plain:
         if _scripting():
             return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
         if _any_autocast():
             input, weight, bias = _autocast(input, weight, bias)  # type: ignore[assignment]
-    if type(input) is not Tensor or type(weight) not in _PLAIN_TYPES:
-        _check_tensors("conv2d", input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     stride, dilation = _pair("conv2d", "stride", stride), _pair("conv2d", "dilation", dilation)
     groups = _int("conv2d", "groups", groups)
     if type(padding) is str:

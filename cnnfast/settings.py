@@ -41,8 +41,8 @@ def backend(name: str) -> contextlib.AbstractContextManager[None]:
     Args:
         name: ``"auto"`` (the default: the first that fits, ATen last), ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"aten"``;
             or, to pin one kernel, its full name as ``explain`` prints it, or the head of it
-            (``"cpu.conv2d_implicit_gemm"``, ``"cpu.conv2d_direct.avx2"``). Operations that have no kernel of that stem
-            are then served by any kernel of the same backend.
+            (``"cpu.conv2d_implicit_gemm"``, ``"cpu.conv2d_direct.avx2"``). Operations, and directions of one (a backward),
+            that have no kernel of that stem are then served by any kernel of the same backend.
 
     The setting is process-wide: it holds for every thread.
     """

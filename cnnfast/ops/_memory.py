@@ -11,8 +11,14 @@ from cnnfast.dispatch import channels_last_strides, contiguous_strides
 
 
 def prefers_channels_last(*tensors: Any) -> bool:
-    """Whether torch gives a result of these operands in channels_last: where any operand's strides suggest it."""
-    return any(t is not None and suggest_memory_format(t) == torch.channels_last for t in tensors)
+    """Whether torch gives a result of these operands in channels_last: where any operand's strides suggest it.
+
+    With an empty operand it never does. (A symbolic size isn't asked: a size of 0 is always specialised.)
+    """
+    given = [t for t in tensors if t is not None]
+    if any(type(n) is int and n == 0 for t in given for n in t.shape):
+        return False
+    return any(suggest_memory_format(t) == torch.channels_last for t in given)
 
 
 def strides_of(shape: Any, channels_last: bool) -> tuple[int, ...]:

@@ -1,0 +1,7 @@
+"""``python -m cnnfast``."""
+
+import sys
+
+from cnnfast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,266 @@
+"""The command line: ``python -m cnnfast info | explain | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cnnfast
+from cnnfast import _render, dispatch
+from cnnfast.report import bench, networks, plots, tables, timing
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NETWORKS = ("resnet18", "resnet50", "resnext50_32x4d", "googlenet", "vgg16", networks.LITE0)
+# Environment variables that cnnfast, or what it stands on, reads.
+VARIABLES = (
+    "CNNFAST_CPU_ISA", "CNNFAST_EMULATE_CUDA", "CNNFAST_EMULATION_DIR", "TRITON_INTERPRET", "TRITON_CACHE_DIR",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY", "ONEDNN_MAX_CPU_ISA", "CUDA_VISIBLE_DEVICES",
+    "CUDA_LAUNCH_BLOCKING", "NVIDIA_TF32_OVERRIDE", "TORCH_HOME", "XDG_CACHE_HOME",
+)  # fmt: skip
+
+
+# ---- info ------------------------------------------------------------------------------------------------------------
+
+
+def info() -> dict[str, Any]:
+    """What cnnfast finds on this machine, as a dict: :func:`cnnfast.report.timing.machine`, and more.
+
+    ``triton`` (version or None), ``package`` (folder), ``cache`` (folder, and whether it could be written),
+    ``implementations`` (how many each backend has, by operation), ``environment`` (of the variables that matter, those
+    that are set). Writes nothing.
+    """
+    import importlib.metadata
+
+    import platformdirs
+
+    try:
+        triton: str | None = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    counts: dict[str, dict[str, int]] = {}
+    for implementation in dispatch.implementations():
+        of = counts.setdefault(implementation.backend, {})
+        of[implementation.op] = of.get(implementation.op, 0) + 1
+    cache = Path(platformdirs.user_cache_dir("cnnfast"))
+    return {
+        **timing.machine(),
+        "triton": triton,
+        "package": str(Path(cnnfast.__file__).parent),
+        "cache": {"path": str(cache), "exists": cache.is_dir(), "writable": _writable(cache)},
+        "implementations": counts,
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+    }
+
+
+def _writable(path: Path) -> bool:
+    """Whether a folder can be written, or made: asked, not tried."""
+    existing = next((p for p in (path, *path.parents) if p.exists()), path)
+    return os.access(existing, os.W_OK)
+
+
+def _info(options: argparse.Namespace) -> int:
+    found = info()
+    if options.json:
+        _write(options.json, found)
+    gpu = found["gpu"]
+    versions = {**{k: found[k] for k in ("cnnfast", "torch", "python")}, "triton": found["triton"] or "not installed"}
+    rows = [
+        ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
+        ("CPU", f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads in use"),
+        ("instruction sets", ", ".join(found["isa"]) or "none of those that matter"),
+        ("GPU", f"{gpu['name']}, compute capability {gpu['capability']}" if gpu else "none"),
+        *((f"backend {name}", _backend(found, name, status)) for name, status in found["backends"].items()),
+        ("package", found["package"]),
+        ("cache", _cache(found["cache"])),
+        *(("environment", f"{name}={value}") for name, value in found["environment"].items()),
+    ]
+    print(_render.as_text(_render.table("", [("", "left"), ("", "left")], rows), markup=False))
+    return 0
+
+
+def _backend(found: dict[str, Any], name: str, status: str) -> str:
+    counts = found["implementations"].get(name, {})
+    return status + "".join(f"; {n} kernels for {op}" for op, n in counts.items())
+
+
+def _cache(cache: dict[str, Any]) -> str:
+    state = "in use" if cache["exists"] else "not made yet" if cache["writable"] else "not made"
+    return f"{cache['path']} ({state}{'' if cache['writable'] else ', not writable: nothing is kept'})"
+
+
+# ---- explain ---------------------------------------------------------------------------------------------------------
+
+
+def _explain(options: argparse.Namespace) -> int:
+    network = networks.load(options.network)
+    dtype = DTYPES[options.dtype]
+    x = _images(options.batch, options.size or network.size, dtype)
+    model = network.model.to(dtype)
+    if not options.torch:
+        model = cnnfast.convert(model, inplace=True)
+    explanation = cnnfast.explain(model, x, runs=options.runs)
+    print(explanation)
+    if options.json:
+        explanation.to_json(options.json)
+    if options.plot:
+        explanation.plot(options.plot)
+    return 0
+
+
+def _images(batch: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 3, size, size, generator=generator)
+    return x.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+# ---- bench -----------------------------------------------------------------------------------------------------------
+
+
+def workload(name: str, batch: int, dtype: torch.dtype, size: int | None = None) -> tuple[Any, torch.Tensor, str]:
+    """A model and its input, by name.
+
+    Args:
+        name: A network, or one layer of it by its module name: ``resnet50.layer1.0.conv2``, with the input that it has
+            there.
+        batch, dtype, size: Of the network's input, (batch, 3, size, size); None is the network's own size.
+
+    Returns:
+        (module in fp32, its input in ``dtype``, label of the weights).
+
+    Raises:
+        ValueError: no such network or layer.
+    """
+    head, _, layer = name.partition(".")
+    network = networks.load(head)
+    x = _images(batch, size or network.size, torch.float32)
+    if not layer:
+        return network.model, x.to(dtype), network.weights
+    try:
+        module = network.model.get_submodule(layer)
+    except AttributeError as error:
+        known = ", ".join(n for n, m in network.model.named_modules() if isinstance(m, torch.nn.Conv2d))
+        raise ValueError(f"{head} has no layer {layer!r}; its convolutions: {known}") from error
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad(), handle:
+        network.model(x)
+    if not seen:
+        raise ValueError(f"{name} isn't called in {head}'s forward")
+    return module, seen[0].detach().clone().to(dtype), network.weights
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    machine, dtype = timing.machine(), DTYPES[options.dtype]
+    records: list[dict[str, Any]] = []
+    with _progress() as report:
+        for i, name in enumerate(options.workloads):
+            report(name, i, len(options.workloads))
+            model, x, weights = workload(name, options.batch, dtype, options.size)
+
+            def step(done: int, total: int, name: str = name, i: int = i) -> None:
+                report(name, i + done / total, len(options.workloads))
+
+            records.append(bench.measure(
+                name, model, x, rounds=options.rounds, budget_s=options.budget, progress=step, weights=weights,
+            ))  # fmt: skip
+    print(_render.as_text(tables.results(records, machine)))
+    if options.output:
+        folder = Path(options.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / "bench.json", {"machine": machine, "records": records})
+        (folder / "bench.md").write_text(tables.markdown(records, machine), encoding="utf-8")
+        try:
+            plots.times(records, machine, folder / "bench.png")
+        except ImportError as error:
+            print(f"no plot: {error}", file=sys.stderr)
+        print(f"In {folder}: {', '.join(sorted(p.name for p in folder.glob('bench.*')))}")
+    wrong = [f"{r['workload']}: {', '.join(r['wrong'])}" for r in records if r["wrong"]]
+    for sentence in wrong:
+        print(f"wrong output: {sentence}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float, float], None]]:
+    """A progress bar on the error stream, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=1.0)
+        yield lambda text, done, total: progress.update(task, description=text, completed=done, total=total)
+
+
+def _write(path: str | Path, data: Any) -> None:
+    Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+# ---- the parser ------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("cnnfast", description="Convolution kernels for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"cnnfast {cnnfast.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="info | explain | bench")
+
+    command = commands.add_parser("info", help="what cnnfast finds on this machine")
+    command.add_argument("--json", metavar="PATH", help="also write it as JSON")
+    command.set_defaults(run=_info)
+
+    def common(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--batch", type=_positive, default=1)
+        command.add_argument("--size", type=_positive, help="height and width of the images; default: the network's")
+        command.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+
+    command = commands.add_parser("explain", help="which kernel serves each layer of a network, and why")
+    command.add_argument("network", help="torchvision's name of a classifier, or " + networks.LITE0)
+    common(command)
+    command.add_argument("--runs", type=_positive, default=5, help="timed runs")
+    command.add_argument("--torch", action="store_true", help="the network as it is, not converted")
+    command.add_argument("--json", metavar="PATH", help="also write it as JSON")
+    command.add_argument("--plot", metavar="PATH", help="also plot the time of each layer")
+    command.set_defaults(run=_explain)
+
+    command = commands.add_parser("bench", help="networks and layers on cnnfast against torch")
+    command.add_argument("workloads", nargs="*", default=list(NETWORKS), metavar="network[.layer]",
+                         help="as resnet50, or resnet50.layer1.0.conv2; default: " + " ".join(NETWORKS))  # fmt: skip
+    common(command)
+    command.add_argument("--threads", type=_positive, help="default: torch's")
+    command.add_argument("--rounds", type=_positive, default=15, help="samples of each competitor")
+    command.add_argument("--budget", type=float, default=20.0, help="seconds for each workload, at most")
+    command.add_argument("--output", metavar="DIR", help="write bench.json, bench.md and bench.png there")
+    command.set_defaults(run=_bench)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status: 0, or 1 after one sentence about what is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        status = int(options.run(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, ImportError, OSError, NotImplementedError) as error:
+        print(f"cnnfast: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,17 @@
+// The plain loops, for kernels that hand over the rare case they can't do exactly.
+#pragma once
+#include "../common/params.h"
+#include "primitives/vec.h"
+
+namespace cnnfast {
+namespace CNNFAST_ISA {
+
+template <class S>
+void direct_fprop(const Conv2dParams& p, const S* x, const S* w, const S* bias, S* y, int threads);
+template <class S>
+void direct_dgrad(const Conv2dParams& p, S* dx, const S* w, const S* g, int threads);
+template <class S>
+void direct_wgrad(const Conv2dParams& p, const S* x, S* dw, const S* g, int threads);
+
+}  // namespace CNNFAST_ISA
+}  // namespace cnnfast

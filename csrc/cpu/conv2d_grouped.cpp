@@ -1,0 +1,317 @@
+// Grouped convolution with as many output as input channels a group, 1 (depthwise), 2, 4, 8 or 16: fprop and dgrad.
+//
+//   y[n,k,p,q] = b[k] + sum_{r,s, c of k's group} x[n,c,h,w] * w[k,c,r,s]     h = p*stride_h - pad_h + r*dilation_h
+//
+// A vector holds whole groups of channels, the same ones for input and output. Input channel q of every group is spread
+// over its group's lanes by one shuffle and multiplied by a vector of weights packed in that order: every lane of every
+// FMA is useful, where a GEMM a group would use kGroup of them. Shuffles never cross a group, so neither does an Inf.
+//
+//   acc[pixel] += broadcast_in_group<q>(x[pixel moved by tap]) * w[tap][q]        8 pixels of one row x 1 vector a tile
+//
+// dgrad is fprop of the gradient, one stride-1 convolution for each residue class (conv2d_view.h).
+// A thread owns vectors of channels times rows of the output and packs the weights of 4 vectors at a time inside the
+// call. A tile inside the image reads x itself; one at the border, or of a 16-bit type, reads its window from a copy in
+// L1 [row][column][lanes] with the zeros of the padding. Sums are in float for float, bf16 and fp16, in double for
+// double; one rounding. Padding contributes nothing: a call that meets an Inf or a NaN among its weights is done again
+// by the direct kernel (zeros stand for the padding).
+#include "../common/kernel_table.h"
+#include "conv2d_direct.h"
+#include "conv2d_view.h"
+#include "pack.h"
+#include "primitives/parallel.h"
+#include "primitives/scratch.h"
+
+namespace cnnfast {
+namespace CNNFAST_ISA {
+namespace {
+
+constexpr int kMaxRows = 8;                     // pixels in a tile
+constexpr int64_t kVecs = 4;                    // vectors of channels at a time
+constexpr int64_t kMacsWorthThreads = 1 << 17;  // below, one thread
+constexpr int64_t kChain = 128;                 // products added up in a row; sums of sums stay accurate
+
+template <class T>
+struct TileArgs {
+  const T* x;                  // the first pixel's vector
+  int64_t pixel, row, column;  // elements between a tile's pixels, filter rows, filter columns
+  int64_t R, S;
+  int64_t flush_rows;  // filter rows in a chain
+  const T* w;          // [tap][q][lanes]
+  const T* bias;       // one vector
+  T* out;              // vectors `out_step` elements apart
+  int64_t out_step;
+};
+template <class T>
+using TileFn = void (*)(const TileArgs<T>&);
+
+template <class T, int kGroup, int q = 0>
+CNNFAST_INLINE void multiply(Vec<T>& acc, Vec<T> x, const Vec<T>* weights) {
+  if constexpr (q < kGroup) {
+    acc += broadcast_in_group<T, kGroup, q>(x) * weights[q];
+    multiply<T, kGroup, q + 1>(acc, x, weights);
+  }
+}
+
+template <class T, int kGroup, int MR>
+void tile(const TileArgs<T>& args) {
+  constexpr int VL = kLanes<T>;
+  Vec<T> total[MR], acc[MR];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) total[i] = load(args.bias);
+  const T* w = args.w;
+  for (int64_t r0 = 0; r0 < args.R; r0 += args.flush_rows) {
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) acc[i] = Vec<T>{};
+    const int64_t end = min(args.R, r0 + args.flush_rows);
+    for (int64_t r = r0; r < end; ++r) {
+      const T* x = args.x + r * args.row;
+      for (int64_t s = 0; s < args.S; ++s, x += args.column, w += kGroup * VL) {
+        Vec<T> weights[kGroup];
+#pragma GCC unroll 16
+        for (int q = 0; q < kGroup; ++q) weights[q] = load(w + q * VL);
+#pragma GCC unroll 8
+        for (int i = 0; i < MR; ++i) multiply<T, kGroup>(acc[i], load(x + i * args.pixel), weights);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; ++i) total[i] += acc[i];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; ++i) store(args.out + i * args.out_step, total[i]);
+}
+
+template <class T, int kGroup>
+constexpr TileFn<T> kTiles[kMaxRows + 1] = {nullptr,
+                                            tile<T, kGroup, 1>,
+                                            tile<T, kGroup, 2>,
+                                            tile<T, kGroup, 3>,
+                                            tile<T, kGroup, 4>,
+                                            tile<T, kGroup, 5>,
+                                            tile<T, kGroup, 6>,
+                                            tile<T, kGroup, 7>,
+                                            tile<T, kGroup, 8>};
+
+// Null where the vector is shorter than a group.
+template <class T>
+const TileFn<T>* tiles_for(int64_t group) {
+  if (group == 1) return kTiles<T, 1>;
+  if (group == 2) return kTiles<T, 2>;
+  if constexpr (kLanes<T> >= 4)
+    if (group == 4) return kTiles<T, 4>;
+  if constexpr (kLanes<T> >= 8)
+    if (group == 8) return kTiles<T, 8>;
+  if constexpr (kLanes<T> >= 16)
+    if (group == 16) return kTiles<T, 16>;
+  return nullptr;
+}
+
+template <class T, class S>
+class Worker {
+ public:
+  Worker(const Conv2dView& v, const TileFn<T>* tiles, const S* x, const S* w, const S* bias, S* y)
+      : v_(v), tiles_(tiles), x_(x), w_(w), bias_(bias), y_(y) {}
+
+  bool finite() const { return finite_; }
+
+  // Vectors [vec, last_vec) of rows [unit, last_unit) of the batch. False: out of memory.
+  bool run(int64_t vec, int64_t last_vec, int64_t unit, int64_t last_unit) {
+    if (vec == last_vec || unit == last_unit) return true;
+    const int64_t vecs = min(kVecs, last_vec - vec);
+    weights_ = 1 + taps() * v_.C;
+    const auto carve = [&](Carver carver) {
+      packed_ = carver.take<T>(vecs * weights_ * VL);
+      tile_ = carver.take<T>(kMaxRows * VL);
+      window_ = carver.take<T>(v_.R * kMaxRows * v_.S * VL);
+      return carver.used();
+    };
+    void* scratch = thread_scratch(carve(Carver(nullptr)));
+    if (!scratch) return false;
+    carve(Carver(scratch));
+    for (; vec < last_vec; vec += vecs) {
+      const int64_t count = min(vecs, last_vec - vec);
+      for (int64_t j = 0; j < count; ++j) pack(vec + j, packed_ + j * weights_ * VL);
+      for (int64_t u = unit; u < last_unit; ++u)
+        for (int64_t j = 0; j < count; ++j) run_row(vec + j, packed_ + j * weights_ * VL, u / v_.P, u % v_.P);
+    }
+    return true;
+  }
+
+ private:
+  static constexpr int64_t VL = kLanes<T>;
+
+  int64_t taps() const { return v_.R * v_.S; }
+  int64_t channels() const { return v_.G * v_.C; }
+  // One vector's bias, then its weights [tap][q][lane].
+  void pack(int64_t vec, T* out) {
+    const int64_t channel = vec * VL, lanes = min(VL, channels() - channel);
+    store(out, bias_ ? load_wide(bias_ + channel, lanes) : Vec<T>{});
+    out += VL;
+    const S* w = w_ + channel / v_.C * v_.w_g;
+    if (!taps()) return;
+    if (v_.w_g == v_.C * v_.w_k) {
+      finite_ &= pack_panel<T>(out, w, {lanes, 1, v_.C, v_.R, v_.S, v_.w_k, v_.w_c, v_.w_r, v_.w_s});
+      return;
+    }
+    Vec<T> check{};
+    for (int64_t r = 0; r < v_.R; ++r)
+      for (int64_t s = 0; s < v_.S; ++s)
+        for (int64_t q = 0; q < v_.C; ++q, out += VL) {
+          const S* in = w + r * v_.w_r + s * v_.w_s + q * v_.w_c;
+          Vec<T> value{};
+          for (int64_t l = 0; l < lanes; ++l) value[l] = widen_one(in[l / v_.C * v_.w_g + l % v_.C * v_.w_k]);
+          check += value * T(0);
+          store(out, value);
+        }
+    for (int l = 0; l < VL; ++l) finite_ &= check[l] == T(0);
+  }
+
+  void run_row(int64_t vec, const T* packed, int64_t n, int64_t p) {
+    const int64_t channel = vec * VL, lanes = min(VL, channels() - channel), tiles = ceil_div(v_.Q, kMaxRows);
+    const int64_t h0 = p * v_.stride_h - v_.pad_h;
+    const bool rows_inside = h0 >= 0 && h0 + (v_.R - 1) * v_.dilation_h < v_.H;
+    const S* x = x_ + n * v_.x_n + channel;
+    S* y = y_ + n * v_.y_n + p * v_.y_h + channel;
+    TileArgs<T> args;
+    args.bias = packed, args.w = packed + VL;
+    args.R = v_.R, args.S = v_.S;
+    args.flush_rows = max(1, kChain / max(1, v_.S * v_.C));
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t q = v_.Q * t / tiles, pixels = v_.Q * (t + 1) / tiles - q, w0 = q * v_.stride_w - v_.pad_w;
+      const bool inside =
+          rows_inside && w0 >= 0 && w0 + (pixels - 1) * v_.stride_w + (v_.S - 1) * v_.dilation_w < v_.W && lanes == VL;
+      bool direct = false;
+      if constexpr (kSame<S, T>) {
+        if (inside && taps()) {
+          direct = true;
+          args.x = x + h0 * v_.x_h + w0 * v_.x_w;
+          args.pixel = v_.stride_w * v_.x_w, args.row = v_.dilation_h * v_.x_h, args.column = v_.dilation_w * v_.x_w;
+        }
+      }
+      if (!direct) copy_window(x, h0, w0, pixels, lanes, args);
+      run_tile(args, y + q * v_.y_w, pixels, lanes);
+    }
+  }
+
+  // The window of one tile: every tap's pixels beside each other, or where taps share pixels the columns just once.
+  void copy_window(const S* x, int64_t h0, int64_t w0, int64_t pixels, int64_t lanes, TileArgs<T>& args) {
+    const bool shared = v_.dilation_w == 1 && v_.stride_w <= v_.S;
+    const int64_t columns = shared ? (pixels - 1) * v_.stride_w + v_.S : pixels * v_.S;
+    args.x = window_;
+    args.pixel = (shared ? v_.stride_w : v_.S) * VL, args.row = columns * VL, args.column = VL;
+    T* out = window_;
+    for (int64_t r = 0; r < v_.R; ++r) {
+      const int64_t h = h0 + r * v_.dilation_h;
+      const bool inside = h >= 0 && h < v_.H;
+      for (int64_t i = 0; i < columns; ++i, out += VL) {
+        const int64_t w = w0 + (shared ? i : i / v_.S * v_.stride_w + i % v_.S * v_.dilation_w);
+        if (!inside || w < 0 || w >= v_.W)
+          store(out, Vec<T>{});
+        else if (lanes == VL)
+          store(out, load_wide(x + h * v_.x_h + w * v_.x_w));
+        else
+          store(out, load_wide(x + h * v_.x_h + w * v_.x_w, lanes));
+      }
+    }
+  }
+
+  void run_tile(TileArgs<T>& args, S* y, int64_t pixels, int64_t lanes) {
+    if constexpr (kSame<S, T>) {
+      if (lanes == VL) {
+        args.out = y, args.out_step = v_.y_w;
+        tiles_[pixels](args);
+        return;
+      }
+    }
+    args.out = tile_, args.out_step = VL;
+    tiles_[pixels](args);
+    for (int64_t m = 0; m < pixels; ++m) {
+      if (lanes == VL)
+        store_narrow(y + m * v_.y_w, load(tile_ + m * VL));
+      else
+        store_narrow(y + m * v_.y_w, load(tile_ + m * VL), lanes);
+    }
+  }
+
+  const Conv2dView& v_;
+  const TileFn<T>* tiles_;
+  const S *x_, *w_, *bias_;
+  S* y_;
+  int64_t weights_ = 0;  // vectors of one packed vector of channels
+  T *packed_ = nullptr, *tile_ = nullptr, *window_ = nullptr;
+  bool finite_ = true;
+};
+
+// What became of a call; the threads only ever set these.
+struct Outcome {
+  bool no_memory = false;
+  bool not_finite = false;  // a weight is Inf or NaN, and zeros stood for the padding beside it
+};
+
+// The share of one thread in one view.
+template <class S>
+void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, int threads, int64_t task,
+              Outcome& outcome) {
+  using T = Compute<S>;
+  const int64_t vecs = ceil_div(v.G * v.C, kLanes<T>), units = v.N * v.P;
+  const TileFn<T>* tiles = tiles_for<T>(v.C);
+  if (vecs * units * v.Q == 0 || !tiles) return;
+  // Vectors are the better half to share: no weights are packed and no rows copied twice.
+  const int64_t threads_v = vecs % threads == 0 || vecs >= 4 * threads ? threads : gcd(vecs, threads);
+  const int64_t threads_u = threads / threads_v, tv = task / threads_u, tu = task % threads_u;
+  Worker<T, S> worker(v, tiles, x, w, bias, y);
+  if (!worker.run(vecs * tv / threads_v, vecs * (tv + 1) / threads_v, units * tu / threads_u,
+                  units * (tu + 1) / threads_u))
+    __atomic_store_n(&outcome.no_memory, true, __ATOMIC_RELAXED);
+  if (!worker.finite() && reaches_padding(v)) __atomic_store_n(&outcome.not_finite, true, __ATOMIC_RELAXED);
+}
+
+int useful_threads(const Conv2dParams& p, int threads) {
+  return p.N * p.P * p.Q * p.K * (p.C / p.G) * p.R * p.S < kMacsWorthThreads ? 1 : threads;
+}
+
+constexpr const char* kNoMemory = "out of memory";
+
+template <class S>
+const char* launch_fprop(const void* params, const Launch& l) {
+  const Conv2dParams& p = *static_cast<const Conv2dParams*>(params);
+  const S *x = static_cast<const S*>(l.operands[0]), *w = static_cast<const S*>(l.operands[1]);
+  const S* bias = static_cast<const S*>(l.operands[2]);
+  S* y = static_cast<S*>(l.operands[3]);
+  const int threads = useful_threads(p, l.threads);
+  Outcome outcome;
+  parallel_for(threads, threads, [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, threads, task, outcome); });
+  if (outcome.no_memory) return kNoMemory;
+  if (outcome.not_finite) direct_fprop(p, x, w, bias, y, l.threads);
+  return nullptr;
+}
+
+template <class S>
+const char* launch_dgrad(const void* params, const Launch& l) {
+  const Conv2dParams& p = *static_cast<const Conv2dParams*>(params);
+  S* dx = static_cast<S*>(l.operands[0]);
+  const S *w = static_cast<const S*>(l.operands[1]), *g = static_cast<const S*>(l.operands[3]);
+  const int threads = useful_threads(p, l.threads);
+  Outcome outcome;
+  parallel_for(threads, threads, [&](int64_t task) {
+    for_each_dgrad_view(p, [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
+      run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads, task, outcome);
+    });
+  });
+  if (outcome.no_memory) return kNoMemory;
+  if (outcome.not_finite) direct_dgrad(p, dx, w, g, l.threads);
+  return nullptr;
+}
+
+}  // namespace
+
+CNNFAST_KERNEL("conv2d_grouped.fprop.f32", Conv2dParams, launch_fprop<float>, nullptr)
+CNNFAST_KERNEL("conv2d_grouped.fprop.f64", Conv2dParams, launch_fprop<double>, nullptr)
+CNNFAST_KERNEL("conv2d_grouped.fprop.bf16", Conv2dParams, launch_fprop<BFloat16>, nullptr)
+CNNFAST_KERNEL("conv2d_grouped.fprop.f16", Conv2dParams, launch_fprop<Float16>, nullptr)
+CNNFAST_KERNEL("conv2d_grouped.dgrad.f32", Conv2dParams, launch_dgrad<float>, nullptr)
+CNNFAST_KERNEL("conv2d_grouped.dgrad.f64", Conv2dParams, launch_dgrad<double>, nullptr)
+CNNFAST_KERNEL("conv2d_grouped.dgrad.bf16", Conv2dParams, launch_dgrad<BFloat16>, nullptr)
+CNNFAST_KERNEL("conv2d_grouped.dgrad.f16", Conv2dParams, launch_dgrad<Float16>, nullptr)
+
+}  // namespace CNNFAST_ISA
+}  // namespace cnnfast

@@ -1,0 +1,229 @@
+// The register tile of every implicit GEMM: MR x NV accumulators that never leave the registers.
+//
+//   acc[i][j] += A(i, k) * B(k, j)     i < MR rows, j < NV vectors, k over `taps` runs of `run` steps each
+//
+// A is broadcast element by element, B is read as vectors, one packed row of NV vectors a step. A tap is only an offset
+// of A (one filter tap, one input row, ...), so that one tile serves any kernel size, stride and dilation. Two ways
+// to walk A: kRowsApart (fprop, dgrad): a row is a pixel, rows are `a_row` bytes apart and a step is one element;
+// otherwise (wgrad): a row is a channel, rows are adjacent and a step is `a_step` bytes, one pixel.
+//
+// A single chain of additions loses accuracy with its length, so a chain is at most about kChain steps long: then the
+// accumulators are added to a copy in L1 and start again from zero, which costs some 2 %. The blocked sum's error is
+// that of good BLAS libraries.
+//
+// 14 x 2 accumulators of AVX-512 need 16 loads for 28 FMAs and 31 of the 32 registers; 6 x 2 of AVX2 need 8 for 12 and
+// 15 of 16. Both run at the FMA units' speed with B coming from L2.
+#pragma once
+#include "primitives/vec.h"
+
+namespace cnnfast {
+namespace CNNFAST_ISA {
+
+// The most vectors a tile is wide, and the most rows it has at each width.
+constexpr int kMaxTileVecs = 2;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMaxTileRows[kMaxTileVecs + 1] = {0, 14, 14};
+#else
+constexpr int kMaxTileRows[kMaxTileVecs + 1] = {0, 12, 6};
+#endif
+constexpr int kMostTileRows = kMaxTileRows[1] > kMaxTileRows[2] ? kMaxTileRows[1] : kMaxTileRows[2];
+
+constexpr int64_t kChain = 128;
+
+struct Tap {
+  int64_t offset;  // of A, in bytes
+  int32_t run;     // steps
+  int32_t flush;   // a chain ends after this tap
+};
+
+// Lists taps, cutting long runs and marking where chains end.
+class TapList {
+ public:
+  // How many entries `count` runs of `run` steps take at most.
+  static int64_t capacity(int64_t count, int64_t run) { return count * (ceil_div(run, kChain) + 1) + 1; }
+
+  explicit TapList(Tap* taps) : taps_(taps) {}
+  // A run of `run` steps that are `step` bytes apart.
+  void add(int64_t offset, int64_t run, int64_t step) {
+    const int64_t piece = round_up(ceil_div(run, ceil_div(run, kChain)), 4);
+    for (int64_t i = 0; i < run; i += piece) {
+      const int64_t n = min(piece, run - i);
+      if (chain_ && chain_ + n > kChain) taps_[count_ - 1].flush = 1, chain_ = 0;
+      taps_[count_++] = {offset + i * step, static_cast<int32_t>(n), 0};
+      chain_ += n;
+    }
+  }
+  int64_t size() const { return count_; }
+
+ private:
+  Tap* taps_;
+  int64_t count_ = 0, chain_ = 0;
+};
+
+template <class T>
+struct TileArgs {
+  const T* a;
+  int64_t a_row, a_step;  // bytes; see above which one is used
+  const Tap* taps;
+  int64_t ntaps;
+  const T* b;     // as many rows of NV vectors as the taps have steps
+  const T* init;  // added at the end: rows of NV vectors, `init_row` elements apart
+  int64_t init_row;
+  T* chains;  // room for MR rows of NV vectors
+  T* out;     // rows `out_row` elements apart
+  int64_t out_row;
+};
+
+template <class T>
+using TileFn = void (*)(const TileArgs<T>&);
+
+// Address of row i from row 0 and row 5 with the row distance, 3 and 5 times it: x86's scaled addressing reaches 14
+// rows from five registers.
+template <int i>
+CNNFAST_INLINE const char* row_address(const char* row0, const char* row5, int64_t d, int64_t d3, int64_t d5) {
+  static_assert(i < 14);
+  if constexpr (i == 0) return row0;
+  if constexpr (i == 1) return row0 + d;
+  if constexpr (i == 2) return row0 + d * 2;
+  if constexpr (i == 3) return row0 + d3;
+  if constexpr (i == 4) return row0 + d * 4;
+  if constexpr (i == 5) return row0 + d5;
+  if constexpr (i == 6) return row0 + d3 * 2;
+  if constexpr (i == 7) return row5 + d * 2;
+  if constexpr (i == 8) return row0 + d * 8;
+  if constexpr (i == 9) return row5 + d * 4;
+  if constexpr (i == 10) return row0 + d5 * 2;
+  if constexpr (i == 11) return row5 + d3 * 2;
+  if constexpr (i == 12) return row0 + d3 * 4;
+  return row5 + d * 8;
+}
+
+template <class T, int MR, int NV, bool kRowsApart, int i>
+CNNFAST_INLINE void tile_row(Vec<T> (&acc)[MR][NV], const Vec<T> (&b)[NV], const char* row0, const char* row5,
+                             int64_t d, int64_t d3, int64_t d5) {
+  if constexpr (i < MR) {
+    const char* p;
+    if constexpr (kRowsApart)
+      p = row_address<i>(row0, row5, d, d3, d5);
+    else
+      p = row0 + i * sizeof(T);
+    const Vec<T> a = broadcast(*reinterpret_cast<const T*>(p));
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) acc[i][j] += a * b[j];
+    tile_row<T, MR, NV, kRowsApart, i + 1>(acc, b, row0, row5, d, d3, d5);
+  }
+}
+
+template <class T, int MR, int NV, bool kRowsApart>
+CNNFAST_INLINE void tile_step(Vec<T> (&acc)[MR][NV], const T* bp, const char*& row0, const char*& row5, int64_t& d,
+                              int64_t& d3, int64_t& d5) {
+  // Opaque at every step: otherwise the compiler turns the row addresses into a pointer each and spills them.
+  if constexpr (kRowsApart)
+    asm("" : "+r"(row0), "+r"(row5), "+r"(d), "+r"(d3), "+r"(d5));
+  else
+    asm("" : "+r"(row0));
+  Vec<T> b[NV];
+#pragma GCC unroll 2
+  for (int j = 0; j < NV; ++j) b[j] = load(bp + j * kLanes<T>);
+  tile_row<T, MR, NV, kRowsApart, 0>(acc, b, row0, row5, d, d3, d5);
+}
+
+template <class T, int MR, int NV>
+CNNFAST_INLINE void add_rows(Vec<T> (&acc)[MR][NV], const T* rows, int64_t distance) {
+  if (!rows) return;
+#pragma GCC unroll 14
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) acc[i][j] += load(rows + i * distance + j * kLanes<T>);
+}
+
+template <class T, int MR, int NV>
+CNNFAST_INLINE void store_rows(T* rows, int64_t distance, const Vec<T> (&acc)[MR][NV]) {
+#pragma GCC unroll 14
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) store(rows + i * distance + j * kLanes<T>, acc[i][j]);
+}
+
+template <class T, int MR, int NV, bool kRowsApart>
+void tile(const TileArgs<T>& args) {
+  constexpr int VL = kLanes<T>;
+  constexpr int kUnroll = 4;
+  Vec<T> acc[MR][NV];
+#pragma GCC unroll 14
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) acc[i][j] = Vec<T>{};
+  bool flushed = false;
+  const T* bp = args.b;
+  int64_t d = args.a_row, d3 = 3 * d, d5 = 5 * d;
+  const int64_t step = kRowsApart ? sizeof(T) : args.a_step;
+  for (int64_t t = 0; t < args.ntaps; ++t) {
+    const char* row0 = reinterpret_cast<const char*>(args.a) + args.taps[t].offset;
+    const char* row5 = row0 + d5;
+    int64_t n = args.taps[t].run;
+    for (; n >= kUnroll; n -= kUnroll) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnroll; ++u) {
+        tile_step<T, MR, NV, kRowsApart>(acc, bp + u * NV * VL, row0, row5, d, d3, d5);
+        row0 += step;
+        row5 += step;
+      }
+      bp += kUnroll * NV * VL;
+    }
+    for (; n > 0; --n) {
+      tile_step<T, MR, NV, kRowsApart>(acc, bp, row0, row5, d, d3, d5);
+      row0 += step;
+      row5 += step;
+      bp += NV * VL;
+    }
+    if (args.taps[t].flush) {
+      add_rows<T, MR, NV>(acc, flushed ? args.chains : nullptr, NV * VL);
+      store_rows<T, MR, NV>(args.chains, NV * VL, acc);
+      flushed = true;
+#pragma GCC unroll 14
+      for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) acc[i][j] = Vec<T>{};
+    }
+  }
+  add_rows<T, MR, NV>(acc, flushed ? args.chains : nullptr, NV * VL);
+  add_rows<T, MR, NV>(acc, args.init, args.init_row);
+  store_rows<T, MR, NV>(args.out, args.out_row, acc);
+}
+
+template <class T, bool kRowsApart, int NV, int MR>
+constexpr TileFn<T> tile_or_null() {
+  if constexpr (MR <= kMaxTileRows[NV])
+    return tile<T, MR, NV, kRowsApart>;
+  else
+    return nullptr;
+}
+
+#define CNNFAST_TILES(NV)                 \
+  {nullptr,                               \
+   tile_or_null<T, kRowsApart, NV, 1>(),  \
+   tile_or_null<T, kRowsApart, NV, 2>(),  \
+   tile_or_null<T, kRowsApart, NV, 3>(),  \
+   tile_or_null<T, kRowsApart, NV, 4>(),  \
+   tile_or_null<T, kRowsApart, NV, 5>(),  \
+   tile_or_null<T, kRowsApart, NV, 6>(),  \
+   tile_or_null<T, kRowsApart, NV, 7>(),  \
+   tile_or_null<T, kRowsApart, NV, 8>(),  \
+   tile_or_null<T, kRowsApart, NV, 9>(),  \
+   tile_or_null<T, kRowsApart, NV, 10>(), \
+   tile_or_null<T, kRowsApart, NV, 11>(), \
+   tile_or_null<T, kRowsApart, NV, 12>(), \
+   tile_or_null<T, kRowsApart, NV, 13>(), \
+   tile_or_null<T, kRowsApart, NV, 14>()}
+
+// The tile of `rows` x `vecs`.
+template <class T, bool kRowsApart>
+CNNFAST_INLINE TileFn<T> tile_function(int64_t rows, int64_t vecs) {
+  static constexpr TileFn<T> kTable[kMaxTileVecs][15] = {CNNFAST_TILES(1), CNNFAST_TILES(2)};
+  return kTable[vecs - 1][rows];
+}
+#undef CNNFAST_TILES
+
+}  // namespace CNNFAST_ISA
+}  // namespace cnnfast

@@ -1,0 +1,38 @@
+#include "parallel.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#include <pthread.h>
+
+namespace cnnfast {
+namespace {
+
+bool in_forked_child = false;
+
+// Registered when the module is loaded, so before any fork that could follow a parallel region of ours.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+
+}  // namespace
+
+void run_tasks(int threads, int64_t tasks, TaskFn fn, const void* context) {
+#ifdef _OPENMP
+  if (threads > tasks) threads = static_cast<int>(tasks);
+  if (threads > 1 && !in_forked_child && !omp_in_parallel()) {
+#pragma omp parallel num_threads(threads)
+    {
+      // The team may be smaller than asked for.
+      const int64_t team = omp_get_num_threads();
+      const int64_t me = omp_get_thread_num();
+      const int64_t end = tasks * (me + 1) / team;
+      for (int64_t task = tasks * me / team; task < end; ++task) fn(context, task);
+    }
+    return;
+  }
+#else
+  (void)threads;
+#endif
+  for (int64_t task = 0; task < tasks; ++task) fn(context, task);
+}
+
+}  // namespace cnnfast

@@ -1,0 +1,306 @@
+// SIMD for one source and every instruction set, by the compiler's vector extensions.
+//
+// The vector length follows from the flags the file is compiled with: 64 bytes with AVX-512, 32 with AVX2, 16 otherwise
+// (SSE2, NEON, or scalar code where there is neither). Everything lives in a namespace that carries the ISA's name: the
+// same inline function compiled for AVX-512 and for the portable path must stay two functions, or the linker would keep
+// one of them for both. For the same reason kernel files use no STL.
+//
+// Storage types: float, double, BFloat16, Float16. The 16-bit ones are only loaded and stored; arithmetic is in float.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC's own headers read an undefined vector on purpose (bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#else
+#include <immintrin.h>
+#endif
+#endif
+
+namespace cnnfast {
+namespace CNNFAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+#define CNNFAST_INLINE inline __attribute__((always_inline))
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct VecTypes;
+template <>
+struct VecTypes<float> {
+  typedef float Vec __attribute__((vector_size(kVecBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVecBytes), aligned(4), may_alias));
+  typedef int32_t Index __attribute__((vector_size(kVecBytes)));
+};
+template <>
+struct VecTypes<double> {
+  typedef double Vec __attribute__((vector_size(kVecBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVecBytes), aligned(8), may_alias));
+  typedef int64_t Index __attribute__((vector_size(kVecBytes)));
+};
+template <class T>
+using Vec = typename VecTypes<T>::Vec;
+template <class T>
+using VecIndex = typename VecTypes<T>::Index;
+template <class T>
+constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(T));
+
+// The type a storage type is computed in.
+template <class S>
+struct ComputeOf {
+  using Type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using Type = double;
+};
+template <class S>
+using Compute = typename ComputeOf<S>::Type;
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+CNNFAST_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+CNNFAST_INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+CNNFAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+CNNFAST_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+template <class T>
+CNNFAST_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecTypes<T>::Unaligned*>(p);
+}
+template <class T>
+CNNFAST_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VecTypes<T>::Unaligned*>(p) = v;
+}
+// x - 0 is x for every x, -0 and NaN included, so this is one broadcast.
+template <class T>
+CNNFAST_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
+// The first n of a vector's elements, 0 <= n <= lanes; the rest are zero. Nothing beyond them is read or written.
+CNNFAST_INLINE Vec<float> load_partial(const float* p, int64_t n) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  Vec<float> v{};
+  memcpy(&v, p, static_cast<size_t>(n) * sizeof(float));
+  return v;
+#endif
+}
+CNNFAST_INLINE Vec<double> load_partial(const double* p, int64_t n) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+#else
+  Vec<double> v{};
+  memcpy(&v, p, static_cast<size_t>(n) * sizeof(double));
+  return v;
+#endif
+}
+CNNFAST_INLINE void store_partial(float* p, Vec<float> v, int64_t n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#else
+  memcpy(p, &v, static_cast<size_t>(n) * sizeof(float));
+#endif
+}
+CNNFAST_INLINE void store_partial(double* p, Vec<double> v, int64_t n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v);
+#else
+  memcpy(p, &v, static_cast<size_t>(n) * sizeof(double));
+#endif
+}
+
+// Half a vector of 16-bit storage: as many elements as a float vector has lanes.
+typedef uint16_t HalfVec __attribute__((vector_size(kVecBytes / 2)));
+typedef uint16_t HalfVecUnaligned __attribute__((vector_size(kVecBytes / 2), aligned(2), may_alias));
+typedef uint32_t BitsVec __attribute__((vector_size(kVecBytes)));
+
+CNNFAST_INLINE Vec<float> widen(HalfVec h, BFloat16) { return (Vec<float>)(__builtin_convertvector(h, BitsVec) << 16); }
+
+// Round to nearest even; a NaN stays a NaN (quiet, its upper payload kept).
+CNNFAST_INLINE HalfVec narrow(Vec<float> v, BFloat16) {
+  BitsVec bits = (BitsVec)v;
+  BitsVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  BitsVec quiet = (bits >> 16) | 0x40u;
+  BitsVec is_nan = (BitsVec)((bits & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector((quiet & is_nan) | (rounded & ~is_nan), HalfVec);
+}
+
+CNNFAST_INLINE Vec<float> widen(HalfVec h, Float16) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps((__m128i)h);
+#else
+  // The exponent moves by 112 through a multiplication, which also normalises subnormals; Inf and NaN get theirs by
+  // hand.
+  BitsVec bits = __builtin_convertvector(h, BitsVec);
+  BitsVec magnitude = (bits & 0x7fffu) << 13;
+  BitsVec special = (BitsVec)(magnitude >= (0x7c00u << 13));
+  Vec<float> scaled = (Vec<float>)magnitude * 0x1p112f;
+  BitsVec out = ((BitsVec)scaled & ~special) | ((magnitude | 0x7f800000u) & special);
+  return (Vec<float>)(out | ((bits & 0x8000u) << 16));
+#endif
+}
+
+CNNFAST_INLINE HalfVec narrow(Vec<float> v, Float16) {
+#if defined(__AVX512F__)
+  return (HalfVec)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (HalfVec)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  BitsVec bits = (BitsVec)v;
+  BitsVec sign = (bits >> 16) & 0x8000u;
+  BitsVec x = bits & 0x7fffffffu;
+  BitsVec normal = (x - (112u << 23) + 0xfffu + ((x >> 13) & 1u)) >> 13;
+  // Adding 0.5 rounds to a multiple of 2^-24, the smallest subnormal; its count is left in the low bits.
+  BitsVec subnormal = (BitsVec)((Vec<float>)x + 0.5f) - 0x3f000000u;
+  BitsVec nan = 0x7e00u | ((x >> 13) & 0x3ffu);
+  BitsVec is_subnormal = (BitsVec)(x < 0x38800000u);
+  BitsVec is_inf = (BitsVec)(x >= 0x47800000u);
+  BitsVec is_nan = (BitsVec)(x > 0x7f800000u);
+  BitsVec out = (subnormal & is_subnormal) | (normal & ~is_subnormal);
+  out = (0x7c00u & is_inf) | (out & ~is_inf);
+  out = (nan & is_nan) | (out & ~is_nan);
+  return __builtin_convertvector(out | sign, HalfVec);
+#endif
+}
+
+// Loads and stores of any storage type through its compute type.
+CNNFAST_INLINE Vec<float> load_wide(const float* p) { return load(p); }
+CNNFAST_INLINE Vec<double> load_wide(const double* p) { return load(p); }
+CNNFAST_INLINE Vec<float> load_wide(const float* p, int64_t n) { return load_partial(p, n); }
+CNNFAST_INLINE Vec<double> load_wide(const double* p, int64_t n) { return load_partial(p, n); }
+template <class S>
+CNNFAST_INLINE Vec<float> load_wide(const S* p) {
+  return widen(*reinterpret_cast<const HalfVecUnaligned*>(p), S{});
+}
+template <class S>
+CNNFAST_INLINE Vec<float> load_wide(const S* p, int64_t n) {
+  HalfVec h{};
+  memcpy(&h, p, static_cast<size_t>(n) * sizeof(S));
+  return widen(h, S{});
+}
+CNNFAST_INLINE void store_narrow(float* p, Vec<float> v) { store(p, v); }
+CNNFAST_INLINE void store_narrow(double* p, Vec<double> v) { store(p, v); }
+CNNFAST_INLINE void store_narrow(float* p, Vec<float> v, int64_t n) { store_partial(p, v, n); }
+CNNFAST_INLINE void store_narrow(double* p, Vec<double> v, int64_t n) { store_partial(p, v, n); }
+template <class S>
+CNNFAST_INLINE void store_narrow(S* p, Vec<float> v) {
+  *reinterpret_cast<HalfVecUnaligned*>(p) = narrow(v, S{});
+}
+template <class S>
+CNNFAST_INLINE void store_narrow(S* p, Vec<float> v, int64_t n) {
+  HalfVec h = narrow(v, S{});
+  memcpy(p, &h, static_cast<size_t>(n) * sizeof(S));
+}
+
+// One element.
+CNNFAST_INLINE float widen_one(float x) { return x; }
+CNNFAST_INLINE double widen_one(double x) { return x; }
+CNNFAST_INLINE float widen_one(BFloat16 x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  memcpy(&f, &bits, sizeof f);
+  return f;
+}
+CNNFAST_INLINE float widen_one(Float16 x) { return load_wide(&x, 1)[0]; }
+CNNFAST_INLINE void narrow_one(float* p, float x) { *p = x; }
+CNNFAST_INLINE void narrow_one(double* p, double x) { *p = x; }
+template <class S>
+CNNFAST_INLINE void narrow_one(S* p, float x) {
+  store_narrow(p, broadcast(x), 1);
+}
+
+// {a0 b0 a1 b1 ...} of the lower and of the upper halves.
+template <class T>
+CNNFAST_INLINE Vec<T> interleave_low(Vec<T> a, Vec<T> b) {
+  using I = VecIndex<T>;
+  if constexpr (kLanes<T> == 16)
+    return __builtin_shuffle(a, b, I{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+  else if constexpr (kLanes<T> == 8)
+    return __builtin_shuffle(a, b, I{0, 8, 1, 9, 2, 10, 3, 11});
+  else if constexpr (kLanes<T> == 4)
+    return __builtin_shuffle(a, b, I{0, 4, 1, 5});
+  else
+    return __builtin_shuffle(a, b, I{0, 2});
+}
+template <class T>
+CNNFAST_INLINE Vec<T> interleave_high(Vec<T> a, Vec<T> b) {
+  using I = VecIndex<T>;
+  if constexpr (kLanes<T> == 16)
+    return __builtin_shuffle(a, b, I{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+  else if constexpr (kLanes<T> == 8)
+    return __builtin_shuffle(a, b, I{4, 12, 5, 13, 6, 14, 7, 15});
+  else if constexpr (kLanes<T> == 4)
+    return __builtin_shuffle(a, b, I{2, 6, 3, 7});
+  else
+    return __builtin_shuffle(a, b, I{1, 3});
+}
+
+// v[i][j] <-> v[j][i], in place. Interleaving vector i with vector i + n/2 rotates the bits of the element's address by
+// one; log2(n) such rounds exchange row and column.
+template <class T>
+CNNFAST_INLINE void transpose(Vec<T>* v) {
+  constexpr int n = kLanes<T>;
+#pragma GCC unroll 4
+  for (int round = 1; round < n; round *= 2) {
+    Vec<T> u[n];
+#pragma GCC unroll 8
+    for (int i = 0; i < n / 2; ++i) {
+      u[2 * i] = interleave_low<T>(v[i], v[i + n / 2]);
+      u[2 * i + 1] = interleave_high<T>(v[i], v[i + n / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) v[i] = u[i];
+  }
+}
+
+// Lane l gets the value of lane q of l's group of kGroup lanes.
+#define CNNFAST_LANE(l) (l) / kGroup* kGroup + kLane
+template <class T, int kGroup, int kLane>
+CNNFAST_INLINE Vec<T> broadcast_in_group(Vec<T> v) {
+  using I = VecIndex<T>;
+  if constexpr (kGroup == 1)
+    return v;
+  else if constexpr (kLanes<T> == 16)
+    return __builtin_shuffle(
+        v, I{CNNFAST_LANE(0), CNNFAST_LANE(1), CNNFAST_LANE(2), CNNFAST_LANE(3), CNNFAST_LANE(4), CNNFAST_LANE(5),
+             CNNFAST_LANE(6), CNNFAST_LANE(7), CNNFAST_LANE(8), CNNFAST_LANE(9), CNNFAST_LANE(10), CNNFAST_LANE(11),
+             CNNFAST_LANE(12), CNNFAST_LANE(13), CNNFAST_LANE(14), CNNFAST_LANE(15)});
+  else if constexpr (kLanes<T> == 8)
+    return __builtin_shuffle(v, I{CNNFAST_LANE(0), CNNFAST_LANE(1), CNNFAST_LANE(2), CNNFAST_LANE(3), CNNFAST_LANE(4),
+                                  CNNFAST_LANE(5), CNNFAST_LANE(6), CNNFAST_LANE(7)});
+  else if constexpr (kLanes<T> == 4)
+    return __builtin_shuffle(v, I{CNNFAST_LANE(0), CNNFAST_LANE(1), CNNFAST_LANE(2), CNNFAST_LANE(3)});
+  else
+    return __builtin_shuffle(v, I{CNNFAST_LANE(0), CNNFAST_LANE(1)});
+}
+#undef CNNFAST_LANE
+
+}  // namespace CNNFAST_ISA
+}  // namespace cnnfast

@@ -1,0 +1,57 @@
+"""The differentiable functions of cnnfast beside torch's, with arguments: what the tests of derivatives run over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnnfast import functional
+
+CL = torch.channels_last
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A function of tensors, ours and torch's, and the shapes and layouts of its tensors; the first is the input."""
+
+    name: str
+    ours: Callable[..., Any]
+    torchs: Callable[..., Any]
+    shapes: Sequence[tuple[int, ...]]
+    channels_last: bool = False
+
+    def tensors(self, dtype: torch.dtype = torch.float64, grad: bool = False, seed: int = 0) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        made = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in self.shapes]
+        if self.channels_last:
+            made = [t.to(memory_format=CL) if t.dim() == 4 else t for t in made]
+        return tuple(t.requires_grad_(grad) for t in made)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _conv2d(name: str, shapes: Sequence[tuple[int, ...]], channels_last: bool = False, **kwargs: Any) -> Function:
+    return Function(
+        f"conv2d {name}",
+        lambda *t: functional.conv2d(*t, **kwargs),
+        lambda *t: torch.nn.functional.conv2d(*t, **kwargs),
+        shapes,
+        channels_last,
+    )
+
+
+FUNCTIONS: tuple[Function, ...] = (
+    _conv2d("plain", [(2, 3, 5, 4), (4, 3, 3, 3), (4,)], padding=1),
+    _conv2d(
+        "strided, grouped, dilated", [(2, 4, 7, 6), (6, 2, 3, 2), (6,)],
+        stride=(2, 1), padding=(2, 1), dilation=(1, 2), groups=2,
+    ),
+    _conv2d("channels_last, without bias", [(2, 3, 5, 4), (4, 3, 3, 3)], True, stride=2, padding=1),
+    _conv2d("depthwise, same", [(1, 4, 4, 5), (4, 1, 2, 3), (4,)], padding="same", groups=4),
+    _conv2d("1x1 unbatched", [(3, 4, 4), (5, 3, 1, 1), (5,)]),
+)  # fmt: skip

@@ -1,0 +1,34 @@
+"""The benchmarks' table of layers is what torchvision's networks have."""
+
+from __future__ import annotations
+
+import pytest
+import workloads
+from support import process
+
+pytestmark = pytest.mark.skipif(
+    process.EMULATED or process.INTERPRETED, reason="needs no kernel: the plain process runs it"
+)
+
+
+@pytest.mark.parametrize("network", workloads.NETWORKS)
+def test_table(network: str) -> None:
+    pytest.importorskip("torchvision")
+    assert workloads.extract(network) == workloads.NETWORKS[network]
+
+
+def test_distinct() -> None:
+    layers = workloads.distinct()
+    assert len(layers) == len({(*vars(layer).values(),) for layer in layers})
+    assert {layer for rows in workloads.NETWORKS.values() for layer in rows} == set(layers)
+    assert {layer.kind for layer in workloads.representative()} == {layer.kind for layer in layers}
+
+
+def test_flops() -> None:
+    """Twice the multiply-adds that the papers state, convolutions alone."""
+    total = {
+        name: sum(layer.flops() * count for layer, count in rows.items()) for name, rows in workloads.NETWORKS.items()
+    }
+    assert total["resnet50"] == pytest.approx(8.17e9, rel=1e-2)
+    assert total["vgg16"] == pytest.approx(30.7e9, rel=1e-2)
+    assert total["resnet18"] == pytest.approx(3.63e9, rel=1e-2)
