@@ -45,10 +45,6 @@ class Signature:
     op: str
     roles: tuple[Role, ...]
     outputs: Mapping[str, tuple[str, ...]]  # direction -> roles written
-    stems: tuple[str, ...] = ()
-
-    def index(self, role: str) -> int:
-        return next(i for i, r in enumerate(self.roles) if r.name == role)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +219,7 @@ def reasons_against(implementation: Implementation, problem: Problem) -> list[st
 
 def channels_last_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Strides of a dense NHWC tensor of logical shape (N, C, H, W)."""
-    n, c, h, w = shape
+    _, c, h, w = shape
     return (h * w * c, 1, w * c, c)
 
 
@@ -241,10 +237,10 @@ def readable(role: Role, shape: Sequence[int], strides: Sequence[int], layout: s
         return len(shape) == 0 or shape[-1] <= 1 or tuple(strides) == contiguous_strides(shape)
     if layout == "nhwc" or role.is_activation:
         if layout == "nhwc":
-            return all(
-                n == 1 or a == b for n, a, b in zip(shape, strides, channels_last_strides(shape), strict=True)
-            )
-        return all(field is not None or n == 1 or s == 1 for field, n, s in zip(role.strides, shape, strides, strict=True))
+            return all(n == 1 or a == b for n, a, b in zip(shape, strides, channels_last_strides(shape), strict=True))
+        return all(
+            field is not None or n == 1 or s == 1 for field, n, s in zip(role.strides, shape, strides, strict=True)
+        )
     return True
 
 
@@ -356,14 +352,18 @@ def _runner(
         if alignment > 1:
             operands = [t if t is None or t.data_ptr() % alignment == 0 else t.clone() for t in operands]
         for a in allocations:
-            operands[a.position] = empty_strided(a.written.shape, a.written.strides, dtype=a.written.dtype, device=device)
+            operands[a.position] = empty_strided(
+                a.written.shape, a.written.strides, dtype=a.written.dtype, device=device
+            )
         if not empty:
             kernel(operands)
         results = []
         for a in allocations:
             out = operands[a.position]
             if a.returned is not a.written:
-                out = empty_strided(a.returned.shape, a.returned.strides, dtype=a.returned.dtype, device=device).copy_(out)
+                out = empty_strided(a.returned.shape, a.returned.strides, dtype=a.returned.dtype, device=device).copy_(
+                    out
+                )
             results.append(out)
         return results[0] if len(results) == 1 else tuple(results)
 

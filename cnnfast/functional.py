@@ -47,7 +47,7 @@ def _pair(op: str, name: str, value: Any) -> tuple[int, int]:
     return (out[0], out[-1])
 
 
-def _int(op: str, name: str, value: Any) -> int:
+def _int(op: str, name: str, value: Any) -> Any:  # an int, or a SymInt where shapes are symbolic
     if type(value) is int or isinstance(value, torch.SymInt):
         return value
     try:
@@ -96,7 +96,9 @@ def _torch_serves(op: str, reason: str, function: Callable[..., Any], *args: Any
     """Lets torch serve what no operator of ours takes: never silently, never under strict() or a forced backend."""
     backend, _, strict = settings._state
     if strict or backend not in (settings.AUTO, "aten"):
-        raise NotImplementedError(f"{op}: {reason}; backend {backend!r}{' under strict()' if strict else ''} has nothing else")
+        raise NotImplementedError(
+            f"{op}: {reason}; backend {backend!r}{' under strict()' if strict else ''} has nothing else"
+        )
     settings.note(dispatch.Unserved(op, reason))
     return function(*args, **kwargs)
 

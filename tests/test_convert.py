@@ -252,7 +252,7 @@ def test_include(include, expected):
 
 
 def test_errors():
-    with pytest.raises(TypeError, match="torch.nn.Module"):
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         convert(lambda x: x)
     with pytest.raises(TypeError, match="include"):
         convert(net(), include=3)

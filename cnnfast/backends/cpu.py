@@ -5,7 +5,6 @@ A kernel exists once for each ISA; the best that the processor has comes first, 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 from collections.abc import Callable, Sequence
@@ -59,10 +58,6 @@ def _caller(call: Any, problem: Problem) -> Kernel:
     return launch
 
 
-def _any(problem: Problem) -> list[str]:
-    return []
-
-
 def _grouped(p: Problem, lanes: int) -> list[str]:
     per_group = p.C // p.G
     return [
@@ -80,12 +75,37 @@ def _lanes(isa: str, dtype: str) -> int:
     return LANE_BYTES[isa] // (8 if dtype == "f64" else 4)
 
 
-# stem -> (operation, capability(problem, isa), predicted seconds(problem)); in the order of preference
-_Rule = tuple[str, Callable[[Problem, str], list[str]], Callable[[Problem], float]]
+# ---- predicted seconds, from cycles of one core at 2.5 GHz: only their order matters ----------------------------------
+
+
+def _seconds(cycles: float, fixed: float = 2e-6) -> float:
+    return fixed + cycles / 2.5e9
+
+
+def _grouped_cost(p: Problem, isa: str) -> float:
+    return _seconds(p.flops / 2 / _lanes(isa, p.dtype))  # one vector multiply-add a cycle, every lane used
+
+
+def _implicit_gemm_cost(p: Problem, isa: str) -> float:
+    lanes, columns = _lanes(isa, p.dtype), (p.K if p.direction != "dgrad" else p.C) // p.G
+    used = min(1.0, columns / lanes) if p.G > 1 else 1.0
+    return _seconds(p.flops / 2 / (2 * lanes * used))  # two a cycle, on the lanes that a group fills
+
+
+def _direct_cost(p: Problem, isa: str) -> float:
+    # a matrix-vector product in all but name (squeeze-and-excite, classifiers): packing weights wouldn't pay
+    few = p.N * p.P * p.Q <= 8 and p.R == p.S == p.G == 1 and p.C >= 16 and p.direction == "fprop"
+    if few and dict(p.layouts).get("w") in ("nchw", "nhwc"):
+        return 0.0
+    return _seconds(p.flops / 2, fixed=1e-6)
+
+
+# stem -> (operation, capability(problem, isa), predicted seconds(problem, isa)); in the order of preference
+_Rule = tuple[str, Callable[[Problem, str], list[str]], Callable[[Problem, str], float]]
 RULES: dict[str, _Rule] = {
-    "conv2d_grouped": ("conv2d", lambda p, isa: _grouped(p, _lanes(isa, p.dtype)), lambda p: 2e-6 + p.flops / 2e11),
-    "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], lambda p: 4e-6 + p.flops / 2e11 * (1 if p.G == 1 else 4)),
-    "conv2d_direct": ("conv2d", lambda p, isa: [], lambda p: 1e-6 + p.flops / 4e9),
+    "conv2d_grouped": ("conv2d", lambda p, isa: _grouped(p, _lanes(isa, p.dtype)), _grouped_cost),
+    "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], _implicit_gemm_cost),
+    "conv2d_direct": ("conv2d", lambda p, isa: [], _direct_cost),
 }
 
 
@@ -95,19 +115,22 @@ def _implementations() -> list[Implementation]:
     table = Table(MODULE)
     return [
         implementation(
-            table, "cpu", op, stem, direction, isa, functools.partial(unsupported, isa=isa), _caller,
-            cost=functools.partial(_ranked, cost, rank),
+            table, "cpu", op, stem, direction, isa, _for_isa(unsupported, isa), _caller, cost=_ranked(cost, isa, rank)
         )
         for rank, isa in enumerate(isas())
         for stem, (op, unsupported, cost) in RULES.items()
         for direction in table.directions(stem)
         if table.dtypes(stem, direction, isa)
-    ]  # fmt: skip
+    ]
 
 
-def _ranked(cost: Callable[[Problem], float], rank: int, problem: Problem) -> float:
+def _for_isa(unsupported: Callable[[Problem, str], list[str]], isa: str) -> Callable[[Problem], list[str]]:
+    return lambda problem: unsupported(problem, isa)
+
+
+def _ranked(cost: Callable[[Problem, str], float], isa: str, rank: int) -> Callable[[Problem], float]:
     """A lesser ISA is never predicted faster: it serves only where it is pinned or the better one has no kernel."""
-    return cost(problem) + 1e3 * rank
+    return lambda problem: cost(problem, isa) + 1e3 * rank
 
 
 BACKEND = Backend(

@@ -40,7 +40,8 @@ def _load_emulation() -> tuple[ModuleType | None, str]:
     if not found:
         return None, f"CNNFAST_EMULATE_CUDA is set, but {folder} has no {name} module: run make emulation"
     spec = importlib.util.spec_from_file_location(name, found[0])
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module, ""

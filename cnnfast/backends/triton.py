@@ -50,10 +50,16 @@ def _implementations() -> tuple[list[Implementation], str]:
         for direction, launcher in module.KERNELS.items():
             found.append(
                 Implementation(
-                    name=f"triton.{stem}", op=op, backend="triton", stem=stem, direction=direction,
-                    dtypes=tuple(DTYPES[t] for t in module.DTYPES), unsupported=unsupported,
-                    bind=_binder(launcher, getattr(module, "WORKSPACE", {}).get(direction)), cost=cost,
-                )  # fmt: skip
+                    name=f"triton.{stem}",
+                    op=op,
+                    backend="triton",
+                    stem=stem,
+                    direction=direction,
+                    dtypes=tuple(DTYPES[t] for t in module.DTYPES),
+                    unsupported=unsupported,
+                    bind=_binder(launcher, getattr(module, "WORKSPACE", {}).get(direction)),
+                    cost=cost,
+                )
             )
     return found, ""
 

@@ -102,7 +102,7 @@ class Plan:
             raise NotImplementedError(f"{implementation.name} is no native kernel: a plan can't hold {problem}")
         backend = dispatch.backends()[implementation.backend]
         if self._owner not in (None, backend):
-            raise NotImplementedError(f"a plan runs on one backend, not on {self._owner.name} and {backend.name}")  # type: ignore[union-attr]
+            raise NotImplementedError(f"a plan runs on one backend, not on {self._owner.name} and {backend.name}")
         self._owner = backend
         made: list[Value] = []
         operands: list[Value | None] = []
@@ -154,9 +154,7 @@ class Plan:
                     f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
                 )
             given.append(tensor.contiguous(memory_format=_format(value.shape)))
-        results = [
-            torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device=self.device) for v in self._results
-        ]
+        results = [torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device=self.device) for v in self._results]
         bytes = self.arena_bytes + self._native.workspace
         arena = torch.empty(bytes + _ALIGNMENT, dtype=torch.uint8, device=self.device)
         base = -(-arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
@@ -195,13 +193,13 @@ def _plan_arena(nodes: Sequence[_Node], outside: set[int]) -> tuple[dict[int, in
             size[id(value)] = math.ceil(value.bytes / _ALIGNMENT) * _ALIGNMENT
     placed: list[tuple[int, int, int]] = []  # (offset, end, value)
     offsets: dict[int, int] = {}
-    for value in sorted(born, key=lambda v: -size[v]):
-        taken = sorted((o, e) for o, e, v in placed if born[v] <= dies[value] and born[value] <= dies[v])
+    for key in sorted(born, key=lambda v: -size[v]):
+        taken = sorted((o, e) for o, e, v in placed if born[v] <= dies[key] and born[key] <= dies[v])
         offset = 0
         for start, end in taken:
-            if offset + size[value] <= start:
+            if offset + size[key] <= start:
                 break
             offset = max(offset, end)
-        offsets[value] = offset
-        placed.append((offset, offset + size[value], value))
+        offsets[key] = offset
+        placed.append((offset, offset + size[key], key))
     return offsets, max((e for _, e, _ in placed), default=0)

@@ -28,7 +28,7 @@ _functorch_active = torch._C._are_functorch_transforms_active
 _profiling = torch._C._autograd._profiler_enabled
 _tracing = torch._C._get_tracing_state
 _key_included = torch._C._dispatch_tls_is_dispatch_key_included
-_VMAP_MODE = torch._C._parse_dispatch_key("VmapMode")  # the older vmap of is_grads_batched, unknown to functorch
+_VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")  # the older vmap of is_grads_batched, unknown to functorch
 _any_autocast = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
@@ -120,7 +120,7 @@ class Operator:
         self._fold, self._fold_params = fold, fold_params
         self._runs: dict[Any, Callable[..., Any]] = {}
         library.define(f"{name}{schema}")
-        self.op = getattr(getattr(torch.ops.cnnfast, name), "default")
+        self.op = getattr(torch.ops.cnnfast, name).default
         for key in ("CPU", "CUDA"):
             library.impl(name, self._kernel, key)
         torch.library.register_fake(f"cnnfast::{name}", self._fake_entry, lib=library)
@@ -321,12 +321,17 @@ def layouts(inputs: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
 
 
 def serve(
-    problem: dispatch.Problem, inputs: Mapping[str, Any], outputs: Mapping[str, dispatch.Meta], backend: str, strict: bool
+    problem: dispatch.Problem,
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, dispatch.Meta],
+    backend: str,
+    strict: bool,
 ) -> Callable[..., Any]:
     """Selects an implementation for a problem and binds it to the tensors' layouts: what ``resolve`` ends with."""
     selection = dispatch.select(problem, forced=backend, strict=strict)
     given = {
-        name: None if t is None else dispatch.Meta(tuple(t.shape), tuple(t.stride()), t.dtype) for name, t in inputs.items()
+        name: None if t is None else dispatch.Meta(tuple(t.shape), tuple(t.stride()), t.dtype)
+        for name, t in inputs.items()
     }
     device = next(t.device for t in inputs.values() if t is not None)
     return dispatch.observed(selection, dispatch.bind(selection, given, outputs, device))

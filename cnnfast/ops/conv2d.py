@@ -29,9 +29,7 @@ W = Role("w", ("w_k", "w_c", "w_r", "w_s"))
 B = Role("b")
 Y = Role("y", ("y_n", None, "y_h", "y_w"), batch_dim=0)
 SIGNATURE = dispatch.register_signature(
-    dispatch.Signature(
-        "conv2d", (X, W, B, Y), {"fprop": ("y",), "dgrad": ("x",), "wgrad": ("w",), "bgrad": ("b",)}
-    )
+    dispatch.Signature("conv2d", (X, W, B, Y), {"fprop": ("y",), "dgrad": ("x",), "wgrad": ("w",), "bgrad": ("b",)})
 )
 
 _TAIL = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision, str backend, bool strict"
@@ -64,7 +62,7 @@ def validate(
         fail("non-positive dilation is not supported")
     if groups <= 0:
         fail("non-positive groups is not supported")
-    (n, c, h, wd), (k, cg, r, s) = x.shape, w.shape
+    (_, c, h, wd), (k, cg, r, s) = x.shape, w.shape
     if k < groups or k % groups:
         fail(f"expected the weight's dimension 0, K = {k}, to be a positive multiple of groups = {groups}")
     if c != cg * groups:
@@ -229,7 +227,7 @@ def _dgrad_backward(needs: Sequence[bool], gradients: Sequence[Any], saved: Any,
     )
 
 
-conv2d_dgrad = Operator(
+conv2d_dgrad: Operator = Operator(
     "conv2d_dgrad",
     f"(Tensor w, Tensor g, SymInt[] size, bool channels_last, {_TAIL}) -> Tensor",
     tensors=2,
@@ -263,7 +261,7 @@ def _wgrad_backward(needs: Sequence[bool], gradients: Sequence[Any], saved: Any,
     )
 
 
-conv2d_wgrad = Operator(
+conv2d_wgrad: Operator = Operator(
     "conv2d_wgrad",
     f"(Tensor x, Tensor g, SymInt[] size, bool channels_last, {_TAIL}) -> Tensor",
     tensors=2,
@@ -299,7 +297,7 @@ def _bgrad_resolve(tensors: Sequence[Any], params: tuple[Any, ...]) -> Callable[
     return _bind("bgrad", ((n, 1, p, q), (k, 1, 1, 1), g.shape), {"y": g}, "b", False, rest)
 
 
-conv2d_bgrad = Operator(
+conv2d_bgrad: Operator = Operator(
     "conv2d_bgrad",
     "(Tensor g, str precision, str backend, bool strict) -> Tensor",
     tensors=1,

@@ -135,24 +135,31 @@ class Plan {
 }  // namespace
 
 PYBIND11_MODULE(CNNFAST_MODULE, m) {
-  m.def("kernels", [] {
-    py::list out;
-    for (int64_t i = 0; i < kernel_count(); ++i) out.append(py::make_tuple(kernel(i).name, kernel(i).params->name));
-    return out;
-  }, "The kernel table: (name, parameter struct) by id.");
-  m.def("structs", [] {
-    py::dict out;
-    for (int64_t i = 0; i < kernel_count(); ++i) {
-      const cnnfast::StructInfo& s = *kernel(i).params;
-      if (out.contains(s.name)) continue;
-      py::list fields;
-      for (int64_t f = 0; f < s.count; ++f) fields.append(py::make_tuple(s.fields[f].name, s.fields[f].offset));
-      out[s.name] = py::make_tuple(s.size, fields);
-    }
-    return out;
-  }, "Parameter structs by name: (size in bytes, [(field, offset in bytes)]); every field is an int64.");
-  m.def("device", [] { return cnnfast::device_info(); },
-        "What this module found on this machine, as a dict of strings; calls no CUDA function at import.");
+  m.def(
+      "kernels",
+      [] {
+        py::list out;
+        for (int64_t i = 0; i < kernel_count(); ++i) out.append(py::make_tuple(kernel(i).name, kernel(i).params->name));
+        return out;
+      },
+      "The kernel table: (name, parameter struct) by id.");
+  m.def(
+      "structs",
+      [] {
+        py::dict out;
+        for (int64_t i = 0; i < kernel_count(); ++i) {
+          const cnnfast::StructInfo& s = *kernel(i).params;
+          if (out.contains(s.name)) continue;
+          py::list fields;
+          for (int64_t f = 0; f < s.count; ++f) fields.append(py::make_tuple(s.fields[f].name, s.fields[f].offset));
+          out[s.name] = py::make_tuple(s.size, fields);
+        }
+        return out;
+      },
+      "Parameter structs by name: (size in bytes, [(field, offset in bytes)]); every field is an int64.");
+  m.def(
+      "device", [] { return cnnfast::device_info(); },
+      "What this module found on this machine, as a dict of strings; calls no CUDA function at import.");
   py::class_<Call>(m, "Call", "A kernel with its packed parameters, ready to launch.")
       .def(py::init<int64_t, py::bytes>(), py::arg("kernel"), py::arg("params"))
       .def_property_readonly("workspace", &Call::workspace, "Bytes of workspace that a launch needs.")

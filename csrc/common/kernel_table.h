@@ -25,10 +25,10 @@ using LaunchFn = const char* (*)(const void* params, const Launch& launch);
 using WorkspaceFn = int64_t (*)(const void* params);
 
 struct Kernel {
-  const char* name;          // "<stem>.<direction>.<dtype>" and, on a CPU, ".<isa>"
+  const char* name;  // "<stem>.<direction>.<dtype>" and, on a CPU, ".<isa>"
   const StructInfo* params;
   LaunchFn launch;
-  WorkspaceFn workspace;     // null: needs none
+  WorkspaceFn workspace;  // null: needs none
 };
 
 #define CNNFAST_CONCAT_(a, b) a##b
@@ -43,11 +43,12 @@ struct Kernel {
 #define CNNFAST_KERNEL_SUFFIX ""
 #endif
 #define CNNFAST_KERNEL(name, Params, launch, workspace) CNNFAST_KERNEL_AT(__COUNTER__, name, Params, launch, workspace)
-#define CNNFAST_KERNEL_AT(id, name, Params, launch, workspace) CNNFAST_KERNEL_DEFINE(id, name, Params, launch, workspace)
-#define CNNFAST_KERNEL_DEFINE(id, name, Params, launch, workspace)                                             \
-  static const ::cnnfast::Kernel CNNFAST_CONCAT(cnnfast_kernel_, id) = {name CNNFAST_KERNEL_SUFFIX,            \
+#define CNNFAST_KERNEL_AT(id, name, Params, launch, workspace) \
+  CNNFAST_KERNEL_DEFINE(id, name, Params, launch, workspace)
+#define CNNFAST_KERNEL_DEFINE(id, name, Params, launch, workspace)                                                    \
+  static const ::cnnfast::Kernel CNNFAST_CONCAT(cnnfast_kernel_, id) = {name CNNFAST_KERNEL_SUFFIX,                   \
                                                                         &::cnnfast::Params##Info, launch, workspace}; \
-  __attribute__((section("cnnfast_kernels"), used)) static const ::cnnfast::Kernel* const CNNFAST_CONCAT(      \
+  __attribute__((section("cnnfast_kernels"), used)) static const ::cnnfast::Kernel* const CNNFAST_CONCAT(             \
       cnnfast_kernel_pointer_, id) = &CNNFAST_CONCAT(cnnfast_kernel_, id);
 
 }  // namespace cnnfast

@@ -26,27 +26,43 @@ struct StructInfo {
 #define CNNFAST_DECLARE_FIELD(name) int64_t name;
 #define CNNFAST_FIELD_ENTRY(name) {#name, static_cast<int64_t>(offsetof(Self, name))},
 
-#define CNNFAST_PARAMS(Name, LIST)                                                                    \
-  struct Name {                                                                                       \
-    LIST(CNNFAST_DECLARE_FIELD)                                                                       \
-  };                                                                                                  \
-  namespace detail_##Name {                                                                           \
-  using Self = Name;                                                                                  \
-  inline constexpr Field fields[] = {LIST(CNNFAST_FIELD_ENTRY)};                                      \
-  }                                                                                                   \
-  inline constexpr StructInfo Name##Info = {#Name, static_cast<int64_t>(sizeof(Name)),                \
-                                            detail_##Name::fields,                                    \
+#define CNNFAST_PARAMS(Name, LIST)                                                                            \
+  struct Name {                                                                                               \
+    LIST(CNNFAST_DECLARE_FIELD)                                                                               \
+  };                                                                                                          \
+  namespace detail_##Name {                                                                                   \
+    using Self = Name;                                                                                        \
+    inline constexpr Field fields[] = {LIST(CNNFAST_FIELD_ENTRY)};                                            \
+  }                                                                                                           \
+  inline constexpr StructInfo Name##Info = {#Name, static_cast<int64_t>(sizeof(Name)), detail_##Name::fields, \
                                             static_cast<int64_t>(sizeof(detail_##Name::fields) / sizeof(Field))};
 
-// y[n,k,p,q] = b[k] + sum_{c,r,s} x[n, g*C/G + c, p*stride_h - pad_h + r*dilation_h, q*stride_w - pad_w + s*dilation_w] * w[k,c,r,s]
+// y[n,k,p,q] = b[k] + sum_{c,r,s} x[n, g*C/G + c, h, w] * w[k,c,r,s]
+//              h = p*stride_h - pad_h + r*dilation_h, w = q*stride_w - pad_w + s*dilation_w
 // C and K are the totals over the G groups. pad_h and pad_w are the paddings above and to the left; what is padded
 // below and to the right follows from H, W, P, Q. One struct serves every direction: fprop writes y, dgrad x, wgrad w,
 // bgrad b; the strides always describe the tensor of that name (for dgrad x_* are dx's, for wgrad w_* are dw's).
 // Operands, in order: x, w, b, y; those a direction doesn't use, and an absent bias, are null.
+// clang-format off
 #define CNNFAST_CONV2D_FIELDS(F)                                                        \
   F(N) F(C) F(H) F(W) F(K) F(R) F(S) F(P) F(Q) F(G)                                     \
   F(stride_h) F(stride_w) F(pad_h) F(pad_w) F(dilation_h) F(dilation_w)                 \
   F(x_n) F(x_h) F(x_w) F(w_k) F(w_c) F(w_r) F(w_s) F(y_n) F(y_h) F(y_w)
+// clang-format on
 CNNFAST_PARAMS(Conv2dParams, CNNFAST_CONV2D_FIELDS)
+
+// y[n,c,p,q] = max_{r,s} x[n,c,h,w]
+//              h = p*stride_h - pad_h + r*dilation_h, w = q*stride_w - pad_w + s*dilation_w
+// Taps outside the image are left out, -inf where none is left. The first of equal elements is the maximum; in a window
+// with NaNs the last NaN is. Operands, in order: x (values), y (result or its gradient), i (int64 offsets h*W + w of
+// the maxima), t (a gradient or tangent of x). Directions: fprop x -> y; indices x -> y, i; dgrad x, y -> t; jvp
+// x, t -> y.
+// clang-format off
+#define CNNFAST_MAX_POOL2D_FIELDS(F)                                                    \
+  F(N) F(C) F(H) F(W) F(R) F(S) F(P) F(Q)                                               \
+  F(stride_h) F(stride_w) F(pad_h) F(pad_w) F(dilation_h) F(dilation_w)                 \
+  F(x_n) F(x_h) F(x_w) F(y_n) F(y_h) F(y_w) F(i_n) F(i_h) F(i_w) F(t_n) F(t_h) F(t_w)
+// clang-format on
+CNNFAST_PARAMS(MaxPool2dParams, CNNFAST_MAX_POOL2D_FIELDS)
 
 }  // namespace cnnfast

@@ -31,10 +31,14 @@ inline int64_t magnitude(int64_t x) { return x < 0 ? -x : x; }
 
 inline PanelOrder panel_order(const PanelShape& p) {
   if (p.w_k == 1) return PanelOrder::kLanes;
-  const int64_t window = 1 + (p.R - 1) * magnitude(p.w_r) + (p.S - 1) * magnitude(p.w_s);
+  const int64_t r = magnitude(p.w_r), s = magnitude(p.w_s);
+  const int64_t window = 1 + (p.R - 1) * r + (p.S - 1) * s;
+  // an expanded weight's taps share addresses: they can't be told apart by their place in the window
+  const bool distinct =
+      (p.S == 1 || s > 0) && (p.R == 1 || r > 0) && (p.R == 1 || p.S == 1 || r >= p.S * s || s >= p.R * r);
   if (p.w_s == 1 && p.w_r == p.S && p.w_c == p.R * p.S && p.R * p.S > 1) return PanelOrder::kAll;
   if (p.w_c == 1) return PanelOrder::kChannels;
-  if (window <= kMaxWindow && window <= 4 * p.R * p.S && p.R * p.S > 1) return PanelOrder::kTaps;
+  if (distinct && window <= kMaxWindow && window <= 4 * p.R * p.S && p.R * p.S > 1) return PanelOrder::kTaps;
   return PanelOrder::kAny;
 }
 

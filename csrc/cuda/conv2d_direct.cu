@@ -26,7 +26,7 @@ using tile::kDepth;
 using tile::kRows;
 using tile::kThreads;
 
-constexpr int kStepsATerm = 8;  // sums of 8 * kDepth products are added to the total as one term: less rounding error
+constexpr int kStepsATerm = 2;  // sums of 2 * kDepth products are added to the total as one term: less rounding error
 
 enum class Direction { fprop, dgrad };
 
