@@ -102,14 +102,14 @@ def _converted(cls: type, redirect: bool) -> type:
     if _is_parametrized(cls):
         return _rebased(cls, _converted(cls.__bases__[0], redirect))
     known: type
-    for known in cls.__subclasses__():  # made before: one class for each, found again without a registry
+    for known in (MODULES[family] if cls is family else cls).__subclasses__():  # made before: one class for each
         if known.__dict__.get(_ORIGINAL) is cls and known.__dict__[_REDIRECTS] == redirect:
             return known
 
     def body(namespace: dict[str, Any]) -> None:
         namespace.update({
             "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
-            "__reduce_ex__": _reduce_ex, _ORIGINAL: cls, _REDIRECTS: redirect,
+            "__reduce_ex__": _reduce_ex,
         })  # fmt: skip
         if redirect:
             namespace["forward"] = _redirected(cls)
@@ -119,7 +119,12 @@ def _converted(cls: type, redirect: bool) -> type:
         if "__slots__" in cls.__dict__:
             namespace["__slots__"] = ()
 
-    return types.new_class(cls.__name__, (cls, MODULES[family]), {}, body)
+    bases = (MODULES[family],) if cls is family else (cls, MODULES[family])
+    made = types.new_class(cls.__name__, bases, {}, body)
+    # marked last: a class that __init_subclass__ refused is still among __subclasses__() for a while
+    setattr(made, _REDIRECTS, redirect)
+    setattr(made, _ORIGINAL, cls)
+    return made
 
 
 def _redirected(cls: Any) -> Callable[..., Any]:
