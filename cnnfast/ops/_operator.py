@@ -339,7 +339,9 @@ def serve(
 
 def _laid_out(tangent: Any, strides: tuple[int, ...]) -> Any:
     """A tangent in its primal's layout, which forward mode insists on."""
-    if tangent is None or tangent.stride() == strides:
+    if tangent is None or all(
+        n == 1 or a == b for n, a, b in zip(tangent.shape, tangent.stride(), strides, strict=True)
+    ):
         return tangent
     return torch.empty_strided(tangent.shape, strides, dtype=tangent.dtype, device=tangent.device).copy_(tangent)
 
