@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import conv2d
+from cases import conv2d, max_pool2d
 from support import process
 from support.functions import FUNCTIONS, Function
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 needs_cpu_kernels = pytest.mark.skipif(cpu.MODULE is None, reason=f"no CPU kernels here: {cpu.ABSENT}")
 each = pytest.mark.parametrize("f", FUNCTIONS, ids=str)
-MODULES = (conv2d,)
+MODULES = (conv2d, max_pool2d)
 CL = torch.channels_last
 
 _CONV = ((1, 1), (1, 1, 1, 1), (1, 1), 1, "fp32", "auto", False)
@@ -36,6 +36,7 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
     last = [t.to(memory_format=CL) for t in (x, w, g)]
     conv = [tuple(list(v) if isinstance(v, tuple) else v for v in _CONV)]
     grouped = ([2, 1], [1, 1, 0, 2], [1, 2], 2, "fp32", "auto", False)
+    pool = ([3, 3], [2, 2], [1, 1], [1, 1], False, "auto", False)
     xg, wg = torch.randn(2, 4, 7, 8), torch.randn(6, 2, 3, 2)
     gg = torch.ops.cnnfast.conv2d(xg, wg, None, *grouped)
     return {
@@ -46,6 +47,10 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
         "conv2d_wgrad": [
             (x, g, ws, False, *conv[0]), (last[0], last[2], ws, True, *conv[0]), (xg, gg, [6, 2, 3, 2], True, *grouped)
         ],
+        "max_pool2d": [(x, *pool), (last[0], *pool)],
+        "max_pool2d_indices": [(x, *pool), (last[0], *pool)],
+        "max_pool2d_dgrad": [(x, torch.randn(2, 4, 3, 3), *pool), (last[0], torch.randn(2, 4, 3, 3), *pool)],
+        "max_pool2d_jvp": [(x, torch.randn_like(x), *pool), (last[0], torch.randn_like(last[0]), *pool)],
         "conv2d_bgrad": [(g, "fp32", "auto", False), (last[2], "fp32", "auto", False)],
     }  # fmt: skip
 
@@ -74,19 +79,25 @@ def test_opcheck(name: str) -> None:
 # ---- meta and fake tensors -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", conv2d.CASES, ids=str)
-def test_meta_agrees_with_the_kernel(case: conv2d.Case) -> None:
+@pytest.mark.parametrize(
+    ("module", "case"), [pytest.param(m, c, id=f"{m.OP}-{c}") for m in MODULES for c in m.CASES]
+)  # fmt: skip
+def test_meta_agrees_with_the_kernel(module: Any, case: Any) -> None:
     """Shape, strides and dtype of every direction's meta function are those of the real call."""
-    for direction in conv2d.DIRECTIONS:
-        tensors = {r: g.tensor for r, g in conv2d.inputs(case, direction, torch.float32).items()}
-        real = conv2d.call(case, direction, tensors, "fp32", "auto", False)
+    if "without elements" in case.why:
+        pytest.skip("its adapter looks at values")
+    for direction in module.DIRECTIONS:
+        tensors = {r: g.tensor for r, g in module.inputs(case, direction, torch.float32).items()}
+        reals = module.call(case, direction, tensors, "fp32", "auto", False)
         with FakeTensorMode() as mode:
             fakes = {r: mode.from_tensor(t) for r, t in tensors.items()}
-            fake = conv2d.call(case, direction, fakes, "fp32", "auto", False)
-        assert (real.shape, real.dtype) == (fake.shape, fake.dtype), direction
-        assert real.stride() == fake.stride(), (
-            f"{direction}: the kernel gives {real.stride()}, the meta function {fake.stride()}"
-        )
+            metas = module.call(case, direction, fakes, "fp32", "auto", False)
+        many = isinstance(reals, tuple)
+        for real, fake in zip(reals if many else (reals,), metas if many else (metas,), strict=True):
+            assert (real.shape, real.dtype) == (fake.shape, fake.dtype), direction
+            assert real.stride() == fake.stride(), (
+                f"{direction}: the kernel gives {real.stride()}, the meta function {fake.stride()}"
+            )
 
 
 @each

@@ -50,9 +50,10 @@ class Facts:
 
 def variants(architecture: int) -> Iterator[Any]:
     """All variants of all kernel files."""
-    from cnnfast.kernels import _conv2d_implicit_gemm_variants
+    from cnnfast.kernels import _conv2d_implicit_gemm_variants, _max_pool2d_variants
 
     yield from _conv2d_implicit_gemm_variants.variants(architecture)
+    yield from _max_pool2d_variants.variants(architecture)
 
 
 def sample(architecture: int) -> list[int]:

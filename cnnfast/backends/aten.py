@@ -35,6 +35,23 @@ def _conv2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
     return torch.ops.aten.convolution_backward(y, padded, like, None, *args, [False, True, False])[1]
 
 
+def _max_pool2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
+    x, y, _, t = operands
+    p = problem
+    args = [[p.R, p.S], [p.stride_h, p.stride_w], [p.pad_h, p.pad_w], [p.dilation_h, p.dilation_w]]
+    # which of the two output sizes was meant decides the rounding
+    floor = tuple(torch.ops.aten.max_pool2d_with_indices(x[:, :1].to("meta"), *args)[0].shape[2:])
+    ceil_mode = floor != (p.P, p.Q)
+    values, indices = torch.ops.aten.max_pool2d_with_indices(x, *args, ceil_mode)
+    if direction == "fprop":
+        return values
+    if direction == "indices":
+        return values, indices
+    if direction == "dgrad":
+        return torch.ops.aten.max_pool2d_with_indices_backward(y, x, *args, ceil_mode, indices)
+    return t.flatten(2).gather(2, indices.flatten(2)).reshape(values.shape)
+
+
 def _implementation(op: str, direction: str, function: Callable[..., Any]) -> Implementation:
     def bind(problem: Problem, fields: Mapping[str, int]) -> Kernel:
         return lambda operands: function(problem, direction, operands)
@@ -48,6 +65,9 @@ def _implementation(op: str, direction: str, function: Callable[..., Any]) -> Im
 BACKEND = Backend(
     name="aten",
     unavailable=lambda problem: [],
-    implementations=[_implementation("conv2d", d, _conv2d) for d in ("fprop", "dgrad", "wgrad", "bgrad")],
+    implementations=[
+        *(_implementation("conv2d", d, _conv2d) for d in ("fprop", "dgrad", "wgrad", "bgrad")),
+        *(_implementation("max_pool2d", d, _max_pool2d) for d in ("fprop", "indices", "dgrad", "jvp")),
+    ],
     status=lambda: f"torch {torch.__version__}",
 )

@@ -71,6 +71,11 @@ def _grouped(p: Problem, lanes: int) -> list[str]:
     ]
 
 
+def _max_pool2d(p: Problem) -> list[str]:
+    span = (p.R - 1) * p.dilation_h * p.W + (p.S - 1) * p.dilation_w
+    return [f"labels the pixels of a window in 30 bits, not {span}"] if span >= 2**30 else []
+
+
 def _lanes(isa: str, dtype: str) -> int:
     return LANE_BYTES[isa] // (8 if dtype == "f64" else 4)
 
@@ -106,6 +111,7 @@ RULES: dict[str, _Rule] = {
     "conv2d_grouped": ("conv2d", lambda p, isa: _grouped(p, _lanes(isa, p.dtype)), _grouped_cost),
     "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], _implicit_gemm_cost),
     "conv2d_direct": ("conv2d", lambda p, isa: [], _direct_cost),
+    "max_pool2d": ("max_pool2d", lambda p, isa: _max_pool2d(p), lambda p, isa: p.bytes / 2e10),
 }
 
 

@@ -73,7 +73,7 @@ _COORDINATE = 2**30  # the kernels hold coordinates in 32 bits (memory offsets i
 
 
 def _direct(p: Problem) -> list[str]:
-    """What every convolution kernel needs."""
+    """What every kernel over windows of an image needs."""
     extents = {
         "H * W": p.H * p.W,
         "P * Q": p.P * p.Q,
@@ -105,6 +105,7 @@ RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], 
         {"layouts": {"x": "nhwc", "w": "nhwc", "y": "nhwc"}, "alignment": 16},
     ),
     "conv2d_direct": ("conv2d", _direct, lambda p: 4e-6 + p.flops / 2e12, {}),
+    "max_pool2d": ("max_pool2d", _direct, lambda p: 4e-6 + p.bytes / 1.5e12, {}),
 }  # fmt: skip
 
 

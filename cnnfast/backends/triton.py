@@ -34,9 +34,23 @@ def _conv2d(p: Problem) -> list[str]:
     ]
 
 
+def _max_pool2d(p: Problem) -> list[str]:
+    return [
+        reason
+        for wrong, reason in (
+            (p.N * max(p.P * p.Q, p.H * p.W) >= _PROGRAMS, "numbers pixels in 32 bits"),
+            ((p.H + 2 * p.pad_h) * (p.W + 2 * p.pad_w) >= 2**31, "numbers the pixels of a map in 32 bits"),
+            (max(p.R, p.S) >= 2**15, "numbers taps in 16 bits"),
+            (p.capability is not None and p.capability < (8, 0), f"needs sm_80 or newer, not {p.capability}"),
+        )
+        if wrong
+    ]
+
+
 # kernel module -> (operation, capability, predicted seconds); in the order of preference
 RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float]]] = {
     "conv2d_implicit_gemm": ("conv2d", _conv2d, lambda p: 8e-6 + p.flops / 5e13),
+    "max_pool2d": ("max_pool2d", _max_pool2d, lambda p: 8e-6 + p.bytes / 1e12),
 }
 
 

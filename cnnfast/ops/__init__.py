@@ -1,5 +1,15 @@
 """The contracts: one module an operation. Adding an operation adds a module and its line here."""
 
 from cnnfast.ops.conv2d import conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad
+from cnnfast.ops.max_pool2d import max_pool2d, max_pool2d_dgrad, max_pool2d_indices, max_pool2d_jvp
 
-__all__ = ["conv2d", "conv2d_bgrad", "conv2d_dgrad", "conv2d_wgrad"]
+__all__ = [
+    "conv2d",
+    "conv2d_bgrad",
+    "conv2d_dgrad",
+    "conv2d_wgrad",
+    "max_pool2d",
+    "max_pool2d_dgrad",
+    "max_pool2d_indices",
+    "max_pool2d_jvp",
+]

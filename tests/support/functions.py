@@ -45,6 +45,16 @@ def _conv2d(name: str, shapes: Sequence[tuple[int, ...]], channels_last: bool = 
     )
 
 
+def _max_pool2d(name: str, shape: tuple[int, ...], channels_last: bool = False, **kwargs: Any) -> Function:
+    return Function(
+        f"max_pool2d {name}",
+        lambda t: functional.max_pool2d(t, **kwargs),
+        lambda t: torch.nn.functional.max_pool2d(t, **kwargs),
+        [shape],
+        channels_last,
+    )
+
+
 FUNCTIONS: tuple[Function, ...] = (
     _conv2d("plain", [(2, 3, 5, 4), (4, 3, 3, 3), (4,)], padding=1),
     _conv2d(
@@ -53,5 +63,7 @@ FUNCTIONS: tuple[Function, ...] = (
     ),
     _conv2d("channels_last, without bias", [(2, 3, 5, 4), (4, 3, 3, 3)], True, stride=2, padding=1),
     _conv2d("depthwise, same", [(1, 4, 4, 5), (4, 1, 2, 3), (4,)], padding="same", groups=4),
+    _max_pool2d("overlapping", (2, 3, 6, 7), kernel_size=3, stride=2, padding=1),
+    _max_pool2d("channels_last, dilated, ceil", (1, 4, 7, 6), True, kernel_size=(2, 3), dilation=(2, 1), ceil_mode=True),
     _conv2d("1x1 unbatched", [(3, 4, 4), (5, 3, 1, 1), (5,)]),
 )  # fmt: skip
