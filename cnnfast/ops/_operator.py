@@ -343,7 +343,10 @@ def _laid_out(tangent: Any, strides: tuple[int, ...]) -> Any:
         n == 1 or a == b for n, a, b in zip(tangent.shape, tangent.stride(), strides, strict=True)
     ):
         return tangent
-    return torch.empty_strided(tangent.shape, strides, dtype=tangent.dtype, device=tangent.device).copy_(tangent)
+    out = torch.empty_strided(tangent.shape, strides, dtype=tangent.dtype, device=tangent.device)
+    if _functorch_active():  # where a vmapped tangent can't be copied into a tensor that isn't
+        return out.zero_().add(tangent)
+    return out.copy_(tangent)
 
 
 @functools.cache
