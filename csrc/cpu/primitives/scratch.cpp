@@ -1,16 +1,23 @@
 #include "scratch.h"
 
-#include <cstdlib>
+#include <sys/mman.h>
 
 namespace cnnfast {
 namespace {
 
-constexpr size_t kPage = 4096;
+constexpr size_t kGranule = size_t{1} << 16;
 
+// Mapped, not from the heap: a block that lives on in the middle of the heap would keep everything that was freed below
+// it from joining what is free above, and the process would grow by a tensor.
 struct Block {
   void* data = nullptr;
   size_t size = 0;
-  ~Block() { std::free(data); }
+  void release() {
+    if (data) munmap(data, size);
+    data = nullptr;
+    size = 0;
+  }
+  ~Block() { release(); }
 };
 
 thread_local Block block;
@@ -19,10 +26,12 @@ thread_local Block block;
 
 void* thread_scratch(size_t bytes) {
   if (bytes > block.size || !block.data) {
-    std::free(block.data);
-    block.size = (bytes + kPage) / kPage * kPage;
-    block.data = std::aligned_alloc(kPage, block.size);
-    if (!block.data) block.size = 0;
+    block.release();
+    const size_t size = (bytes / kGranule + 1) * kGranule;
+    void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) return nullptr;
+    block.data = data;
+    block.size = size;
   }
   return block.data;
 }
