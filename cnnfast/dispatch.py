@@ -25,7 +25,10 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """An operand: its name and, for each dimension, the parameter field that holds its stride (None: it must be 1)."""
+    """An operand: its name and, for each dimension, the parameter field that holds its stride (None: none does).
+
+    An activation's channel stride (dimension 1) is 1 to every kernel but those that ask for its layout to be "any".
+    """
 
     name: str
     strides: tuple[str | None, ...] = ()
@@ -35,7 +38,7 @@ class Role:
     @property
     def is_activation(self) -> bool:
         """An activation is NHWC to every kernel; a weight may have any strides; a vector is contiguous."""
-        return None in self.strides
+        return self.batch_dim is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +99,8 @@ class Implementation:
     # bind(problem, parameters): parameters maps every field (sizes and strides) to its value
     bind: Callable[[Problem, Mapping[str, int]], Kernel]
     cost: Callable[[Problem], float] = lambda problem: 0.0
-    layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)  # role -> "nhwc": convert where it isn't
+    # role -> "nhwc": dense, converted where it isn't; "any": as it comes; by default an activation's channel stride is 1
+    layouts: Mapping[str, str] = dataclasses.field(default_factory=dict)
     alignment: int = 1  # bytes that every operand's address must be a multiple of
     error_bound: tuple[float, str] = (3.0, "plain accumulation in the accumulator type, any order")
     # of a kernel in a native module: its id and packed parameters, which is what a plan runs
@@ -235,13 +239,9 @@ def readable(role: Role, shape: Sequence[int], strides: Sequence[int], layout: s
     """Whether a kernel can read an operand as it lies in memory."""
     if not role.strides:  # a vector
         return len(shape) == 0 or shape[-1] <= 1 or tuple(strides) == contiguous_strides(shape)
-    if layout == "nhwc" or role.is_activation:
-        if layout == "nhwc":
-            return all(n == 1 or a == b for n, a, b in zip(shape, strides, channels_last_strides(shape), strict=True))
-        return all(
-            field is not None or n == 1 or s == 1 for field, n, s in zip(role.strides, shape, strides, strict=True)
-        )
-    return True
+    if layout == "nhwc":
+        return all(n == 1 or a == b for n, a, b in zip(shape, strides, channels_last_strides(shape), strict=True))
+    return not role.is_activation or layout == "any" or shape[1] == 1 or strides[1] == 1
 
 
 def parameters(problem: Problem, strides: Mapping[str, Sequence[int]]) -> dict[str, int]:

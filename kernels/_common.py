@@ -39,6 +39,7 @@ class Conv2dProblem(Protocol):
     dilation_h: int
     dilation_w: int
     x_n: int
+    x_c: int
     x_h: int
     x_w: int
     w_k: int
@@ -46,6 +47,7 @@ class Conv2dProblem(Protocol):
     w_r: int
     w_s: int
     y_n: int
+    y_c: int
     y_h: int
     y_w: int
     precision: str

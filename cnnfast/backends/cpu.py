@@ -87,20 +87,28 @@ def _seconds(cycles: float, fixed: float = 2e-6) -> float:
     return fixed + cycles / 2.5e9
 
 
+def _conversions(p: Problem) -> float:
+    """Activations that aren't NHWC are copied, and a result that isn't is copied back: 5 us a call and the bytes."""
+    foreign = sum(role != "w" and layout != "nhwc" for role, layout in p.layouts)
+    return foreign * (5e-6 + p.bytes / 2e10) if p.direction != "bgrad" else 0.0
+
+
 def _grouped_cost(p: Problem, isa: str) -> float:
-    return _seconds(p.flops / 2 / _lanes(isa, p.dtype))  # one vector multiply-add a cycle, every lane used
+    # one vector multiply-add a cycle, every lane used
+    return _seconds(p.flops / 2 / _lanes(isa, p.dtype)) + _conversions(p)
 
 
 def _implicit_gemm_cost(p: Problem, isa: str) -> float:
     lanes, columns = _lanes(isa, p.dtype), (p.K if p.direction != "dgrad" else p.C) // p.G
     used = min(1.0, columns / lanes) if p.G > 1 else 1.0
-    return _seconds(p.flops / 2 / (2 * lanes * used))  # two a cycle, on the lanes that a group fills
+    return _seconds(p.flops / 2 / (2 * lanes * used)) + _conversions(p)  # two a cycle, on the lanes that a group fills
 
 
 def _direct_cost(p: Problem, isa: str) -> float:
     # a matrix-vector product in all but name (squeeze-and-excite, classifiers): packing weights wouldn't pay
     few = p.N * p.P * p.Q <= 8 and p.R == p.S == p.G == 1 and p.C >= 16 and p.direction == "fprop"
-    if few and dict(p.layouts).get("w") in ("nchw", "nhwc"):
+    layouts = dict(p.layouts)
+    if few and layouts.get("x") == "nhwc" and layouts.get("w") in ("nchw", "nhwc"):
         return 0.0
     return _seconds(p.flops / 2, fixed=1e-6)
 
@@ -114,6 +122,9 @@ RULES: dict[str, _Rule] = {
     "max_pool2d": ("max_pool2d", lambda p, isa: _max_pool2d(p), lambda p, isa: p.bytes / 2e10),
 }
 
+# kernels that read and write activations in any layout: tiny calls save the conversions, which cost more than the work
+ANY_LAYOUT = {("conv2d_direct", direction): {"x": "any", "y": "any"} for direction in ("fprop", "dgrad", "wgrad")}
+
 
 def _implementations() -> list[Implementation]:
     if MODULE is None:
@@ -121,7 +132,16 @@ def _implementations() -> list[Implementation]:
     table = Table(MODULE)
     return [
         implementation(
-            table, "cpu", op, stem, direction, isa, _for_isa(unsupported, isa), _caller, cost=_ranked(cost, isa, rank)
+            table,
+            "cpu",
+            op,
+            stem,
+            direction,
+            isa,
+            _for_isa(unsupported, isa),
+            _caller,
+            cost=_ranked(cost, isa, rank),
+            layouts=ANY_LAYOUT.get((stem, direction), {}),
         )
         for rank, isa in enumerate(isas())
         for stem, (op, unsupported, cost) in RULES.items()

@@ -24,10 +24,10 @@ from cnnfast.errors import DtypeError, ShapeError
 from cnnfast.ops import _memory
 from cnnfast.ops._operator import Operator, capability, layouts, serve
 
-X = Role("x", ("x_n", None, "x_h", "x_w"), batch_dim=0)
+X = Role("x", ("x_n", "x_c", "x_h", "x_w"), batch_dim=0)
 W = Role("w", ("w_k", "w_c", "w_r", "w_s"))
 B = Role("b")
-Y = Role("y", ("y_n", None, "y_h", "y_w"), batch_dim=0)
+Y = Role("y", ("y_n", "y_c", "y_h", "y_w"), batch_dim=0)
 SIGNATURE = dispatch.register_signature(
     dispatch.Signature("conv2d", (X, W, B, Y), {"fprop": ("y",), "dgrad": ("x",), "wgrad": ("w",), "bgrad": ("b",)})
 )

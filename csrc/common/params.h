@@ -3,8 +3,9 @@
 // Each struct is an X-macro list of fields. The list declares the struct for C++ and yields its field table (name,
 // offset) for Python, which packs a Problem by name from that table: there is no second list to keep in step.
 // Every field is an int64_t: sizes and strides may pass 2^31, and one type keeps the packing trivial.
-// Strides count elements, never bytes. The channel stride of an activation is always 1 (NHWC is the only layout a
-// kernel sees); the pixel strides are free, so that a result can be written into a slice of a larger tensor.
+// Strides count elements, never bytes. The channel stride of an activation is 1 (NHWC is the layout of kernels;
+// one that takes any says so where it is registered); the pixel strides are free, so that a result can be written into
+// a slice of a larger tensor.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -42,12 +43,13 @@ struct StructInfo {
 // C and K are the totals over the G groups. pad_h and pad_w are the paddings above and to the left; what is padded
 // below and to the right follows from H, W, P, Q. One struct serves every direction: fprop writes y, dgrad x, wgrad w,
 // bgrad b; the strides always describe the tensor of that name (for dgrad x_* are dx's, for wgrad w_* are dw's).
-// Operands, in order: x, w, b, y; those a direction doesn't use, and an absent bias, are null.
+// Operands, in order: x, w, b, y; those a direction doesn't use, and an absent bias, are null. x_c and y_c are 1 for
+// every kernel but those that ask for operands in any layout.
 // clang-format off
 #define CNNFAST_CONV2D_FIELDS(F)                                                        \
   F(N) F(C) F(H) F(W) F(K) F(R) F(S) F(P) F(Q) F(G)                                     \
   F(stride_h) F(stride_w) F(pad_h) F(pad_w) F(dilation_h) F(dilation_w)                 \
-  F(x_n) F(x_h) F(x_w) F(w_k) F(w_c) F(w_r) F(w_s) F(y_n) F(y_h) F(y_w)
+  F(x_n) F(x_c) F(x_h) F(x_w) F(w_k) F(w_c) F(w_r) F(w_s) F(y_n) F(y_c) F(y_h) F(y_w)
 // clang-format on
 CNNFAST_PARAMS(Conv2dParams, CNNFAST_CONV2D_FIELDS)
 

@@ -7,7 +7,7 @@
 //   bgrad  db[k]       = sum_{n,p,q} g[n,k,p,q]
 //
 // One task computes up to 64 channels of one output pixel (fprop, dgrad), one filter tap of one output channel (wgrad),
-// one vector of channels (bgrad). Activations are NHWC, weights have any strides. Sums are in float for float, bf16 and
+// one vector of channels (bgrad). Operands have any strides (bgrad reads NHWC). Sums are in float for float, bf16 and
 // fp16, in double for double; blocks of 8 sums run side by side to hide the latency of the additions, and long sums are
 // sums of short ones (a tap's channels, a row's pixels), which keeps their error small. Each output is summed by one
 // thread in one order: results don't depend on the thread count. Taps in the padding are skipped, so an Inf or NaN
@@ -29,11 +29,12 @@ constexpr int64_t kMacsWorthThreads = 1 << 16;  // below, a parallel region cost
 
 int useful_threads(int threads, int64_t macs) { return macs < kMacsWorthThreads ? 1 : threads; }
 
-// out[j] = init[j] + sum over the run of a[i] * b[j*b_out + i*b_in]: kBlock or fewer outputs.
+// out[j] = init[j] + sum over the run of a[i*a_in] * b[j*b_out + i*b_in]: kBlock or fewer outputs.
 template <class S, class T, int n>
-CNNFAST_INLINE void accumulate(T* sums, const S* a, const S* b, int64_t b_out, int64_t b_in, int64_t run) {
+CNNFAST_INLINE void accumulate(T* sums, const S* a, int64_t a_in, const S* b, int64_t b_out, int64_t b_in,
+                               int64_t run) {
   for (int64_t i = 0; i < run; ++i) {
-    const T value = widen_one(a[i]);
+    const T value = widen_one(a[i * a_in]);
 #pragma GCC unroll 8
     for (int j = 0; j < n; ++j) sums[j] += value * widen_one(b[j * b_out + i * b_in]);
   }
@@ -60,9 +61,9 @@ CNNFAST_INLINE void accumulate_lanes(T* sums, const S* a, const S* b, int64_t b_
 }
 
 template <class S, class T>
-CNNFAST_INLINE void accumulate_block(T* sums, int64_t n, const S* a, const S* b, int64_t b_out, int64_t b_in,
-                                     int64_t run) {
-  if (b_in == 1 && run >= kLanes<T>) {
+CNNFAST_INLINE void accumulate_block(T* sums, int64_t n, const S* a, int64_t a_in, const S* b, int64_t b_out,
+                                     int64_t b_in, int64_t run) {
+  if (a_in == 1 && b_in == 1 && run >= kLanes<T>) {
     if (n == kBlock) return accumulate_lanes<S, T, kBlock>(sums, a, b, b_out, run);
     for (int64_t j = 0; j < n; ++j) accumulate_lanes<S, T, 1>(sums + j, a, b + j * b_out, b_out, run);
     return;
@@ -71,10 +72,10 @@ CNNFAST_INLINE void accumulate_block(T* sums, int64_t n, const S* a, const S* b,
     T part[kBlock] = {};
     const int64_t length = min(kChain, run - i);
     if (n == kBlock)
-      accumulate<S, T, kBlock>(part, a + i, b + i * b_in, b_out, b_in, length);
+      accumulate<S, T, kBlock>(part, a + i * a_in, a_in, b + i * b_in, b_out, b_in, length);
     else
       for (int64_t j = 0; j < n; ++j)
-        accumulate<S, T, 1>(part + j, a + i, b + j * b_out + i * b_in, b_out, b_in, length);
+        accumulate<S, T, 1>(part + j, a + i * a_in, a_in, b + j * b_out + i * b_in, b_out, b_in, length);
     for (int64_t j = 0; j < n; ++j) sums[j] += part[j];
   }
 }
@@ -95,14 +96,14 @@ CNNFAST_INLINE void pixel(const Conv2dView& v, const S* x, const S* w, const S* 
       for (int64_t s = 0; s < v.S; ++s) {
         const int64_t ww = w0 + s * v.dilation_w;
         if (ww < 0 || ww >= v.W) continue;
-        accumulate_block<S, T>(sums, block, x + n * v.x_n + h * v.x_h + ww * v.x_w + g * v.C,
+        accumulate_block<S, T>(sums, block, x + n * v.x_n + h * v.x_h + ww * v.x_w + g * v.C * v.x_c, v.x_c,
                                w + g * v.w_g + k * v.w_k + r * v.w_r + s * v.w_s, v.w_k, v.w_c, v.C);
       }
     }
     if (bias)
       for (int64_t j = 0; j < block; ++j) sums[j] += widen_one(bias[g * v.K + k + j]);
-    S* out = y + n * v.y_n + p * v.y_h + q * v.y_w + g * v.K + k;
-    for (int64_t j = 0; j < block; ++j) narrow_one(out + j, sums[j]);
+    S* out = y + n * v.y_n + p * v.y_h + q * v.y_w + (g * v.K + k) * v.y_c;
+    for (int64_t j = 0; j < block; ++j) narrow_one(out + j * v.y_c, sums[j]);
   }
 }
 
@@ -154,13 +155,13 @@ void direct_wgrad(const Conv2dParams& p, const S* x, S* dw, const S* g, int thre
       for (int64_t n = 0; n < p.N; ++n) {
         T image[kBlock] = {};
         for (int64_t i = rows.first; i < rows.last; ++i) {
-          const S* gp = g + n * p.y_n + i * p.y_h + k;
-          const S* xp = x + n * p.x_n + (i * p.stride_h + h0) * p.x_h + w0 * p.x_w + group * channels + c;
+          const S* gp = g + n * p.y_n + i * p.y_h + k * p.y_c;
+          const S* xp = x + n * p.x_n + (i * p.stride_h + h0) * p.x_h + w0 * p.x_w + (group * channels + c) * p.x_c;
           T row[kBlock] = {};
           for (int64_t q = columns.first; q < columns.last; ++q) {
             const T value = widen_one(gp[q * p.y_w]);
             const S* xq = xp + q * p.stride_w * p.x_w;
-            for (int64_t j = 0; j < block; ++j) row[j] += value * widen_one(xq[j]);
+            for (int64_t j = 0; j < block; ++j) row[j] += value * widen_one(xq[j * p.x_c]);
           }
           for (int64_t j = 0; j < block; ++j) image[j] += row[j];
         }

@@ -14,15 +14,17 @@ namespace cnnfast {
 namespace CNNFAST_ISA {
 
 struct Conv2dView {
-  int64_t N, C, H, W, K, R, S, P, Q, G;                              // C and K of one group
-  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;  // the pads may be negative
-  int64_t x_n, x_h, x_w, w_g, w_k, w_c, w_r, w_s, y_n, y_h, y_w;     // the weights' may be negative
+  int64_t N, C, H, W, K, R, S, P, Q, G;                                     // C and K of one group
+  int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;         // the pads may be negative
+  int64_t x_n, x_c, x_h, x_w, w_g, w_k, w_c, w_r, w_s, y_n, y_c, y_h, y_w;  // the weights' may be negative
 };
 
 inline Conv2dView fprop_view(const Conv2dParams& p) {
-  return {p.N,   p.C / p.G,         p.H,        p.W,     p.K / p.G, p.R,          p.S,          p.P,   p.Q,
-          p.G,   p.stride_h,        p.stride_w, p.pad_h, p.pad_w,   p.dilation_h, p.dilation_w, p.x_n, p.x_h,
-          p.x_w, p.K / p.G * p.w_k, p.w_k,      p.w_c,   p.w_r,     p.w_s,        p.y_n,        p.y_h, p.y_w};
+  return {p.N,          p.C / p.G,    p.H,   p.W,        p.K / p.G,  p.R,     p.S,
+          p.P,          p.Q,          p.G,   p.stride_h, p.stride_w, p.pad_h, p.pad_w,
+          p.dilation_h, p.dilation_w, p.x_n, p.x_c,      p.x_h,      p.x_w,   p.K / p.G * p.w_k,
+          p.w_k,        p.w_c,        p.w_r, p.w_s,      p.y_n,      p.y_c,   p.y_h,
+          p.y_w};
 }
 
 inline int64_t gcd(int64_t a, int64_t b) {
@@ -72,10 +74,10 @@ CNNFAST_INLINE void for_each_dgrad_view(const Conv2dParams& p, const F& fn) {
       v.R = w.taps ? h.taps : 0, v.S = h.taps ? w.taps : 0;
       v.stride_h = v.stride_w = 1;
       v.pad_h = h.pad, v.pad_w = w.pad, v.dilation_h = h.dilation, v.dilation_w = w.dilation;
-      v.x_n = p.y_n, v.x_h = p.y_h, v.x_w = p.y_w;
+      v.x_n = p.y_n, v.x_c = p.y_c, v.x_h = p.y_h, v.x_w = p.y_w;
       v.w_g = p.K / p.G * p.w_k, v.w_k = p.w_c, v.w_c = p.w_k;
       v.w_r = -h.step * p.w_r, v.w_s = -w.step * p.w_s;
-      v.y_n = p.x_n, v.y_h = p.stride_h * p.x_h, v.y_w = p.stride_w * p.x_w;
+      v.y_n = p.x_n, v.y_c = p.x_c, v.y_h = p.stride_h * p.x_h, v.y_w = p.stride_w * p.x_w;
       const int64_t w_offset =
           v.R && v.S ? (h.first + h.step * (h.taps - 1)) * p.w_r + (w.first + w.step * (w.taps - 1)) * p.w_s : 0;
       fn(v, w_offset, a * p.x_h + b * p.x_w);
