@@ -15,7 +15,12 @@ _ALL = ("f32", "f64", "bf16", "f16")
 def _conv2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
     x, w, b, y = operands
     p = problem
-    stride, dilation = [p.stride_h, p.stride_w], [p.dilation_h, p.dilation_w]
+    stride = [p.stride_h, p.stride_w]
+    # two crashes of torch 2.14's bf16 and fp16 convolutions: a dilation along an axis of one tap, and weights that are
+    # dense in neither memory format
+    dilation = [p.dilation_h if p.R > 1 else 1, p.dilation_w if p.S > 1 else 1]
+    if w is not None and not (w.is_contiguous() or w.is_contiguous(memory_format=torch.channels_last)):
+        w = w.contiguous()
     # ATen takes symmetric padding only: pad to the larger side and cut the surplus
     below = (p.P - 1) * p.stride_h + p.dilation_h * (p.R - 1) + 1 - p.H - p.pad_h
     right = (p.Q - 1) * p.stride_w + p.dilation_w * (p.S - 1) + 1 - p.W - p.pad_w
