@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -22,7 +23,8 @@ MODULES = [m for m in (cpu.MODULE, cuda.MODULE) if m is not None]
 CORE = [
     *sorted((CSRC / "bindings").glob("*")), CSRC / "CMakeLists.txt",
     REPOSITORY / "setup.py", REPOSITORY / "build_backend" / "backend.py", REPOSITORY / "cnnfast" / "dispatch.py",
-    REPOSITORY / "cnnfast" / "backends" / "_native.py", REPOSITORY / "cnnfast" / "ops" / "_operator.py",
+    REPOSITORY / "cnnfast" / "backends" / "_native.py", REPOSITORY / "cnnfast" / "backends" / "_gpu.py",
+    REPOSITORY / "cnnfast" / "ops" / "_operator.py",
 ]  # fmt: skip
 
 
@@ -118,6 +120,20 @@ def test_registered_kernels_are_well_formed() -> None:
         assert 1.0 <= m <= 3.0
         assert reason
         assert set(i.layouts) <= {r.name for r in dispatch.signature(i.op).roles}
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_old_cards_are_refused_by_the_backend(name: str) -> None:
+    """What decides is a pure function of the problem: no card is needed to ask."""
+    module = importlib.import_module(f"cnnfast.backends.{name}")
+    if module.ABSENT or getattr(module, "EMULATED", False) or getattr(module, "INTERPRETED", False):
+        pytest.skip("needs the backend as it is for a card")
+    old, new = (
+        dispatch.Problem("max_pool2d", "fprop", "f32", "cuda", "fp32", (), capability=capability)
+        for capability in ((7, 5), (8, 0))
+    )
+    assert module.BACKEND.unavailable(old) == ["needs compute capability 8.0 or newer, not 7.5"]
+    assert module.BACKEND.unavailable(new) == []
 
 
 # ---- native sources --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from cnnfast.backends import _gpu
 from cnnfast.backends._native import Table, addresses, implementation
 from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
 
@@ -89,7 +90,6 @@ def _implicit_gemm(p: Problem) -> list[str]:
     return _direct(p) + [
         reason
         for wrong, reason in (
-            (p.capability is not None and p.capability < (8, 0), f"needs sm_80 or newer, not {p.capability}"),
             (p.G != 1, f"needs groups = 1, not {p.G}"),
             (p.C % 8 != 0, f"needs input channels in multiples of 8, not {p.C}"),
             (p.K % 8 != 0, f"needs output channels in multiples of 8, not {p.K}"),
@@ -121,12 +121,7 @@ def _implementations() -> list[Implementation]:
 
 
 def _unavailable(problem: Problem) -> list[str]:
-    if ABSENT:
-        return [ABSENT]
-    expected = "cpu" if EMULATED else "cuda"
-    if problem.device == expected:
-        return []
-    return [f"serves {'CPU tensors (emulated)' if EMULATED else 'CUDA tensors'}, not {problem.device}"]
+    return [ABSENT] if ABSENT else _gpu.unavailable(problem, "emulated" if EMULATED else "")
 
 
 def _status() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cnnfast.backends import _gpu
 from cnnfast.dispatch import DTYPES, Backend, Implementation, Kernel, Problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
@@ -28,7 +29,6 @@ def _conv2d(p: Problem) -> list[str]:
         for wrong, reason in (
             (p.N * max(p.P * p.Q, phases) >= _PROGRAMS, f"numbers pixels in 32 bits: {p.N} x {p.P * p.Q} are too many"),
             (p.K * (p.C // p.G) * p.R * p.S >= 2**31, "numbers weights in 32 bits"),
-            (p.capability is not None and p.capability < (8, 0), f"needs sm_80 or newer, not {p.capability}"),
         )
         if wrong
     ]
@@ -41,7 +41,6 @@ def _max_pool2d(p: Problem) -> list[str]:
             (p.N * max(p.P * p.Q, p.H * p.W) >= _PROGRAMS, "numbers pixels in 32 bits"),
             ((p.H + 2 * p.pad_h) * (p.W + 2 * p.pad_w) >= 2**31, "numbers the pixels of a map in 32 bits"),
             (max(p.R, p.S) >= 2**15, "numbers taps in 16 bits"),
-            (p.capability is not None and p.capability < (8, 0), f"needs sm_80 or newer, not {p.capability}"),
         )
         if wrong
     ]
@@ -100,12 +99,7 @@ IMPLEMENTATIONS, ABSENT = _implementations()
 
 
 def _unavailable(problem: Problem) -> list[str]:
-    if ABSENT:
-        return [ABSENT]
-    expected = "cpu" if INTERPRETED else "cuda"
-    if problem.device == expected:
-        return []
-    return [f"serves {'CPU tensors (interpreted)' if INTERPRETED else 'CUDA tensors'}, not {problem.device}"]
+    return [ABSENT] if ABSENT else _gpu.unavailable(problem, "interpreted" if INTERPRETED else "")
 
 
 def _status() -> str:

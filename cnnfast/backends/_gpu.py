@@ -1,0 +1,17 @@
+"""What the GPU backends share: which devices they serve."""
+
+from __future__ import annotations
+
+from cnnfast.dispatch import Problem
+
+MINIMUM_CAPABILITY = (8, 0)  # asynchronous copies and bf16 matrix instructions
+
+
+def unavailable(problem: Problem, stand_in: str) -> list[str]:
+    """Why a GPU backend can't serve a problem; ``stand_in``: what executes on CPU tensors in tests, or empty."""
+    if problem.device != ("cpu" if stand_in else "cuda"):
+        return [f"serves {f'CPU tensors ({stand_in})' if stand_in else 'CUDA tensors'}, not {problem.device}"]
+    if problem.capability is not None and problem.capability < MINIMUM_CAPABILITY:
+        needed, found = (".".join(map(str, pair)) for pair in (MINIMUM_CAPABILITY, problem.capability))
+        return [f"needs compute capability {needed} or newer, not {found}"]
+    return []
