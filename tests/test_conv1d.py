@@ -110,7 +110,7 @@ def test_fuzz() -> None:
         for a, e in zip(ours, theirs, strict=True):
             assert a.stride() == e.stride(), call
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, msg=lambda text, call=call: f"{call}: {text}")
-    assert accepted > count // 3
+    assert accepted > count // 4
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])

@@ -112,7 +112,7 @@ def test_fuzz() -> None:
         for i, (a, e) in enumerate(zip(ours, theirs, strict=True)):
             assert i or a.stride() == e.stride(), call
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, msg=lambda text, call=call: f"{call}: {text}")
-    assert accepted > count // 3
+    assert accepted > count // 4
 
 
 @pytest.mark.parametrize("output_size", [None, (11, 13), [2, 3, 12, 14]])

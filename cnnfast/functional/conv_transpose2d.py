@@ -81,9 +81,10 @@ def conv_transpose2d(
     x = input if input.dim() == 4 else input.unsqueeze(0)
     contract.validate(x, weight, bias, stride, padding, output_padding, groups, dilation)
     size = contract.output_size(x.shape[2:], weight.shape[2:], stride, padding, output_padding, dilation)
-    if min(size) == 0:
-        return torch_serves("conv_transpose2d", "an empty result", torch.nn.functional.conv_transpose2d, *torch_args)
     inner, sides, beyond = contract.as_dgrad(size, stride, padding, output_padding)
+    if min(*size, *inner) <= 0:
+        reason = "a result that is empty but for output padding"
+        return torch_serves("conv_transpose2d", reason, torch.nn.functional.conv_transpose2d, *torch_args)
     y = ops.conv2d_dgrad(
         weight, x, (x.shape[0], weight.shape[1] * groups, *inner), ops.prefers_channels_last(x, weight), stride, sides,
         dilation, groups, *resolve_precision(input.device),
