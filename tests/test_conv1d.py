@@ -108,7 +108,8 @@ def test_fuzz() -> None:
         assert not isinstance(ours, Exception), f"{call}: torch accepts, cnnfast raises {ours!r}"
         accepted += 1
         for a, e in zip(ours, theirs, strict=True):
-            assert a.stride() == e.stride(), call
+            # torch's "same" with an even kernel is a slice: only strides that are ever used count
+            assert all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), e.stride(), strict=True)), call
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, msg=lambda text, call=call: f"{call}: {text}")
     assert accepted > count // 4
 
