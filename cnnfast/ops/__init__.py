@@ -1,6 +1,7 @@
 """The contracts: one module an operation. Adding an operation adds a module and its line here."""
 
 from cnnfast.ops.conv2d import conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad
+from cnnfast.ops.conv_bn_act import conv_bn_act
 from cnnfast.ops.max_pool2d import max_pool2d, max_pool2d_dgrad, max_pool2d_indices, max_pool2d_jvp
 
 __all__ = [
@@ -8,6 +9,7 @@ __all__ = [
     "conv2d_bgrad",
     "conv2d_dgrad",
     "conv2d_wgrad",
+    "conv_bn_act",
     "max_pool2d",
     "max_pool2d_dgrad",
     "max_pool2d_indices",
