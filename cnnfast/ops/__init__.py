@@ -4,6 +4,7 @@ from cnnfast.ops import conv_transpose2d
 from cnnfast.ops._memory import prefers_channels_last
 from cnnfast.ops.conv2d import conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad
 from cnnfast.ops.conv2d import validate as validate_conv
+from cnnfast.ops.conv_bn_act import conv_bn_act
 from cnnfast.ops.max_pool2d import max_pool2d, max_pool2d_dgrad, max_pool2d_indices, max_pool2d_jvp
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "conv2d_bgrad",
     "conv2d_dgrad",
     "conv2d_wgrad",
+    "conv_bn_act",
     "conv_transpose2d",
     "max_pool2d",
     "max_pool2d_dgrad",

@@ -29,7 +29,12 @@ W = Role("w", ("w_k", "w_c", "w_r", "w_s"))
 B = Role("b")
 Y = Role("y", ("y_n", "y_c", "y_h", "y_w"), batch_dim=0)
 SIGNATURE = dispatch.register_signature(
-    dispatch.Signature("conv2d", (X, W, B, Y), {"fprop": ("y",), "dgrad": ("x",), "wgrad": ("w",), "bgrad": ("b",)})
+    dispatch.Signature(
+        "conv2d",
+        (X, W, B, Y),
+        {"fprop": ("y",), "dgrad": ("x",), "wgrad": ("w",), "bgrad": ("b",)},
+        zeros=("act", "r_n", "r_c", "r_h", "r_w"),  # conv_bn_act's
+    )
 )
 
 _TAIL = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision, str backend, bool strict"
