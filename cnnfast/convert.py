@@ -30,7 +30,9 @@ Include = Callable[[str, torch.nn.Module], bool] | type | tuple[type, ...] | Seq
 
 # Every module that cnnfast has: its class in torch.nn and cnnfast.nn, its function in torch.nn.functional and ours.
 PAIRS = (
+    ("Conv1d", "conv1d"),
     ("Conv2d", "conv2d"),
+    ("ConvTranspose2d", "conv_transpose2d"),
     ("MaxPool2d", "max_pool2d"),
 )
 

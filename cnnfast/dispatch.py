@@ -20,6 +20,7 @@ import torch
 from cnnfast import settings
 
 DTYPES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
+ACCUMULATORS = {torch.float64: torch.float64}  # every other dtype's sums are float32
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -33,7 +34,7 @@ class Role:
     name: str
     strides: tuple[str | None, ...] = ()
     batch_dim: int | None = None  # the dimension that a vmap over this operand alone may be folded into
-    dtype: str | None = None  # where it isn't the problem's
+    dtype: str | None = None  # where it isn't the problem's: "i64", or "acc", the type that sums are accumulated in
 
     @property
     def is_activation(self) -> bool:
@@ -48,6 +49,7 @@ class Signature:
     op: str
     roles: tuple[Role, ...]
     outputs: Mapping[str, tuple[str, ...]]  # direction -> roles written
+    zeros: tuple[str, ...] = ()  # parameter fields that belong to another operation on the same kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +262,7 @@ def readable(role: Role, shape: Sequence[int], strides: Sequence[int], layout: s
 def parameters(problem: Problem, strides: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Every field of the operation's parameter struct: the problem's sizes, and the strides of the operands by role."""
     fields = dict(problem.sizes)
+    fields.update(dict.fromkeys(signature(problem.op).zeros, 0))
     for role in signature(problem.op).roles:
         given = strides.get(role.name, (0,) * len(role.strides))
         fields.update({f: int(s) for f, s in zip(role.strides, given, strict=False) if f is not None})

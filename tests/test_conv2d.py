@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from cases.conv2d import CASES, Case
 from cases.conv2d import inputs as case_inputs
 from support import process
+from support.verdict import outcome, same
 
 import cnnfast
 from cnnfast import functional, settings
@@ -25,29 +25,8 @@ X, W, B = torch.randn(2, 4, 7, 6), torch.randn(6, 4, 3, 3), torch.randn(6)
 IMAGE = torch.randn(4, 7, 6)
 
 
-def _outcome(conv: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    try:
-        return conv(*args, **kwargs)
-    except Exception as error:
-        return error
-
-
 def _same(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Both accept with equal shape, strides, dtype and values, or both reject with related classes."""
-    theirs, ours = _outcome(TORCHS, args, kwargs), _outcome(OURS, args, kwargs)
-    if isinstance(theirs, Exception):
-        assert isinstance(ours, Exception), f"torch rejects ({str(theirs)[:200]}), cnnfast gives {tuple(ours.shape)}"
-        assert isinstance(ours, (ValueError, TypeError, NotImplementedError, RuntimeError)), repr(ours)
-        assert isinstance(ours, (type(theirs), ValueError, TypeError)), f"{theirs!r} became {ours!r}"
-        return ours
-    if isinstance(ours, Exception):
-        raise AssertionError(f"torch accepts and gives {tuple(theirs.shape)}, cnnfast: {ours}") from ours
-    assert ours.shape == theirs.shape
-    assert ours.dtype == theirs.dtype
-    if theirs.layout is torch.strided:
-        assert ours.stride() == theirs.stride(), f"strides {ours.stride()}, torch {theirs.stride()}"
-    torch.testing.assert_close(ours, theirs)
-    return ours
+    return same(OURS, TORCHS, args, kwargs)
 
 
 # ---- what torch accepts ----------------------------------------------------------------------------------------------
@@ -368,7 +347,7 @@ def test_fuzz() -> None:
         seed = process.SEED * count + number
         args, kwargs = _random_call(random.Random(seed))
         shapes = [None if t is None else (tuple(t.shape), t.stride(), t.dtype) for t in args]
-        theirs, ours = _outcome(TORCHS, args, kwargs), _outcome(OURS, args, kwargs)
+        theirs, ours = outcome(TORCHS, args, kwargs), outcome(OURS, args, kwargs)
         call = f"call {number} of CNNFAST_TEST_SEED={process.SEED}: {shapes} {kwargs}"
         if not isinstance(theirs, Exception) and isinstance(ours, Exception):
             mixed = len({t.dtype for t in args if t is not None}) > 1

@@ -269,7 +269,7 @@ def test_errors():
 
 def test_report():
     model = net()
-    model.other = nn.Conv1d(1, 1, 1)
+    model.other = nn.Conv3d(1, 1, 1)
     before = conversion_report(model)
     assert not before.converted
     assert "not included" in before.left[0].reason

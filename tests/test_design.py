@@ -102,14 +102,14 @@ def test_native_errors_are_clear() -> None:
         with pytest.raises(ValueError, match=f"expected {size} bytes"):
             module.Call(0, b"short")
         call = module.Call(0, bytes(size))
-        with pytest.raises(ValueError, match="8 operands"):
-            call([0] * 9, 0, 0, 1)
+        with pytest.raises(ValueError, match="12 operands"):
+            call([0] * 13, 0, 0, 1)
         assert len(dict.fromkeys(n for n, _ in module.kernels())) == len(module.kernels()), name
 
 
 def test_registered_kernels_are_well_formed() -> None:
     """Names, directions and dtypes go by the rules that pinning, packing and reports rely on."""
-    names = [(i.name, i.direction) for i in dispatch.implementations()]
+    names = [(i.op, i.name, i.direction) for i in dispatch.implementations()]
     assert len(names) == len(set(names))
     for i in dispatch.implementations():
         assert i.name.split(".")[:2] == [i.backend, i.stem]

@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import conv2d, max_pool2d
+from cases import conv2d, conv_bn_act, max_pool2d
 from support import oracle, process
 from support.memory import Guarded, bits, guarded_allocations, registered
 
 from cnnfast import dispatch, settings
 from cnnfast.dispatch import TORCH_DTYPES, Implementation
 
-OPERATIONS: dict[str, ModuleType] = {module.OP: module for module in (conv2d, max_pool2d)}
+OPERATIONS: dict[str, ModuleType] = {module.OP: module for module in (conv2d, conv_bn_act, max_pool2d)}
 PRECISIONS = ("fp32", "ieee", "high")
 # Of the combinations (variant, dtype, precision) of a kernel, so many a case and direction: what a budget allows.
 SHARE = 1 if process.INTERPRETED or process.CHECKED else 6 if process.EMULATED else 2
@@ -57,7 +57,7 @@ def _parameters() -> list[Any]:
         for case, direction in itertools.product(adapter.CASES, adapter.DIRECTIONS):
             for implementation, dtype, precision in _combinations(op, direction, case):
                 mode = "" if precision == "fp32" else f"-{precision}"
-                id = f"{implementation.name}-{direction}-{dtype}{mode}-{case}"
+                id = f"{op}-{implementation.name}-{direction}-{dtype}{mode}-{case}"
                 found.append(
                     pytest.param(
                         op,
@@ -74,7 +74,7 @@ def _parameters() -> list[Any]:
 
 
 PARAMETERS = _parameters()
-RAN: set[tuple[str, str]] = set()
+RAN: set[tuple[str, str, str]] = set()
 EXECUTED: list[str] = []
 
 
@@ -122,7 +122,7 @@ def test_kernel(
     op: str, implementation: Implementation, direction: str, dtype: str, precision: str, case: Any, request: Any
 ) -> None:
     adapter = OPERATIONS[op]
-    RAN.add((implementation.name, direction))
+    RAN.add((op, implementation.name, direction))
     EXECUTED.append(request.node.nodeid)
     device = process.device(implementation)
     what = f"{implementation.name} {direction} {dtype} {precision}, {case} ({case.why})"
@@ -210,10 +210,11 @@ def test_result_in_a_slice(
                 (16, 24) if free else (0, 0)
             )  # channels before and around: the next pixel is as well aligned
             integer = role.dtype == "i64"
+            wide = dispatch.ACCUMULATORS.get(torch_dtype, torch.float32)
             base = torch.full(
                 (shape[0], shape[1] + beside, *shape[2:]) if beside else shape,
                 -1 if integer else float("nan"),
-                dtype=torch.int64 if integer else torch_dtype,
+                dtype=torch.int64 if integer else wide if role.dtype == "acc" else torch_dtype,
                 device=device,
             )
             if role.is_activation and layout != "any":
@@ -285,8 +286,8 @@ def test_every_kernel_ran() -> None:
         reason = process.not_here(i)
         if reason:
             elsewhere.setdefault(f"{i.backend}: {reason}", []).append(f"{i.name} {i.direction}")
-        elif (i.name, i.direction) not in {(p.values[1].name, p.values[2]) for p in PARAMETERS}:
-            missing.append(f"{i.name} {i.direction}")
+        elif (i.op, i.name, i.direction) not in {(p.values[0], p.values[1].name, p.values[2]) for p in PARAMETERS}:
+            missing.append(f"{i.op}: {i.name} {i.direction}")
     for backend, kernels in dispatch.backends().items():
         if not any(i.backend == backend for i in registered):
             print(f"{backend}: no kernels: {kernels.status()}")
@@ -295,5 +296,5 @@ def test_every_kernel_ran() -> None:
     assert not missing, f"no case of the tables runs: {', '.join(missing)}"
     if len(EXECUTED) < len(PARAMETERS):
         pytest.skip(f"{len(EXECUTED)} of {len(PARAMETERS)} tests of kernels were selected")
-    expected = {(i.name, i.direction) for i in registered if not process.not_here(i)}
+    expected = {(i.op, i.name, i.direction) for i in registered if not process.not_here(i)}
     assert expected == RAN, f"didn't run: {sorted(expected - RAN)}"

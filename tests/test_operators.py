@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import conv2d, max_pool2d
+from cases import conv2d, conv_bn_act, max_pool2d
 from support import process
 from support.functions import FUNCTIONS, Function
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 needs_cpu_kernels = pytest.mark.skipif(cpu.MODULE is None, reason=f"no CPU kernels here: {cpu.ABSENT}")
 each = pytest.mark.parametrize("f", FUNCTIONS, ids=str)
-MODULES = (conv2d, max_pool2d)
+MODULES = (conv2d, conv_bn_act, max_pool2d)
 CL = torch.channels_last
 
 _CONV = ((1, 1), (1, 1, 1, 1), (1, 1), 1, "fp32", "auto", False)
@@ -39,6 +39,8 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
     pool = ([3, 3], [2, 2], [1, 1], [1, 1], False, "auto", False)
     xg, wg = torch.randn(2, 4, 7, 8), torch.randn(6, 2, 3, 2)
     gg = torch.ops.cnnfast.conv2d(xg, wg, None, *grouped)
+    fused = (*conv[0][:4], "relu", *conv[0][4:])
+    scale, shift = torch.rand(6) + 0.5, torch.randn(6)
     return {
         "conv2d": [(x, w, b, *conv[0]), (last[0], last[1], None, *conv[0]), (xg, wg, b, *grouped)],
         "conv2d_dgrad": [
@@ -46,6 +48,10 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
         ],
         "conv2d_wgrad": [
             (x, g, ws, False, *conv[0]), (last[0], last[2], ws, True, *conv[0]), (xg, gg, [6, 2, 3, 2], True, *grouped)
+        ],
+        "conv_bn_act": [
+            (x, w, b, scale, shift, g, *fused), (last[0], last[1], None, scale, shift, None, *fused),
+            (x, w, None, None, None, last[2], *fused),
         ],
         "max_pool2d": [(x, *pool), (last[0], *pool)],
         "max_pool2d_indices": [(x, *pool), (last[0], *pool)],

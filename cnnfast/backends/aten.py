@@ -40,6 +40,22 @@ def _conv2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
     return torch.ops.aten.convolution_backward(y, padded, like, None, *args, [False, True, False])[1]
 
 
+def _conv_bn_act(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
+    x, w, b, _, scale, shift, r = operands
+    z = _conv2d(problem, direction, (x, w, b, None))
+    if scale is not None or shift is not None:
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
+        wide = wide if scale is None else wide * scale.reshape(1, -1, 1, 1)
+        z = (wide if shift is None else wide + shift.reshape(1, -1, 1, 1)).to(z.dtype)
+    return _ACTIVATIONS[problem.act](z if r is None else z + r)
+
+
+# by their codes: none, relu, relu6, leaky_relu
+_ACTIVATIONS: tuple[Callable[[Any], Any], ...] = (
+    lambda z: z, torch.relu, torch.nn.functional.relu6, torch.nn.functional.leaky_relu,
+)  # fmt: skip
+
+
 def _max_pool2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
     x, y, _, t = operands
     p = problem
@@ -72,6 +88,7 @@ BACKEND = Backend(
     unavailable=lambda problem: [],
     implementations=[
         *(_implementation("conv2d", d, _conv2d) for d in ("fprop", "dgrad", "wgrad", "bgrad")),
+        _implementation("conv_bn_act", "fprop", _conv_bn_act),
         *(_implementation("max_pool2d", d, _max_pool2d) for d in ("fprop", "indices", "dgrad", "jvp")),
     ],
     status=lambda: f"torch {torch.__version__}",

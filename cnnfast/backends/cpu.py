@@ -125,6 +125,20 @@ RULES: dict[str, _Rule] = {
 # kernels that read and write activations in any layout: tiny calls save the conversions, which cost more than the work
 ANY_LAYOUT = {("conv2d_direct", direction): {"x": "any", "y": "any"} for direction in ("fprop", "dgrad", "wgrad")}
 
+# stem -> operations that are its fprop with an epilogue: the same kernels under the same rules
+EPILOGUES = dict.fromkeys(("conv2d_grouped", "conv2d_implicit_gemm", "conv2d_direct"), ("conv_bn_act",))
+
+
+def _operations(table: Table, stem: str) -> list[tuple[str, str, dict[str, str]]]:
+    """What a stem serves: operation, direction, layouts."""
+    found = []
+    for direction in table.directions(stem):
+        layouts = ANY_LAYOUT.get((stem, direction), {})
+        found.append((RULES[stem][0], direction, layouts))
+        if direction == "fprop":
+            found += [(op, direction, {**layouts, "r": "any"} if layouts else {}) for op in EPILOGUES.get(stem, ())]
+    return found
+
 
 def _implementations() -> list[Implementation]:
     if MODULE is None:
@@ -141,11 +155,11 @@ def _implementations() -> list[Implementation]:
             _for_isa(unsupported, isa),
             _caller,
             cost=_ranked(cost, isa, rank),
-            layouts=ANY_LAYOUT.get((stem, direction), {}),
+            layouts=layouts,
         )
         for rank, isa in enumerate(isas())
-        for stem, (op, unsupported, cost) in RULES.items()
-        for direction in table.directions(stem)
+        for stem, (_, unsupported, cost) in RULES.items()
+        for op, direction, layouts in _operations(table, stem)
         if table.dtypes(stem, direction, isa)
     ]
 

@@ -1,6 +1,10 @@
 """The contracts: one module an operation. Adding an operation adds a module and its line here."""
 
+from cnnfast.ops import conv_transpose2d
+from cnnfast.ops._memory import prefers_channels_last
 from cnnfast.ops.conv2d import conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad
+from cnnfast.ops.conv2d import validate as validate_conv
+from cnnfast.ops.conv_bn_act import conv_bn_act
 from cnnfast.ops.max_pool2d import max_pool2d, max_pool2d_dgrad, max_pool2d_indices, max_pool2d_jvp
 
 __all__ = [
@@ -8,8 +12,12 @@ __all__ = [
     "conv2d_bgrad",
     "conv2d_dgrad",
     "conv2d_wgrad",
+    "conv_bn_act",
+    "conv_transpose2d",
     "max_pool2d",
     "max_pool2d_dgrad",
     "max_pool2d_indices",
     "max_pool2d_jvp",
+    "prefers_channels_last",
+    "validate_conv",
 ]

@@ -98,6 +98,7 @@ class Operator:
         fold: Positions of the tensors that may carry a vmap dimension inside their batch dimension, all the others
             being unbatched, and ``unfold_size``, see :meth:`_vmap`.
         differentiable: For each result whether it has a gradient.
+        keeps: Positions of the results that ``backward`` and ``jvp`` get after the saved tensors.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Operator:
         fold: tuple[int, ...] = (),
         fold_params: Callable[[tuple[Any, ...], int], tuple[Any, ...]] | None = None,
         differentiable: tuple[bool, ...] = (True,),
+        keeps: tuple[int, ...] = (),
     ) -> None:
         self.name, self.tensors = name, tensors
         self._resolve, self._fake, self._backward, self._jvp, self._saves = resolve, fake, backward, jvp, saves
@@ -124,7 +126,7 @@ class Operator:
         for key in ("CPU", "CUDA"):
             library.impl(name, self._kernel, key)
         torch.library.register_fake(f"cnnfast::{name}", self._fake_entry, lib=library)
-        self.light, self.setup = _functions(self, differentiable)
+        self.light, self.setup = _functions(self, differentiable, keeps)
         library.impl(name, self._autograd, "Autograd")
         torch.library.register_vmap(f"cnnfast::{name}", self._vmap, lib=library)
         register_flop_formula(getattr(torch.ops.cnnfast, name))(flops or (lambda *args, **kwargs: 0))
@@ -254,18 +256,23 @@ def _hashable(values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(tuple(v) if isinstance(v, list) else v for v in values)
 
 
-def _functions(operator: Operator, differentiable: tuple[bool, ...]) -> tuple[Any, Any]:
+def _functions(operator: Operator, differentiable: tuple[bool, ...], keeps: tuple[int, ...]) -> tuple[Any, Any]:
     n = operator.tensors
     constant = [i for i, d in enumerate(differentiable) if not d]
+
+    def kept(out: Any) -> list[Any]:
+        results = out if isinstance(out, tuple) else (out,)
+        return [results[i] for i in keeps]
 
     class Light(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, run: Callable[..., Any], params: tuple[Any, ...], *tensors: Any) -> Any:
             saved = operator._saves(ctx.needs_input_grad[2:])
-            ctx.save_for_backward(*[t if s else None for t, s in zip(tensors, saved, strict=True)])
             ctx.params = params
             ctx.metas = getattr(run, "metas", None) or metas(tensors)
             out = run(*tensors)
+            inputs = [t if s else None for t, s in zip(tensors, saved, strict=True)]
+            ctx.save_for_backward(*inputs, *kept(out)) if keeps else ctx.save_for_backward(*inputs)
             if constant:
                 ctx.mark_non_differentiable(*[out[i] for i in constant])
             return out
@@ -284,8 +291,8 @@ def _functions(operator: Operator, differentiable: tuple[bool, ...]) -> tuple[An
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*inputs[:n])
-            ctx.save_for_forward(*inputs[:n])
+            ctx.save_for_backward(*inputs[:n], *kept(output))
+            ctx.save_for_forward(*inputs[:n], *kept(output))
             ctx.params = inputs[n].values
             ctx.metas = metas(inputs[:n])
             ctx.strides = [o.stride() for o in (output if isinstance(output, tuple) else (output,))]

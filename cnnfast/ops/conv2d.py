@@ -29,27 +29,44 @@ W = Role("w", ("w_k", "w_c", "w_r", "w_s"))
 B = Role("b")
 Y = Role("y", ("y_n", "y_c", "y_h", "y_w"), batch_dim=0)
 SIGNATURE = dispatch.register_signature(
-    dispatch.Signature("conv2d", (X, W, B, Y), {"fprop": ("y",), "dgrad": ("x",), "wgrad": ("w",), "bgrad": ("b",)})
+    dispatch.Signature(
+        "conv2d",
+        (X, W, B, Y),
+        {"fprop": ("y",), "dgrad": ("x",), "wgrad": ("w",), "bgrad": ("b",)},
+        zeros=("act", "r_n", "r_c", "r_h", "r_w"),  # conv_bn_act's
+    )
 )
 
 _TAIL = "int[2] stride, int[4] padding, int[2] dilation, int groups, str precision, str backend, bool strict"
 
 
+# by the number of spatial dimensions: the axes, and what the padding, input and weight look like
+_FORMS = {
+    1: (("length",), "(left, right)", "a 3-D input (N, C, L), or 2-D without batch, and a 3-D weight (K, C/groups, S)"),
+    2: (
+        ("height", "width"), "(top, bottom, left, right)",
+        "a 4-D input (N, C, H, W), or 3-D without batch, and a 4-D weight (K, C/groups, R, S)",
+    ),
+}  # fmt: skip
+
+
 def validate(
-    x: Any, w: Any, b: Any, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int
-) -> None:
-    """Raises what torch rejects: operation, what was expected with the arithmetic, what came, all shapes."""
+    x: Any, w: Any, b: Any, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    op: str = "conv2d",
+) -> None:  # fmt: skip
+    """Raises what torch rejects, in one or two dimensions: operation, expectation with the arithmetic, what came."""
+    axes, sides, form = _FORMS[len(stride)]
 
     def fail(expected: str, error: type[Exception] = ShapeError) -> None:
         bias = "none" if b is None else tuple(b.shape)
         raise error(
-            f"conv2d: {expected}; got input {tuple(x.shape)} {x.dtype}, weight {tuple(w.shape)} {w.dtype}, bias {bias}"
-            f"{'' if b is None else f' {b.dtype}'}, stride {tuple(stride)}, padding (top, bottom, left, right) "
-            f"{tuple(padding)}, dilation {tuple(dilation)}, groups {groups}"
+            f"{op}: {expected}; got input {tuple(x.shape)} {x.dtype}, weight {tuple(w.shape)} {w.dtype}, bias {bias}"
+            f"{'' if b is None else f' {b.dtype}'}, stride {tuple(stride)}, padding {sides} {tuple(padding)}, "
+            f"dilation {tuple(dilation)}, groups {groups}"
         )
 
-    if x.dim() != 4 or w.dim() != 4:
-        fail("expected a 4-D input (N, C, H, W), or 3-D without batch, and a 4-D weight (K, C/groups, R, S)")
+    if x.dim() != len(axes) + 2 or w.dim() != len(axes) + 2:
+        fail(f"expected {form}")
     if x.dtype != w.dtype or (b is not None and b.dtype != x.dtype):
         fail("expected input, weight and bias of one dtype", DtypeError)
     if x.device != w.device or (b is not None and b.device != x.device):
@@ -62,26 +79,24 @@ def validate(
         fail("non-positive dilation is not supported")
     if groups <= 0:
         fail("non-positive groups is not supported")
-    (_, c, h, wd), (k, cg, r, s) = x.shape, w.shape
+    (_, c, *image), (k, cg, *kernel) = x.shape, w.shape
     if k < groups or k % groups:
         fail(f"expected the weight's dimension 0, K = {k}, to be a positive multiple of groups = {groups}")
     if c != cg * groups:
         fail(f"expected weight.shape[1] * groups = {cg} * {groups} = {cg * groups} input channels, not {c}")
     if b is not None and tuple(b.shape) != (k,):
         fail(f"expected a 1-D bias with K = {k} elements")
-    if r == 0 or s == 0:
-        fail("expected a kernel of at least 1 x 1")
-    if h == 0 or wd == 0:
+    if 0 in kernel:
+        fail(f"expected a kernel of at least {' x '.join('1' for _ in axes)}")
+    if 0 in image:
         fail("only an empty batch is supported, not an empty image")
-    for size, axis, top, bottom, kernel, step in (
-        (h, "height", padding[0], padding[1], r, dilation[0]),
-        (wd, "width", padding[2], padding[3], s, dilation[1]),
-    ):
-        extent = step * (kernel - 1) + 1
-        if size + top + bottom < extent:
+    for i, axis in enumerate(axes):
+        size, (first, last), taps, step = image[i], padding[2 * i : 2 * i + 2], kernel[i], dilation[i]
+        extent = step * (taps - 1) + 1
+        if size + first + last < extent:
             fail(
-                f"the kernel can't be larger than the padded input: {axis} {size} + {top} + {bottom} = "
-                f"{size + top + bottom} < {step} * ({kernel} - 1) + 1 = {extent}"
+                f"the kernel can't be larger than the padded input: {axis} {size} + {first} + {last} = "
+                f"{size + first + last} < {step} * ({taps} - 1) + 1 = {extent}"
             )
 
 

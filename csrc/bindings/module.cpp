@@ -27,7 +27,7 @@ void bind_extras(py::module_& m);  // what only this module offers (the emulatio
 
 namespace {
 
-constexpr int kMaxOperands = 8;
+constexpr int kMaxOperands = 12;
 
 int64_t kernel_count() { return __stop_cnnfast_kernels - __start_cnnfast_kernels; }
 
@@ -88,7 +88,7 @@ struct Node {
 class Plan {
  public:
   void add(int64_t id, const py::bytes& params, const std::vector<std::pair<int, int64_t>>& operands) {
-    if (operands.size() > kMaxOperands) throw py::value_error("at most 8 operands a node");
+    if (operands.size() > kMaxOperands) throw py::value_error("at most 12 operands a node");
     Node node{&kernel(id), "", {}};
     node.params = checked_params(*node.kernel, params);
     for (auto [slot, offset] : operands) {
@@ -179,7 +179,7 @@ PYBIND11_MODULE(CNNFAST_MODULE, m) {
              c.run(p, 4, ws, stream, threads);
            })
       .def("__call__", [](const Call& c, const std::vector<int64_t>& p, int64_t ws, int64_t stream, int threads) {
-        if (p.size() > kMaxOperands) throw py::value_error("at most 8 operands");
+        if (p.size() > kMaxOperands) throw py::value_error("at most 12 operands");
         c.run(p.data(), static_cast<int>(p.size()), ws, stream, threads);
       });
   py::class_<Plan>(m, "Plan", "A flat list of kernels over shared buffers, run in one native call.")

@@ -45,11 +45,16 @@ struct StructInfo {
 // bgrad b; the strides always describe the tensor of that name (for dgrad x_* are dx's, for wgrad w_* are dw's).
 // Operands, in order: x, w, b, y; those a direction doesn't use, and an absent bias, are null. x_c and y_c are 1 for
 // every kernel but those that ask for operands in any layout.
+// On a CPU fprop also serves conv_bn_act, with three more operands, each of which may be null: scale and shift (vectors
+// of K in the type that sums have: double for f64, else float) and the residual r:
+//   y = act(scale[k] * (what conv2d gives) + shift[k] + r[n,k,p,q]),     act: the Activation of cpu/epilogue.h
+// conv2d itself is the same kernel with these null and act and r_* 0.
 // clang-format off
 #define CNNFAST_CONV2D_FIELDS(F)                                                        \
   F(N) F(C) F(H) F(W) F(K) F(R) F(S) F(P) F(Q) F(G)                                     \
   F(stride_h) F(stride_w) F(pad_h) F(pad_w) F(dilation_h) F(dilation_w)                 \
-  F(x_n) F(x_c) F(x_h) F(x_w) F(w_k) F(w_c) F(w_r) F(w_s) F(y_n) F(y_c) F(y_h) F(y_w)
+  F(x_n) F(x_c) F(x_h) F(x_w) F(w_k) F(w_c) F(w_r) F(w_s) F(y_n) F(y_c) F(y_h) F(y_w)  \
+  F(act) F(r_n) F(r_c) F(r_h) F(r_w)
 // clang-format on
 CNNFAST_PARAMS(Conv2dParams, CNNFAST_CONV2D_FIELDS)
 

@@ -6,6 +6,8 @@
 //   wgrad  dw[k,c,r,s] = sum_{n,p,q} g[n,k,p,q] * x[n,c,h,w]
 //   bgrad  db[k]       = sum_{n,p,q} g[n,k,p,q]
 //
+// fprop with more operands is conv_bn_act: its sums go through epilogue.h before they are stored.
+//
 // One task computes up to 64 channels of one output pixel (fprop, dgrad), one filter tap of one output channel (wgrad),
 // one vector of channels (bgrad). Operands have any strides (bgrad reads NHWC). Sums are in float for float, bf16 and
 // fp16, in double for double; blocks of 8 sums run side by side to hide the latency of the additions, and long sums are
@@ -83,7 +85,7 @@ CNNFAST_INLINE void accumulate_block(T* sums, int64_t n, const S* a, int64_t a_i
 // Channels [k, end) of group g of one pixel of any view: fprop's, or a dgrad class's.
 template <class S>
 CNNFAST_INLINE void pixel(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, int64_t index, int64_t g,
-                          int64_t k, int64_t end) {
+                          int64_t k, int64_t end, const Epilogue<S>* epilogue) {
   using T = Compute<S>;
   const int64_t n = index / (v.P * v.Q), p = index / v.Q % v.P, q = index % v.Q;
   const int64_t h0 = p * v.stride_h - v.pad_h, w0 = q * v.stride_w - v.pad_w;
@@ -102,18 +104,22 @@ CNNFAST_INLINE void pixel(const Conv2dView& v, const S* x, const S* w, const S* 
     }
     if (bias)
       for (int64_t j = 0; j < block; ++j) sums[j] += widen_one(bias[g * v.K + k + j]);
+    if (epilogue)
+      for (int64_t j = 0; j < block; ++j)
+        sums[j] = epilogue->apply(sums[j], epilogue->residual_at(n, p, q), g * v.K + k + j);
     S* out = y + n * v.y_n + p * v.y_h + q * v.y_w + (g * v.K + k) * v.y_c;
     for (int64_t j = 0; j < block; ++j) narrow_one(out + j * v.y_c, sums[j]);
   }
 }
 
 template <class S>
-void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, int threads) {
+void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, int threads,
+              const Epilogue<S>* epilogue) {
   const int64_t pixels = v.N * v.P * v.Q, parts = ceil_div(v.K, kTaskChannels);
   threads = useful_threads(threads, pixels * v.G * v.K * max(1, v.C * v.R * v.S));
   parallel_for(threads, v.G * parts * pixels, [&](int64_t task) {
     const int64_t part = task / pixels, k = part % parts * kTaskChannels;
-    pixel(v, x, w, bias, y, task % pixels, part / parts, k, min(v.K, k + kTaskChannels));
+    pixel(v, x, w, bias, y, task % pixels, part / parts, k, min(v.K, k + kTaskChannels), epilogue);
   });
 }
 
@@ -129,14 +135,15 @@ Range valid_outputs(int64_t outputs, int64_t size, int64_t stride, int64_t offse
 }  // namespace
 
 template <class S>
-void direct_fprop(const Conv2dParams& p, const S* x, const S* w, const S* bias, S* y, int threads) {
-  run_view(fprop_view(p), x, w, bias, y, threads);
+void direct_fprop(const Conv2dParams& p, const S* x, const S* w, const S* bias, S* y, int threads,
+                  const Epilogue<S>* epilogue) {
+  run_view(fprop_view(p), x, w, bias, y, threads, epilogue);
 }
 
 template <class S>
 void direct_dgrad(const Conv2dParams& p, S* dx, const S* w, const S* g, int threads) {
   for_each_dgrad_view(p, [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
-    run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads);
+    run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads, nullptr);
   });
 }
 
@@ -204,9 +211,10 @@ void direct_bgrad(const Conv2dParams& p, const S* g, S* db, int threads) {
 
 template <class S>
 const char* launch_fprop(const void* params, const Launch& l) {
-  direct_fprop(*static_cast<const Conv2dParams*>(params), static_cast<const S*>(l.operands[0]),
-               static_cast<const S*>(l.operands[1]), static_cast<const S*>(l.operands[2]),
-               static_cast<S*>(l.operands[3]), l.threads);
+  const Conv2dParams& p = *static_cast<const Conv2dParams*>(params);
+  const Epilogue<S> epilogue(p, l);
+  direct_fprop(p, static_cast<const S*>(l.operands[0]), static_cast<const S*>(l.operands[1]),
+               static_cast<const S*>(l.operands[2]), static_cast<S*>(l.operands[3]), l.threads, epilogue.or_null());
   return nullptr;
 }
 
@@ -233,9 +241,9 @@ const char* launch_bgrad(const void* params, const Launch& l) {
 
 }  // namespace
 
-#define CNNFAST_INSTANTIATE(S)                                                               \
-  template void direct_fprop<S>(const Conv2dParams&, const S*, const S*, const S*, S*, int); \
-  template void direct_dgrad<S>(const Conv2dParams&, S*, const S*, const S*, int);           \
+#define CNNFAST_INSTANTIATE(S)                                                                                   \
+  template void direct_fprop<S>(const Conv2dParams&, const S*, const S*, const S*, S*, int, const Epilogue<S>*); \
+  template void direct_dgrad<S>(const Conv2dParams&, S*, const S*, const S*, int);                               \
   template void direct_wgrad<S>(const Conv2dParams&, const S*, S*, const S*, int);
 CNNFAST_INSTANTIATE(float)
 CNNFAST_INSTANTIATE(double)

@@ -8,7 +8,8 @@
 //
 //   acc[pixel] += broadcast_in_group<q>(x[pixel moved by tap]) * w[tap][q]        8 pixels of one row x 1 vector a tile
 //
-// dgrad is fprop of the gradient, one stride-1 convolution for each residue class (conv2d_view.h).
+// dgrad is fprop of the gradient, one stride-1 convolution for each residue class (conv2d_view.h). fprop with more
+// operands is conv_bn_act: sums go through epilogue.h.
 // A thread owns vectors of channels times rows of the output and packs the weights of 4 vectors at a time inside the
 // call. A tile inside the image reads x itself; one at the border, or of a 16-bit type, reads its window from a copy in
 // L1 [row][column][lanes] with the zeros of the padding. Sums are in float for float, bf16 and fp16, in double for
@@ -108,8 +109,9 @@ const TileFn<T>* tiles_for(int64_t group) {
 template <class T, class S>
 class Worker {
  public:
-  Worker(const Conv2dView& v, const TileFn<T>* tiles, const S* x, const S* w, const S* bias, S* y)
-      : v_(v), tiles_(tiles), x_(x), w_(w), bias_(bias), y_(y) {}
+  Worker(const Conv2dView& v, const TileFn<T>* tiles, const S* x, const S* w, const S* bias, S* y,
+         const Epilogue<S>* epilogue)
+      : v_(v), tiles_(tiles), x_(x), w_(w), bias_(bias), y_(y), epilogue_(epilogue) {}
 
   bool finite() const { return finite_; }
 
@@ -188,7 +190,8 @@ class Worker {
         }
       }
       if (!direct) copy_window(x, h0, w0, pixels, lanes, args);
-      run_tile(args, y + q * v_.y_w, pixels, lanes);
+      const S* r = epilogue_ ? epilogue_->residual_at(n, p, q) : nullptr;
+      run_tile(args, y + q * v_.y_w, pixels, lanes, r, channel);
     }
   }
 
@@ -214,9 +217,10 @@ class Worker {
     }
   }
 
-  void run_tile(TileArgs<T>& args, S* y, int64_t pixels, int64_t lanes) {
+  // r: the first pixel's residual; channel: the first lane's.
+  void run_tile(TileArgs<T>& args, S* y, int64_t pixels, int64_t lanes, const S* r, int64_t channel) {
     if constexpr (kSame<S, T>) {
-      if (lanes == VL) {
+      if (lanes == VL && !epilogue_) {
         args.out = y, args.out_step = v_.y_w;
         tiles_[pixels](args);
         return;
@@ -224,6 +228,11 @@ class Worker {
     }
     args.out = tile_, args.out_step = VL;
     tiles_[pixels](args);
+    if (epilogue_) {
+      for (int64_t m = 0; m < pixels; ++m)
+        epilogue_->store(y + m * v_.y_w, load(tile_ + m * VL), r ? r + m * epilogue_->r_w : nullptr, channel, lanes);
+      return;
+    }
     for (int64_t m = 0; m < pixels; ++m) {
       if (lanes == VL)
         store_narrow(y + m * v_.y_w, load(tile_ + m * VL));
@@ -236,6 +245,7 @@ class Worker {
   const TileFn<T>* tiles_;
   const S *x_, *w_, *bias_;
   S* y_;
+  const Epilogue<S>* epilogue_;
   int64_t weights_ = 0;  // vectors of one packed vector of channels
   T *packed_ = nullptr, *tile_ = nullptr, *window_ = nullptr;
   bool finite_ = true;
@@ -250,7 +260,7 @@ struct Outcome {
 // The share of one thread in one view.
 template <class S>
 void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, int threads, int64_t task,
-              Outcome& outcome) {
+              Outcome& outcome, const Epilogue<S>* epilogue) {
   using T = Compute<S>;
   const int64_t vecs = ceil_div(v.G * v.C, kLanes<T>), units = v.N * v.P;
   const TileFn<T>* tiles = tiles_for<T>(v.C);
@@ -258,7 +268,7 @@ void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, 
   // Vectors are the better half to share: no weights are packed and no rows copied twice.
   const int64_t threads_v = vecs % threads == 0 || vecs >= 4 * threads ? threads : gcd(vecs, threads);
   const int64_t threads_u = threads / threads_v, tv = task / threads_u, tu = task % threads_u;
-  Worker<T, S> worker(v, tiles, x, w, bias, y);
+  Worker<T, S> worker(v, tiles, x, w, bias, y, epilogue);
   if (!worker.run(vecs * tv / threads_v, vecs * (tv + 1) / threads_v, units * tu / threads_u,
                   units * (tu + 1) / threads_u))
     __atomic_store_n(&outcome.no_memory, true, __ATOMIC_RELAXED);
@@ -278,10 +288,13 @@ const char* launch_fprop(const void* params, const Launch& l) {
   const S* bias = static_cast<const S*>(l.operands[2]);
   S* y = static_cast<S*>(l.operands[3]);
   const int threads = useful_threads(p, l.threads);
+  const Epilogue<S> operands(p, l);
+  const Epilogue<S>* epilogue = operands.or_null();
   Outcome outcome;
-  parallel_for(threads, threads, [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, threads, task, outcome); });
+  parallel_for(threads, threads,
+               [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, threads, task, outcome, epilogue); });
   if (outcome.no_memory) return kNoMemory;
-  if (outcome.not_finite) direct_fprop(p, x, w, bias, y, l.threads);
+  if (outcome.not_finite) direct_fprop(p, x, w, bias, y, l.threads, epilogue);
   return nullptr;
 }
 
@@ -294,7 +307,7 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   Outcome outcome;
   parallel_for(threads, threads, [&](int64_t task) {
     for_each_dgrad_view(p, [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
-      run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads, task, outcome);
+      run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads, task, outcome, nullptr);
     });
   });
   if (outcome.no_memory) return kNoMemory;

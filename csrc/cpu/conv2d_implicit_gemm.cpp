@@ -12,6 +12,8 @@
 //   kWindows  every pixel's filter window copied in one piece (im2col of a block that stays in L2): for narrow maps,
 //             where the rows of a strip would cut the tiles short
 //
+// fprop with more operands is conv_bn_act: finished sums go through epilogue.h on their way from the tile to y.
+//
 // Few channels (stems): pixel pitch = channels, so that the S taps of a filter row are one run of S*C elements.
 // Weights are packed inside the call, panel by panel (pack.h): nothing is cached across calls.
 //
@@ -45,8 +47,9 @@ constexpr int64_t kMacsWorthThreads = 1 << 18;     // below, one thread
 template <class T, class S>
 class Worker {
  public:
-  Worker(const Conv2dView& v, const Plan& plan, const S* x, const S* w, const S* bias, S* y)
-      : v_(v), plan_(plan), x_(x), w_(w), bias_(bias), y_(y) {}
+  Worker(const Conv2dView& v, const Plan& plan, const S* x, const S* w, const S* bias, S* y,
+         const Epilogue<S>* epilogue)
+      : v_(v), plan_(plan), x_(x), w_(w), bias_(bias), y_(y), epilogue_(epilogue) {}
 
   // False: out of memory. `finite_` tells whether the weights were.
   bool run(int64_t task) {
@@ -301,11 +304,15 @@ class Worker {
       args.out = last ? tile_ : sums + i * width;
       args.out_row = width;
       if constexpr (kSame<S, T>) {
-        stored = last && linear && lanes == width;
+        stored = last && linear && lanes == width && !epilogue_;
         if (stored) args.out = y, args.out_row = v_.y_w;
       }
       tile_function<T, true>(rows, panel.vecs)(args);
       if (!last || stored) continue;
+      if (epilogue_) {
+        finish(pixel + i, rows, channel, lanes, width);
+        continue;
+      }
       for (int64_t j = 0; j < rows; ++j) {
         S* out = linear ? y + j * v_.y_w : output(pixel + i + j) + channel;
         for (int64_t l = 0; l < lanes; l += VL) {
@@ -319,10 +326,26 @@ class Worker {
     }
   }
 
+  // The tile's rows through the epilogue.
+  void finish(int64_t pixel, int64_t rows, int64_t channel, int64_t lanes, int64_t width) {
+    int64_t q = pixel % v_.Q, p = pixel / v_.Q % v_.P, n = pixel / v_.Q / v_.P;
+    for (int64_t j = 0; j < rows; ++j) {
+      S* y = y_ + n * v_.y_n + p * v_.y_h + q * v_.y_w + channel;
+      const S* r = epilogue_->residual_at(n, p, q);
+      for (int64_t l = 0; l < lanes; l += VL)
+        epilogue_->store(y + l, load(tile_ + j * width + l), r, channel + l, lanes - l);
+      if (++q == v_.Q) {
+        q = 0;
+        if (++p == v_.P) p = 0, ++n;
+      }
+    }
+  }
+
   const Conv2dView& v_;
   const Plan& plan_;
   const S *x_, *w_, *bias_;
   S* y_;
+  const Epilogue<S>* epilogue_;
   int64_t first_vec_ = 0, last_vec_ = 0, first_unit_ = 0, last_unit_ = 0;
   int64_t chunks_ = 1, first_group_ = 0, groups_ = 1, source_channels_ = 0, panel_elements_ = 0, kept_panels_ = 1;
   int64_t loaded_pixel_ = -1, loaded_channel_ = -1;
@@ -341,11 +364,11 @@ struct Outcome {
 // The share of one thread in one view.
 template <class S>
 void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, int threads, int64_t task,
-              Outcome& outcome) {
+              Outcome& outcome, const Epilogue<S>* epilogue) {
   using T = Compute<S>;
   if (v.N * v.P * v.Q * v.K * v.G == 0) return;
   const Plan plan = make_plan<T, S>(v, threads);
-  Worker<T, S> worker(v, plan, x, w, bias, y);
+  Worker<T, S> worker(v, plan, x, w, bias, y, epilogue);
   if (!worker.run(task)) __atomic_store_n(&outcome.no_memory, true, __ATOMIC_RELAXED);
   if (!worker.finite() && reaches_padding(v)) __atomic_store_n(&outcome.not_finite, true, __ATOMIC_RELAXED);
 }
@@ -363,10 +386,13 @@ const char* launch_fprop(const void* params, const Launch& l) {
   const S* bias = static_cast<const S*>(l.operands[2]);
   S* y = static_cast<S*>(l.operands[3]);
   const int threads = useful_threads(p, l.threads);
+  const Epilogue<S> operands(p, l);
+  const Epilogue<S>* epilogue = operands.or_null();
   Outcome outcome;
-  parallel_for(threads, threads, [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, threads, task, outcome); });
+  parallel_for(threads, threads,
+               [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, threads, task, outcome, epilogue); });
   if (outcome.no_memory) return kNoMemory;
-  if (outcome.not_finite) direct_fprop(p, x, w, bias, y, l.threads);
+  if (outcome.not_finite) direct_fprop(p, x, w, bias, y, l.threads, epilogue);
   return nullptr;
 }
 
@@ -380,7 +406,7 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   // The classes write different pixels: a thread goes through all of them without waiting for the others.
   parallel_for(threads, threads, [&](int64_t task) {
     for_each_dgrad_view(p, [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
-      run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads, task, outcome);
+      run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads, task, outcome, nullptr);
     });
   });
   if (outcome.no_memory) return kNoMemory;

@@ -55,6 +55,27 @@ def _max_pool2d(name: str, shape: tuple[int, ...], channels_last: bool = False, 
     )
 
 
+def _conv1d(name: str, shapes: Sequence[tuple[int, ...]], **kwargs: Any) -> Function:
+    return Function(
+        f"conv1d {name}",
+        lambda *t: functional.conv1d(*t, **kwargs),
+        lambda *t: torch.nn.functional.conv1d(*t, **kwargs),
+        shapes,
+    )
+
+
+def _conv_transpose2d(
+    name: str, shapes: Sequence[tuple[int, ...]], channels_last: bool = False, **kwargs: Any
+) -> Function:
+    return Function(
+        f"conv_transpose2d {name}",
+        lambda *t: functional.conv_transpose2d(*t, **kwargs),
+        lambda *t: torch.nn.functional.conv_transpose2d(*t, **kwargs),
+        shapes,
+        channels_last,
+    )
+
+
 FUNCTIONS: tuple[Function, ...] = (
     _conv2d("plain", [(2, 3, 5, 4), (4, 3, 3, 3), (4,)], padding=1),
     _conv2d(
@@ -65,5 +86,11 @@ FUNCTIONS: tuple[Function, ...] = (
     _conv2d("depthwise, same", [(1, 4, 4, 5), (4, 1, 2, 3), (4,)], padding="same", groups=4),
     _max_pool2d("overlapping", (2, 3, 6, 7), kernel_size=3, stride=2, padding=1),
     _max_pool2d("channels_last, dilated, ceil", (1, 4, 7, 6), True, kernel_size=(2, 3), dilation=(2, 1), ceil_mode=True),
+    _conv1d("strided, grouped", [(2, 4, 9), (6, 2, 3), (6,)], stride=2, padding=1, groups=2),
+    _conv1d("same, unbatched", [(3, 7), (4, 3, 2), (4,)], padding="same"),
+    _conv_transpose2d(
+        "strided, grouped", [(2, 4, 4, 3), (4, 3, 3, 2), (6,)], stride=(2, 3), padding=(1, 0), groups=2,
+    ),
+    _conv_transpose2d("channels_last, dilated", [(2, 3, 4, 5), (3, 2, 3, 3)], True, padding=1, dilation=2),
     _conv2d("1x1 unbatched", [(3, 4, 4), (5, 3, 1, 1), (5,)]),
 )  # fmt: skip

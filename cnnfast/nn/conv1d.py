@@ -1,0 +1,22 @@
+"""``cnnfast.Conv1d``: ``torch.nn.Conv1d`` on cnnfast's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cnnfast import functional
+
+
+class Conv1d(torch.nn.Conv1d):
+    """``torch.nn.Conv1d`` with the same constructor, parameters, ``state_dict`` and meaning, on cnnfast's kernels."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.padding_mode != "zeros":
+            padded = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return functional.conv1d(padded, weight, bias, self.stride, (0,), self.dilation, self.groups)
+        return functional.conv1d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, L) or (C, L) to (N, K, Q) or (K, Q)."""
+        return self._conv_forward(input, self.weight, self.bias)

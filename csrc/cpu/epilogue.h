@@ -1,0 +1,78 @@
+// What becomes of a sum before it is stored: y = act(scale[k] * sum + shift[k] + residual).
+//
+// scale and shift are vectors of the sums' own type, so that batch norm's statistics lose nothing beside 16-bit
+// activations; each operand may be absent. NaN passes through every activation, as in torch.
+#pragma once
+#include "../common/kernel_table.h"
+#include "primitives/vec.h"
+
+namespace cnnfast {
+namespace CNNFAST_ISA {
+
+// In the order of ACTIVATIONS in cnnfast/ops/_activation.py.
+enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu };
+
+constexpr double kLeakySlope = 0.01;
+
+// The comparisons are false for a NaN, which therefore stays.
+template <class T>
+CNNFAST_INLINE Vec<T> activate(Vec<T> v, Activation act) {
+  const Vec<T> zero{}, six = zero + T(6);
+  if (act == Activation::kNone) return v;
+  if (act == Activation::kLeakyRelu) return v > zero ? v : v * T(kLeakySlope);
+  v = zero > v ? zero : v;
+  return act == Activation::kRelu ? v : v > six ? six : v;
+}
+
+template <class S>
+struct Epilogue {
+  using T = Compute<S>;
+  const T *scale, *shift;  // null: 1, 0
+  const S* residual;       // null: 0
+  int64_t r_n, r_c, r_h, r_w;
+  Activation act;
+
+  // Of a launch's operands after the convolution's own.
+  Epilogue(const Conv2dParams& p, const Launch& l)
+      : scale(static_cast<const T*>(l.operands[4])),
+        shift(static_cast<const T*>(l.operands[5])),
+        residual(static_cast<const S*>(l.operands[6])),
+        r_n(p.r_n),
+        r_c(p.r_c),
+        r_h(p.r_h),
+        r_w(p.r_w),
+        act(static_cast<Activation>(p.act)) {}
+
+  // Itself, or null where it changes nothing: then kernels store their sums as they are.
+  const Epilogue* or_null() const { return scale || shift || residual || act != Activation::kNone ? this : nullptr; }
+
+  CNNFAST_INLINE const S* residual_at(int64_t n, int64_t p, int64_t q) const {
+    return residual ? residual + n * r_n + p * r_h + q * r_w : nullptr;
+  }
+
+  // `lanes` channels from k on of one pixel; r: the pixel's residual (or null), r_c being 1.
+  CNNFAST_INLINE void store(S* y, Vec<T> sum, const S* r, int64_t k, int64_t lanes) const {
+    if (lanes >= kLanes<T>) {
+      if (scale) sum *= load(scale + k);
+      if (shift) sum += load(shift + k);
+      if (r) sum += load_wide(r + k);
+      store_narrow(y, activate<T>(sum, act));
+    } else {
+      if (scale) sum *= load_partial(scale + k, lanes);
+      if (shift) sum += load_partial(shift + k, lanes);
+      if (r) sum += load_wide(r + k, lanes);
+      store_narrow(y, activate<T>(sum, act), lanes);
+    }
+  }
+
+  // One channel, whatever r_c is.
+  CNNFAST_INLINE T apply(T sum, const S* r, int64_t k) const {
+    if (scale) sum *= scale[k];
+    if (shift) sum += shift[k];
+    if (r) sum += widen_one(r[k * r_c]);
+    return activate<T>(broadcast(sum), act)[0];
+  }
+};
+
+}  // namespace CNNFAST_ISA
+}  // namespace cnnfast
