@@ -33,13 +33,11 @@ VARIABLES = (
 def info() -> dict[str, Any]:
     """What cnnfast finds on this machine, as a dict: :func:`cnnfast.report.timing.machine`, and more.
 
-    ``triton`` (version or None), ``package`` (folder), ``cache`` (folder, and whether it could be written),
-    ``implementations`` (how many each backend has, by operation), ``environment`` (of the variables that matter, those
-    that are set). Writes nothing.
+    ``triton`` (version or None), ``package`` (folder), ``caches`` (what is kept to its folder, and whether that is there
+    and could be written), ``implementations`` (how many each backend has, by operation), ``environment`` (of the
+    variables that matter, those that are set). Writes nothing.
     """
     import importlib.metadata
-
-    import platformdirs
 
     try:
         triton: str | None = importlib.metadata.version("triton")
@@ -49,21 +47,32 @@ def info() -> dict[str, Any]:
     for implementation in dispatch.implementations():
         of = counts.setdefault(implementation.backend, {})
         of[implementation.op] = of.get(implementation.op, 0) + 1
-    cache = Path(platformdirs.user_cache_dir("cnnfast"))
     return {
         **timing.machine(),
         "triton": triton,
         "package": str(Path(cnnfast.__file__).parent),
-        "cache": {"path": str(cache), "exists": cache.is_dir(), "writable": _writable(cache)},
+        "caches": {what: _cache(path) for what, path in _caches().items()},
         "implementations": counts,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
 
 
-def _writable(path: Path) -> bool:
-    """Whether a folder can be written, or made: asked, not tried."""
+def _caches() -> dict[str, Path]:
+    """The folders outside of the package that something is kept in."""
+    import platformdirs
+
+    triton = os.environ.get("TRITON_CACHE_DIR")
+    return {
+        "cnnfast": Path(platformdirs.user_cache_dir("cnnfast")),
+        "Triton's kernels": Path(triton) if triton else Path.home() / ".triton" / "cache",
+        "torch's weights": Path(torch.hub.get_dir()) / "checkpoints",
+    }
+
+
+def _cache(path: Path) -> dict[str, Any]:
+    """Whether a folder is there, and whether it can be written, or made: asked, not tried."""
     existing = next((p for p in (path, *path.parents) if p.exists()), path)
-    return os.access(existing, os.W_OK)
+    return {"path": str(path), "exists": path.is_dir(), "writable": os.access(existing, os.W_OK)}
 
 
 def _info(options: argparse.Namespace) -> int:
@@ -76,10 +85,10 @@ def _info(options: argparse.Namespace) -> int:
         ("versions", ", ".join(f"{k} {v}" for k, v in versions.items())),
         ("CPU", f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads in use"),
         ("instruction sets", ", ".join(found["isa"]) or "none of those that matter"),
-        ("GPU", f"{gpu['name']}, compute capability {gpu['capability']}" if gpu else "none"),
+        ("GPU", f"{gpu['name']}, compute capability {gpu['capability']}" if gpu else "none that torch can use"),
         *((f"backend {name}", _backend(found, name, status)) for name, status in found["backends"].items()),
         ("package", found["package"]),
-        ("cache", _cache(found["cache"])),
+        *((f"cache: {what}", _state(cache)) for what, cache in found["caches"].items()),
         *(("environment", f"{name}={value}") for name, value in found["environment"].items()),
     ]
     print(_render.as_text(_render.table("", [("", "left"), ("", "left")], rows), markup=False))
@@ -87,12 +96,12 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _backend(found: dict[str, Any], name: str, status: str) -> str:
-    counts = found["implementations"].get(name, {})
-    return status + "".join(f"; {n} kernels for {op}" for op, n in counts.items())
+    counts = [f"{op} {n}" for op, n in found["implementations"].get(name, {}).items()]
+    return f"{status}; kernels: {', '.join(counts)}" if counts else status
 
 
-def _cache(cache: dict[str, Any]) -> str:
-    state = "in use" if cache["exists"] else "not made yet" if cache["writable"] else "not made"
+def _state(cache: dict[str, Any]) -> str:
+    state = "in use" if cache["exists"] else "not made yet"
     return f"{cache['path']} ({state}{'' if cache['writable'] else ', not writable: nothing is kept'})"
 
 
@@ -106,13 +115,27 @@ def _explain(options: argparse.Namespace) -> int:
     model = network.model.to(dtype)
     if not options.torch:
         model = cnnfast.convert(model, inplace=True)
-    explanation = cnnfast.explain(model, x, runs=options.runs)
+    with _running(network.name, x):
+        explanation = cnnfast.explain(model, x, runs=options.runs)
+    explanation.model = network.name
     print(explanation)
     if options.json:
         explanation.to_json(options.json)
     if options.plot:
         explanation.plot(options.plot)
     return 0
+
+
+@contextlib.contextmanager
+def _running(name: str, x: torch.Tensor) -> Iterator[None]:
+    """What torch says of images that a network can't take (too small, mostly) becomes a ValueError that names them."""
+    try:
+        yield
+    except NotImplementedError:
+        raise
+    except RuntimeError as error:
+        images = f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
+        raise ValueError(f"{name} on {images}: {str(error).splitlines()[0]}") from error
 
 
 def _images(batch: int, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -150,7 +173,7 @@ def workload(name: str, batch: int, dtype: torch.dtype, size: int | None = None)
         raise ValueError(f"{head} has no layer {layer!r}; its convolutions: {known}") from error
     seen: list[torch.Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with torch.no_grad(), handle:
+    with torch.no_grad(), handle, _running(head, x):
         network.model(x)
     if not seen:
         raise ValueError(f"{name} isn't called in {head}'s forward")
@@ -170,9 +193,10 @@ def _bench(options: argparse.Namespace) -> int:
             def step(done: int, total: int, name: str = name, i: int = i) -> None:
                 report(name, i + done / total, len(options.workloads))
 
-            records.append(bench.measure(
-                name, model, x, rounds=options.rounds, budget_s=options.budget, progress=step, weights=weights,
-            ))  # fmt: skip
+            with _running(name, x):
+                records.append(bench.measure(
+                    name, model, x, rounds=options.rounds, budget_s=options.budget, progress=step, weights=weights,
+                ))  # fmt: skip
     print(_render.as_text(tables.results(records, machine)))
     if options.output:
         folder = Path(options.output)
@@ -214,45 +238,70 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cnnfast {cnnfast.__version__}")
     commands = parser.add_subparsers(required=True, metavar="info | explain | bench")
 
-    command = commands.add_parser("info", help="what cnnfast finds on this machine")
-    command.add_argument("--json", metavar="PATH", help="also write it as JSON")
-    command.set_defaults(run=_info)
+    def add(name: str, run: Callable[[argparse.Namespace], int], what: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
+        command.set_defaults(run=run)
+        return command
 
     def common(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--batch", type=_positive, default=1)
-        command.add_argument("--size", type=_positive, help="height and width of the images; default: the network's")
-        command.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+        command.add_argument("--batch", type=_positive, default=1, metavar="N", help="images at once; default: 1")
+        command.add_argument("--size", type=_positive, metavar="PIXELS",
+                             help="height and width of the images; default: the network's own")  # fmt: skip
+        command.add_argument(
+            "--dtype", choices=list(DTYPES), default="fp32", help="of weights and images; default: fp32"
+        )
 
-    command = commands.add_parser("explain", help="which kernel serves each layer of a network, and why")
+    command = add("info", _info, "what cnnfast finds on this machine")
+    command.add_argument("--json", metavar="PATH", help="also write it as JSON")
+
+    command = add(
+        "explain", _explain, "which kernel serves each layer of a network, why the others don't, and how fast"
+    )
     command.add_argument("network", help="torchvision's name of a classifier, or " + networks.LITE0)
     common(command)
-    command.add_argument("--runs", type=_positive, default=5, help="timed runs")
+    command.add_argument("--runs", type=_positive, default=5, metavar="N", help="timed runs; default: 5")
     command.add_argument("--torch", action="store_true", help="the network as it is, not converted")
-    command.add_argument("--json", metavar="PATH", help="also write it as JSON")
-    command.add_argument("--plot", metavar="PATH", help="also plot the time of each layer")
-    command.set_defaults(run=_explain)
+    command.add_argument("--json", metavar="PATH", help="also write it as JSON, with every reason")
+    command.add_argument("--plot", metavar="PATH", help="also plot the time of each layer; the ending says the format")
 
-    command = commands.add_parser("bench", help="networks and layers on cnnfast against torch")
+    command = add("bench", _bench, "networks and layers on cnnfast against torch, interleaved; results checked first")
     command.add_argument("workloads", nargs="*", default=list(NETWORKS), metavar="network[.layer]",
                          help="as resnet50, or resnet50.layer1.0.conv2; default: " + " ".join(NETWORKS))  # fmt: skip
     common(command)
-    command.add_argument("--threads", type=_positive, help="default: torch's")
-    command.add_argument("--rounds", type=_positive, default=15, help="samples of each competitor")
-    command.add_argument("--budget", type=float, default=20.0, help="seconds for each workload, at most")
+    command.add_argument("--threads", type=_positive, metavar="N", help="default: torch's")
+    command.add_argument("--rounds", type=_positive, default=15, metavar="N",
+                         help="samples of each competitor; default: 15")  # fmt: skip
+    command.add_argument("--budget", type=_seconds, default=20.0, metavar="SECONDS",
+                         help="for each workload, at most; default: 20")  # fmt: skip
     command.add_argument("--output", metavar="DIR", help="write bench.json, bench.md and bench.png there")
-    command.set_defaults(run=_bench)
     return parser
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
     return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit status: 0, or 1 after one sentence about what is wrong."""
+    """Runs a command line and returns its exit status: 0, or 1 after one sentence about what is wrong.
+
+    Arguments that can't be parsed end the process with status 2, as argparse has it.
+    """
     options = _parser().parse_args(arguments)
     try:
         status = int(options.run(options))

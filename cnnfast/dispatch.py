@@ -209,8 +209,21 @@ def select(problem: Problem, forced: str = settings.AUTO, strict: bool = False) 
         if best is not None:
             return Selection(problem, best[1], tuple(rejected))
         rejected.append((backend.name, (f"has no kernel for {problem.op} {problem.direction} {problem.dtype} here",)))
-    lines = "".join(f"\n  {name}: {'; '.join(reasons)}" for name, reasons in rejected)
+    lines = "".join(f"\n  {line}" for line in reason_lines(rejected))
     raise NotImplementedError(f"no implementation serves {problem}\nreasons:{lines}")
+
+
+def reason_lines(rejected: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """``name: reasons`` for each; variants of one kernel (its ISAs) that have the same reasons share a line."""
+    variants: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name, reasons in rejected:
+        backend_and_stem = ".".join(name.split(".")[:2])
+        variants.setdefault((backend_and_stem, tuple(reasons)), []).append(name)
+    lines = []
+    for (stem, reasons), names in variants.items():
+        several = f"{stem} ({', '.join(name[len(stem) + 1 :] for name in names)})"
+        lines.append(f"{names[0] if len(names) == 1 else several}: {'; '.join(reasons)}")
+    return lines
 
 
 def reasons_against(implementation: Implementation, problem: Problem) -> list[str]:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,14 +60,16 @@ class Row:
     @property
     def reasons(self) -> str:
         """Why the others didn't serve, as one text."""
-        return "; ".join(f"{name}: {', '.join(why)}" for name, why in self.rejected)
+        return "; ".join(dispatch.reason_lines(self.rejected))
 
 
 class Explanation(Sequence[Row]):
     """What :func:`explain` found: a sequence of :class:`Row`, in order of the calls; printable."""
 
-    def __init__(self, model: str, rows: Sequence[Row], seconds: float, threads: int, note: str = "") -> None:
-        self.model, self.seconds, self.threads, self.note = model, seconds, threads, note
+    def __init__(
+        self, model: str, rows: Sequence[Row], seconds: float, threads: int, note: str = "", runs: int = 1
+    ) -> None:
+        self.model, self.seconds, self.threads, self.note, self.runs = model, seconds, threads, note, runs
         self._rows = tuple(rows)
 
     def __getitem__(self, index: Any) -> Any:
@@ -91,38 +94,44 @@ class Explanation(Sequence[Row]):
     def summary(self) -> str:
         """The whole in a few sentences."""
         listed = sum(row.seconds for row in self)
+        how = "one run" if self.runs == 1 else f"medians of {self.runs} runs"
         lines = [
-            f"{self.model}: {self.seconds * 1e3:.2f} ms on {self.threads} threads; the {len(self)} calls listed take "
-            f"{listed * 1e3:.2f} ms."
+            f"{self.model}: {self.seconds * 1e3:.2f} ms on {_count(self.threads, 'thread')}; the "
+            f"{_count(len(self), 'call')} listed, timed one by one, {listed * 1e3:.2f} ms ({how})."
         ]
         for kernel, (calls, seconds) in self.kernels().items():
-            lines.append(f"  {kernel}: {calls} calls, {seconds * 1e3:.2f} ms")
+            lines.append(f"  {kernel}: {_count(calls, 'call')}, {seconds * 1e3:.2f} ms")
+        if any(row.limit_s for row in self):
+            lines.append(LIMIT)
         if self.note:
             lines.append(self.note)
         return "\n".join(lines)
 
-    def __rich__(self) -> Any:
-        from rich.console import Group
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
         from rich.text import Text
 
-        columns = [
-            ("layer", "left"), ("problem", "left"), ("kernel", "left"), ("ms", "right"), ("GFLOP/s", "right"),
-            ("GB/s", "right"), ("% of limit", "right"), ("why not the others", "left"),
-        ]  # fmt: skip
-        rows = []
-        for row in self:
-            share = row.of_limit
-            rows.append((
-                row.layer or "-",
-                " ".join(part for part in (row.op, row.direction.replace("fprop", ""), row.problem) if part),
-                row.kernel if row.ours else f"[red]{row.kernel}[/red]",
-                f"{row.seconds * 1e3:.3f}",
-                f"{row.flops_per_s / 1e9:.0f}" if row.flops else "",
-                f"{row.bytes / row.seconds / 1e9:.1f}" if row.bytes and row.seconds else "",
-                "" if share is None else f"{share * 100:.0f}",
-                _brief(row),
-            ))  # fmt: skip
-        return Group(_render.table("", columns, rows), Text(self.summary()))
+        yield self._wide() if options.max_width >= 150 else self._narrow(options.max_width)
+        yield Text("\n" + self.summary())
+
+    def _wide(self) -> Any:
+        headings = ("layer", "problem", "kernel")
+        columns = [*((h, "left") for h in headings), *_NUMBERS, ("why not the others", "left")]
+        return _render.table("", columns, [(*_texts(r), *_numbers(r), "\n".join(_brief(r))) for r in self])
+
+    def _narrow(self, width: int) -> Any:
+        """Layer, problem, kernel and reasons below each other."""
+        numbers = [_numbers(row) for row in self]
+        room = max(24, width - sum(map(_render.width_of, _NUMBERS, zip(*numbers, strict=True))))
+
+        def cell(row: Row) -> str:
+            layer, *more = _texts(row)
+            more += [f"not {line}" for line in _brief(row)]
+            wrapped = [textwrap.fill(text, room, initial_indent="  ", subsequent_indent="      ") for text in more]
+            return "\n".join([layer, *wrapped])
+
+        heading = "layer: problem, kernel, why not the others"
+        rows = [(cell(row), *of) for row, of in zip(self, numbers, strict=True)]
+        return _render.table("", [(heading, "left"), *_NUMBERS], rows, narrow=True)
 
     def __str__(self) -> str:
         return _render.as_text(self)
@@ -138,7 +147,7 @@ class Explanation(Sequence[Row]):
         ]
         return {
             "model": self.model, "seconds": self.seconds, "threads": self.threads, "torch": torch.__version__,
-            "note": self.note, "rows": rows,
+            "runs": self.runs, "note": self.note, "rows": rows,
         }  # fmt: skip
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -166,33 +175,67 @@ class Explanation(Sequence[Row]):
         except ImportError as error:
             raise ImportError("plot needs matplotlib: pip install matplotlib") from error
         colours = {kernel: _COLOURS[i % len(_COLOURS)] for i, kernel in enumerate(self.kernels())}
-        figure = Figure(figsize=(11, 1.6 + 0.22 * len(self)), layout="constrained")
+        figure = Figure(figsize=(11, 2.2 + 0.22 * len(self)), layout="constrained")
         axes = figure.subplots()
         positions = range(len(self))
         axes.barh(positions, [row.seconds * 1e3 for row in self], color=[colours[row.kernel] for row in self])
-        axes.set_yticks(positions, [f"{row.layer}  ({row.problem})" for row in self], fontsize=8)
+        axes.set_yticks(positions, [f"{row.layer}  ({row.op} {row.problem})" for row in self], fontsize=8)
         axes.invert_yaxis()
         axes.margins(y=0.01)
-        axes.set_xlabel("ms")
-        axes.set_title(f"{self.model}: {self.seconds * 1e3:.1f} ms on {self.threads} threads", loc="left")
+        axes.set_xlabel("time of the call, ms" + (f" (median of {self.runs} runs)" if self.runs > 1 else ""))
+        threads = _count(self.threads, "thread")
+        axes.set_title(f"{self.model}, call by call: {self.seconds * 1e3:.1f} ms in all, {threads}", loc="left")
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        marks = [row.limit_s * 1e3 if row.limit_s else float("nan") for row in self]
-        axes.scatter(marks, positions, marker="|", color="black", s=40, zorder=3)
         handles: list[Any] = [
-            Patch(color=colours[k], label=f"{k} ({n} calls, {s * 1e3:.1f} ms)") for k, (n, s) in self.kernels().items()
+            Patch(color=colours[k], label=f"{k} ({_count(n, 'call')}, {s * 1e3:.1f} ms)")
+            for k, (n, s) in self.kernels().items()
         ]
-        handles.append(axes.scatter([], [], marker="|", color="black", label="the machine's limit (direct algorithm)"))
-        axes.legend(handles=handles, fontsize=8, loc="best", frameon=False)
+        if any(row.limit_s for row in self):
+            marks = [row.limit_s * 1e3 if row.limit_s else float("nan") for row in self]
+            axes.scatter(marks, positions, marker="|", color="black", s=40, zorder=3)
+            label = "limit: the least time for the FLOPs and bytes on this machine"
+            handles.append(axes.scatter([], [], marker="|", color="black", label=label))
+        figure.legend(handles=handles, fontsize=8, loc="outside lower left", frameon=False)
         figure.savefig(path, dpi=130)
 
 
 _COLOURS = ("#2a78b5", "#e0812b", "#3f9b52", "#8d6cab", "#c6453e", "#7f7f7f", "#17a2b0", "#b5a642")
 
 
-def _brief(row: Row) -> str:
-    """The reasons that matter to a reader: all where torch serves; else those of the better-placed implementations."""
-    rejected = [(name, why) for name, why in row.rejected if not row.ours or "." in name]
-    return "; ".join(f"{name}: {why[0]}" for name, why in rejected)
+_NUMBERS = (("ms", "right"), ("GFLOP/s", "right"), ("GB/s", "right"), ("%\u00a0of limit", "right"))
+LIMIT = (
+    "The limit is the least time for a call's FLOPs (at the rate of a large matrix product on this machine) and bytes (at "
+    "that of a large copy). More than 100 %: the operands lay in cache, or the algorithm saves multiplications."
+)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _texts(row: Row) -> tuple[str, str, str]:
+    """Layer, problem and kernel, as markup."""
+    problem = " ".join(part for part in (row.op, row.direction.replace("fprop", ""), row.problem) if part)
+    kernel = row.kernel if row.ours else f"[red]{row.kernel}[/red]"
+    return _render.escape(row.layer) or "-", _render.escape(problem), kernel
+
+
+def _numbers(row: Row) -> tuple[str, str, str, str]:
+    share, gbytes = row.of_limit, row.bytes / row.seconds / 1e9 if row.bytes and row.seconds else None
+    return (
+        f"{row.seconds * 1e3:.3f}",
+        f"{row.flops_per_s / 1e9:.0f}" if row.flops else "",
+        "" if gbytes is None else f"{gbytes:.1f}",
+        "" if share is None else f"{share * 100:.0f}",
+    )
+
+
+def _brief(row: Row) -> list[str]:
+    """The reasons that matter to a reader: all where torch serves; else the first of each better-placed kernel."""
+    rejected = [(name, why[:1] if row.ours else why) for name, why in row.rejected if not row.ours or "." in name]
+    return [_render.escape(line) for line in dispatch.reason_lines(rejected)]
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -315,12 +358,11 @@ def explain(model: Callable[..., Any], *inputs: Any, runs: int = 5, limits: bool
     totals: list[float] = []
     with _undisturbed(model):
         model(*inputs, **kwargs)
-        for _ in range(runs):
+        for _ in range(runs):  # in turns: what disturbs the machine disturbs the whole and its parts alike
             start = time.perf_counter()
             model(*inputs, **kwargs)
             _wait()
             totals.append(time.perf_counter() - start)
-        for _ in range(runs):
             names: list[str] = []
             with settings.observe() as events, _layers(model, events, names), _Past(events):
                 model(*inputs, **kwargs)
@@ -331,7 +373,7 @@ def explain(model: Callable[..., Any], *inputs: Any, runs: int = 5, limits: bool
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         notes.append("On a GPU the times of single calls are the host's.")
     name = getattr(model, "__name__", type(model).__name__)
-    return Explanation(name, rows, statistics.median(totals), torch.get_num_threads(), " ".join(notes))
+    return Explanation(name, rows, statistics.median(totals), torch.get_num_threads(), " ".join(notes), runs)
 
 
 def _wait() -> None:

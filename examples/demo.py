@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -94,33 +95,42 @@ def classify(
     return found, deviation, same
 
 
-def predictions_table(found: Sequence[dict[str, Any]], title: str) -> Any:
-    """A rich table of what one network sees."""
+def table(title: str, headings: Sequence[str]) -> Any:
+    """An empty rich table."""
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for heading in ("photograph", "from", *(f"{i + 1}." for i in range(TOP)), ""):
-        table.add_column(heading)
+    made = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False
+    )
+    for i, heading in enumerate(headings):
+        made.add_column(heading, no_wrap=i == 0, overflow="fold")
+    return made
+
+
+def predictions_table(found: Sequence[dict[str, Any]], title: str) -> Any:
+    """A rich table of what one network sees."""
+    places = ("first class", "second", "third")[:TOP]
+    made = table(title, ("photograph", "from", *places, "first is"))
     for row in found:
-        cells = [f"{entry['class']} {entry['probability'] * 100:.0f} %" for entry in row["top"]]
+        cells = [f"{entry['class']} {entry['probability'] * 100:.0f}\u00a0%" for entry in row["top"]]
         cells[0] = f"[bold]{cells[0]}[/bold]"
         mark = {True: "[green]right[/green]", False: "[red]wrong[/red]", None: ""}[row["right"]]
-        table.add_row(row["photograph"], row["source"], *cells, mark)
-    return table
+        made.add_row(row["photograph"], row["source"], *cells, mark)
+    return made
 
 
 def networks_table(results: Sequence[dict[str, Any]]) -> Any:
     """A rich table of how the networks were converted and how well they agree with PyTorch."""
-    from rich.table import Table
-
-    table = Table(title="The same logits as PyTorch's", title_justify="left", title_style="bold")
-    for heading in ("network", "weights", "on cnnfast", "logits differ by", "same classes"):
-        table.add_column(heading, justify="right" if heading == "logits differ by" else "left")
+    made = table(
+        f"{len(results[0]['photographs'])} photographs through each network: the same logits as PyTorch's",
+        ("network", "weights", "on cnnfast", "largest error of a logit", "same first class"),
+    )
     for r in results:
-        same = "[green]yes[/green]" if r["same_classes"] else "[red]no[/red]"
+        same = "[green]for all[/green]" if r["same_classes"] else "[red]no[/red]"
         converted = f"{r['converted']} of {r['layers']} layers"
-        table.add_row(r["network"], r["weights"], converted, f"{r['deviation']:.1e} of the largest", same)
-    return table
+        made.add_row(r["network"], r["weights"], converted, f"{r['deviation']:.1e} × largest", same)
+    return made
 
 
 def plot_photographs(photos: Sequence[Photograph], found: Sequence[dict[str, Any]], title: str, path: Path) -> None:
@@ -129,18 +139,22 @@ def plot_photographs(photos: Sequence[Photograph], found: Sequence[dict[str, Any
 
     columns = 3
     rows = -(-len(photos) // columns)
-    figure = plots.figure(11, 0.5 + 4.3 * rows)
+    figure = plots.figure(11, 1.0 + 4.3 * rows)
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     grid = figure.subplots(rows, columns, squeeze=False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+    text = "Above each photograph the first class and its probability, below it the next ones, and where the photograph is from"
+    figure.suptitle(f"{title}\n{text}", x=0.012, ha="left", fontsize=12)
     for axes in grid.flat:
         axes.axis("off")
     for axes, photo, row in zip(grid.flat, photos, found, strict=False):
         axes.imshow(cropped(photo, 448))
         first, *others = row["top"]
-        title = f"{first['class']}  {first['probability'] * 100:.0f} %"
-        axes.set_title(title, fontsize=15, fontweight="bold", loc="left")
-        text = ",  ".join(f"{other['class']} {other['probability'] * 100:.0f} %" for other in others)
-        axes.text(0, -0.03, text, transform=axes.transAxes, va="top", fontsize=10, color="#444444")
+        heading = f"{first['class']}  {first['probability'] * 100:.0f} %"
+        colour = "#a02020" if row["right"] is False else "black"
+        axes.set_title(heading, fontsize=15, fontweight="bold", loc="left", color=colour)
+        next_ones = ",  ".join(f"{other['class']} {other['probability'] * 100:.0f} %" for other in others)
+        below = f"{next_ones}\n{photo.name}, from {photo.source}"
+        axes.text(0, -0.02, below, transform=axes.transAxes, va="top", fontsize=10, color="#444444")
     figure.savefig(path, dpi=110)
 
 
@@ -187,6 +201,7 @@ def run(networks: Sequence[str], output: Path, rounds: int, budget_s: float, con
             if name == (EXPLAINED if EXPLAINED in networks else networks[0]):
                 at(15, "explaining")
                 explanation = cnnfast.explain(converted, x.contiguous(memory_format=torch.channels_last))
+                explanation.model = name
             at(20, "timing")
             records.append(bench.measure(
                 name, network.model, x, rounds=rounds, budget_s=budget_s, weights=network.weights,
@@ -195,11 +210,11 @@ def run(networks: Sequence[str], output: Path, rounds: int, budget_s: float, con
             wrong += [f"{name}: the output of {k} differs from PyTorch's" for k in records[-1]["wrong"]]
     seconds = time.perf_counter() - begin
 
-    for network_result in results:
-        if network_result["weights"] != zoo.RANDOM:
-            title = f"{network_result['network']} ({network_result['weights']}), converted by cnnfast.convert"
-            console.print(predictions_table(network_result["photographs"], title), "")
-            plot_photographs(photos, network_result["photographs"], title, output / "photographs.png")
+    for i, result in enumerate(r for r in results if r["weights"] != zoo.RANDOM):
+        title = f"{result['network']} ({result['weights']}), converted by cnnfast.convert"
+        console.print(predictions_table(result["photographs"], title), "")
+        path = output / ("photographs.png" if i == 0 else f"photographs-{result['network']}.png")
+        plot_photographs(photos, result["photographs"], title, path)
     console.print(networks_table(results), "")
     if explanation is not None:
         console.print(f"[bold]cnnfast.explain: {explanation.model}, layer by layer[/bold]")
@@ -219,14 +234,20 @@ def run(networks: Sequence[str], output: Path, rounds: int, budget_s: float, con
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="cnnfast on real photographs and whole networks, beside PyTorch")
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="torchvision's, or efficientnet_lite0")
+    parser.add_argument(
+        "--networks",
+        nargs="+",
+        default=list(NETWORKS),
+        metavar="NAME",
+        help="torchvision's classifiers, or efficientnet_lite0; default: " + " ".join(NETWORKS),
+    )
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for demo.json and the images")
     parser.add_argument("--rounds", type=int, default=15, help="timed runs of each network and side")
     parser.add_argument("--budget", type=float, default=12.0, help="seconds for the timing of one network, at most")
     options = parser.parse_args(arguments)
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=shutil.get_terminal_size((200, 50)).columns, highlight=False)
     try:
         wrong = run(options.networks, options.output, options.rounds, options.budget, console)
     except ImportError as error:

@@ -124,6 +124,14 @@ def _unavailable(problem: Problem) -> list[str]:
     return [ABSENT] if ABSENT else _gpu.unavailable(problem, "emulated" if EMULATED else "")
 
 
+def _architectures(cmake: str) -> str:
+    """CMake's list (``80-real 90-real 80-virtual``) in words: code for these cards, and PTX for newer ones."""
+    listed = [entry.partition("-") for entry in cmake.split()]
+    real = [f"sm_{number}" for number, _, kind in listed if kind != "virtual"]
+    virtual = [f"PTX for newer than sm_{number}" for number, _, kind in listed if kind != "real"]
+    return ", ".join(real + virtual)
+
+
 def _status() -> str:
     if ABSENT:
         return ABSENT
@@ -131,7 +139,7 @@ def _status() -> str:
         return "emulated on the CPU (CNNFAST_EMULATE_CUDA)"
     found = MODULE.device() if MODULE is not None else {}
     driver = found.get("driver", "none")
-    built = found.get("architectures", "")
+    built = _architectures(found.get("architectures", ""))
     return f"built for {built}; " + ("no NVIDIA driver on this machine" if driver == "none" else f"driver {driver}")
 
 

@@ -74,8 +74,9 @@ def load(name: str, seed: int = 0) -> Network:
         return _lite0()
     torchvision = _torchvision()
     if name not in names():
-        close = difflib.get_close_matches(name, names()) or names()
-        raise ValueError(f"unknown network {name!r}; known: {', '.join(close)}")
+        close = difflib.get_close_matches(name, names())
+        known = f"meant: {', '.join(close)}?" if close else f"expected torchvision's name of a classifier, or {LITE0}"
+        raise ValueError(f"unknown network {name!r}; {known}")
     default = torchvision.models.get_model_weights(name).DEFAULT
     cached = _cached(torchvision.models.get_model_weights(name))
     size = int(getattr(default.transforms(), "crop_size", [224])[0])

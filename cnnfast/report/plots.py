@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cnnfast.report.bench import is_ours
-from cnnfast.report.timing import describe
+from cnnfast.report.timing import describe, milliseconds
 
 _PEERS = ("#b9c0c7", "#7f8a94", "#565f68", "#d7c9a8")
 _OURS = ("#2a78b5", "#0b4f85", "#3f9b52")
@@ -57,27 +57,31 @@ def times(records: Sequence[Mapping[str, Any]], machine: Mapping[str, Any], path
             low.append((timing["median_s"] - timing["p20_s"]) / unit)
             high.append((timing["p80_s"] - timing["median_s"]) / unit)
             faster = f"  ({1 / widths[-1]:.2f}×)" if is_ours(name) else ""
-            ms = timing["median_s"] * 1e3
-            labels.append(f"{ms:.0f} ms{faster}" if ms >= 100 else f"{ms:.3g} ms{faster}")
+            labels.append(f"{milliseconds(timing['median_s'])} ms{faster}")
         axes.barh(ys, widths, height * 0.92, color=colour[name], label=name)
         axes.errorbar(widths, ys, xerr=[low, high], fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
         for y, width, more, label in zip(ys, widths, high, labels, strict=True):
             weight = "bold" if is_ours(name) else "normal"
             axes.annotate(
-                label, (width + more, y), (5, 0), textcoords="offset points", va="center", fontsize=8, fontweight=weight
-            )
-    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+                label, (width + more, y), (5, 0), textcoords="offset points", va="center", fontsize=8, fontweight=weight,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+            )  # fmt: skip
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":", zorder=1.5)  # above the bars, below their labels
     axes.set_yticks(range(len(records)), [_label(record) for record in records])
     axes.invert_yaxis()
     axes.margins(x=0.16)
     axes.set_xlim(left=0)
-    axes.set_xlabel("time relative to the best of torch (shorter is faster; bars: median, p20 to p80)")
-    axes.set_title("\n".join(line for line in (title, describe(machine)) if line), loc="left", fontsize=10)
+    axes.set_xlabel(
+        "time relative to the best of torch: shorter is faster\n"
+        "bars: median and 20th to 80th percentile of interleaved runs; (×): how many times as fast as the best of torch"
+    )
+    heading = title or "cnnfast beside PyTorch"
+    axes.set_title(f"{heading}\n{describe(machine)}", loc="left", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     fig.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
     fig.savefig(path, dpi=130)
 
 
 def _label(record: Mapping[str, Any]) -> str:
-    more = [f"batch {record['batch']}" if record["batch"] != 1 else "", record.get("weights", "")]
-    return "\n".join([record["workload"], ", ".join(m for m in more if m)]).strip()
+    more = f"batch {record['batch']}, {record['dtype']}"
+    return "\n".join(line for line in (record["workload"], more, record.get("weights", "")) if line)

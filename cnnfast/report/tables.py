@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cnnfast import _render
 from cnnfast.report.bench import is_ours
-from cnnfast.report.timing import describe
+from cnnfast.report.timing import describe, milliseconds
 
 Record = Mapping[str, Any]
 
@@ -19,10 +19,10 @@ def _competitors(records: Sequence[Record]) -> list[str]:
 
 def _cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     names = _competitors(records)
-    headings = ["workload", "batch", "dtype", "GFLOP", *(f"{name}, ms" for name in names), "GFLOP/s", "× best peer"]
+    headings = ["workload", "GFLOP", *(f"{name}, ms" for name in names), "GFLOP/s", "×\u00a0best peer"]
     rows = []
     for record in records:
-        row = [record["workload"], str(record["batch"]), record["dtype"], f"{record['flops'] / 1e9:.2f}"]
+        row = [_workload(record), f"{record['flops'] / 1e9:.2f}"]
         for name in names:
             timing = record["timings"].get(name)
             row.append("" if timing is None else _time(timing) + (" wrong!" if name in record["wrong"] else ""))
@@ -31,10 +31,14 @@ def _cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     return headings, rows
 
 
+def _workload(record: Record) -> str:
+    labels = [record["workload"], f"batch {record['batch']}", record["dtype"], record.get("weights")]
+    return ", ".join(label for label in labels if label)
+
+
 def _time(timing: Mapping[str, Any]) -> str:
-    """``12.3 (12.0-13.1)``: the median with p20 and p80, in ms."""
-    digits = max(0, min(3, 2 - math.floor(math.log10(max(timing["median_s"] * 1e3, 1e-3)))))
-    median, low, high = (f"{timing[k] * 1e3:.{digits}f}" for k in ("median_s", "p20_s", "p80_s"))
+    """``12.3 (12.0-13.1)``: the median with the 20th and 80th percentile, in ms."""
+    median, low, high = (milliseconds(timing[k], timing["median_s"]) for k in ("median_s", "p20_s", "p80_s"))
     return f"{median} ({low}–{high})"
 
 
@@ -45,26 +49,71 @@ def geometric_mean(records: Sequence[Record]) -> float:
     return math.exp(sum(math.log(record["ratio"]) for record in records) / len(records))
 
 
+class _Results:
+    """A table with a row a workload, or, where that would be too wide, a line a competitor."""
+
+    def __init__(self, records: Sequence[Record], machine: Record, title: str) -> None:
+        self.records, self.machine, self.title = records, machine, title
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        headings, rows = _cells(self.records)
+        if sum(max(map(len, column)) + 3 for column in zip(headings, *rows, strict=True)) > options.max_width:
+            caption = _caption(self.records, self.machine, "")
+            yield _render.table(self.title, _LONG, _long(self.records), caption=caption)
+            return
+        for row, record in zip(rows, self.records, strict=True):
+            row[-1] = _coloured(record["ratio"])
+        columns = [(heading, "left" if heading == "workload" else "right") for heading in headings]
+        caption = _caption(self.records, self.machine, _fastest(self.records))
+        yield _render.table(self.title, columns, rows, caption=caption)
+
+
+_LONG = (("workload: competitor", "left"), *((h, "right") for h in ("ms", "20–80 %", "GFLOP/s", "×\u00a0best peer")))
+
+
+def _long(records: Sequence[Record]) -> list[list[str]]:
+    rows = []
+    for record in records:
+        rows.append([_workload(record), "", "", "", ""])
+        unit = record["timings"][record["best_peer"]]["median_s"]
+        for name, timing in record["timings"].items():
+            median, _, spread = _time(timing).partition(" ")
+            ratio = unit / timing["median_s"]
+            wrong = " (wrong!)" if name in record["wrong"] else ""
+            rows.append([
+                f"  {name}{wrong}", median, spread.strip("()"), f"{record['flops'] / timing['median_s'] / 1e9:.0f}",
+                _coloured(ratio) if is_ours(name) else f"{ratio:.2f}",
+            ])  # fmt: skip
+    return rows
+
+
+def _coloured(ratio: float) -> str:
+    return f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]"
+
+
 def results(records: Sequence[Record], machine: Record, title: str = "") -> Any:
-    """A rich table of records; ratios below 1, the losses, in red."""
-    headings, rows = _cells(records)
-    for row, record in zip(rows, records, strict=True):
-        row[-1] = f"[{'green' if record['ratio'] >= 1 else 'red'}]{row[-1]}[/]"
-    columns = [(heading, "left" if heading in ("workload", "dtype") else "right") for heading in headings]
-    return _render.table(title, columns, rows, caption=_caption(records, machine))
+    """A table of records for rich; ratios below 1, the losses, in red."""
+    return _Results(records, machine, title)
 
 
 def markdown(records: Sequence[Record], machine: Record) -> str:
     """The same table as Markdown."""
     headings, rows = _cells(records)
-    align = ["---" if heading in ("workload", "dtype") else "---:" for heading in headings]
+    align = ["---" if heading == "workload" else "---:" for heading in headings]
     lines = [f"| {' | '.join(cells)} |" for cells in (headings, align, *rows)]
-    return "\n".join([*lines, "", _caption(records, machine), ""])
+    return "\n".join([*lines, "", _caption(records, machine, _fastest(records)), ""])
 
 
-def _caption(records: Sequence[Record], machine: Record) -> str:
+def _fastest(records: Sequence[Record]) -> str:
     ours = [name for name in _competitors(records) if is_ours(name)]
+    return ours[0] if len(ours) == 1 else f"the faster of {' and '.join(ours)}"
+
+
+def _caption(records: Sequence[Record], machine: Record, whose: str) -> str:
+    """``whose``: the competitor that GFLOP/s are of, where they aren't of the one in the same row."""
+    mean = f" Geometric mean {geometric_mean(records):.2f}." if len(records) > 1 else ""
     return (
-        f"{describe(machine)}. Median (p20–p80), interleaved; FLOPs as the direct algorithm's; × best peer: the best "
-        f"of torch over the best of {', '.join(ours)}. Geometric mean {geometric_mean(records):.2f}."
+        f"{describe(machine)}. Median (20th to 80th percentile) of interleaved runs. GFLOP/s{f' of {whose}' if whose else ''}: "
+        f"FLOPs counted as the direct algorithm's. × best peer: how many times as fast as the best of torch; below 1 is "
+        f"slower.{mean}"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import platform
 import statistics
@@ -67,6 +68,12 @@ def quantile(ordered: Sequence[float], q: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def milliseconds(seconds: float, like: float | None = None) -> str:
+    """A time in ms with three significant digits (``like``: as many decimals as that time would have)."""
+    reference = max((seconds if like is None else like) * 1e3, 1e-3)
+    return f"{seconds * 1e3:.{max(0, min(3, 2 - math.floor(math.log10(reference))))}f}"
 
 
 def synchronize() -> None:
