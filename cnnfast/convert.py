@@ -32,6 +32,8 @@ Include = Callable[[str, torch.nn.Module], bool] | type | tuple[type, ...] | Seq
 PAIRS = (
     ("Conv2d", "conv2d"),
     ("MaxPool2d", "max_pool2d"),
+    ("AvgPool2d", "avg_pool2d"),
+    ("AdaptiveAvgPool2d", "adaptive_avg_pool2d"),
 )
 
 _PRESENT = [(module, function) for module, function in PAIRS if hasattr(nn, module)]

@@ -249,7 +249,8 @@ def max_pool2d(
         )  # fmt: skip
     if type(input) is not Tensor:
         _check_tensors("max_pool2d", input=input)
-    if _scripting():
+    plain = _plain()
+    if not plain and _scripting():
         return _torch_max_pool2d(
             input, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode, return_indices=return_indices
         )
@@ -267,16 +268,156 @@ def max_pool2d(
         kernel, _pair("max_pool2d", "stride", stride), _pair("max_pool2d", "padding", padding),
         _pair("max_pool2d", "dilation", dilation), ceil_mode,
     )  # fmt: skip
+    backend, _, strict = settings._state
+    if dims == 4 and plain and not return_indices:
+        run = ops.max_pool2d.find((input,), (*params, backend, strict))
+        if run is not None:
+            return ops.max_pool2d.apply(run, (input,), (*params, backend, strict))
     reason = _not_ours(input)
     if reason:
         return _torch_serves(
             "max_pool2d", reason, _torch_max_pool2d, input, *params[:4], ceil_mode=ceil_mode,
             return_indices=return_indices,
         )  # fmt: skip
-    backend, _, strict = settings._state
     x = input.unsqueeze(0) if dims == 3 else input
     if return_indices:
         y, indices = ops.max_pool2d_indices(x, *params, backend, strict)
         return (y.squeeze(0), indices.squeeze(0)) if dims == 3 else (y, indices)
     y = ops.max_pool2d(x, *params, backend, strict)
     return y.squeeze(0) if dims == 3 else y
+
+
+# ---- avg_pool2d ------------------------------------------------------------------------------------------------------
+
+_torch_avg_pool2d: Any = torch.nn.functional.avg_pool2d
+
+
+def avg_pool2d(
+    input: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Any:
+    """A 2-D average pooling, as :func:`torch.nn.functional.avg_pool2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float64, bfloat16 or float16, any strides. channels_last is fastest.
+        kernel_size, stride, padding: An int or a pair (height, width); stride defaults to kernel_size, padding is at
+            most half of it.
+        ceil_mode: Round the output size up; the last window still starts inside the image or its left padding.
+        count_include_pad: Padding counts in the divisor.
+        divisor_override: What each sum is divided by, not zero; None: the number of taps.
+
+    Returns:
+        (N, C, P, Q) or (C, P, Q) with P = floor or ceil of (H + 2*padding - kernel) / stride, + 1. Accumulated in
+        float32 (float64 for float64). NaN and Inf propagate as the sum has them.
+
+    Raises:
+        ShapeError: (a ValueError and RuntimeError) shapes or values that torch rejects.
+        NotImplementedError: nothing serves under ``strict()`` or a forced backend; lists every backend's reason.
+    """
+    if _has_torch_function(input):
+        return handle_torch_function(
+            avg_pool2d, (input,), input, kernel_size, stride=stride, padding=padding, ceil_mode=ceil_mode,
+            count_include_pad=count_include_pad, divisor_override=divisor_override,
+        )  # fmt: skip
+    if type(input) is not Tensor:
+        _check_tensors("avg_pool2d", input=input)
+    plain = _plain()
+    if not plain and _scripting():
+        return _torch_avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    kernel = _pair("avg_pool2d", "kernel_size", kernel_size)
+    if stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0):
+        stride = kernel
+    if type(ceil_mode) is not bool or type(count_include_pad) is not bool:
+        raise TypeError(
+            f"avg_pool2d: expected ceil_mode and count_include_pad to be bools, got {ceil_mode!r}, "
+            f"{count_include_pad!r}"
+        )
+    backend, _, strict = settings._state
+    params = (
+        kernel, _pair("avg_pool2d", "stride", stride), _pair("avg_pool2d", "padding", padding), ceil_mode,
+        count_include_pad,
+        None if divisor_override is None else _int("avg_pool2d", "divisor_override", divisor_override), backend, strict,
+    )  # fmt: skip
+    dims = input.dim()
+    if dims == 4 and plain:
+        run = ops.avg_pool2d.find((input,), params)
+        if run is not None:
+            return ops.avg_pool2d.apply(run, (input,), params)
+    if dims != 4 and dims != 3:
+        raise ShapeError(
+            f"avg_pool2d: expected a 3-D (unbatched) or 4-D (batched) input, got shape {tuple(input.shape)}"
+        )
+    reason = _not_ours(input)
+    if reason:
+        return _torch_serves("avg_pool2d", reason, _torch_avg_pool2d, input, *params[:-2])
+    if dims == 3:
+        return ops.avg_pool2d(input.unsqueeze(0), *params).squeeze(0)
+    return ops.avg_pool2d(input, *params)
+
+
+# ---- adaptive_avg_pool2d ---------------------------------------------------------------------------------------------
+
+_torch_adaptive_avg_pool2d: Any = torch.nn.functional.adaptive_avg_pool2d
+
+
+def _output_size(op: str, input: Tensor, value: Any) -> tuple[Any, Any]:
+    """An adaptive pooling's output size: an int, or a pair in which None is the input's own size."""
+    if isinstance(value, (tuple, list, torch.Size)):
+        if len(value) != 2:
+            raise ShapeError(f"{op}: expected output_size to be an integer or 2 integers or None, got {value!r}")
+        if input.dim() < 3:
+            raise ShapeError(f"{op}: expected a 3-D (unbatched) or 4-D (batched) input, got shape {tuple(input.shape)}")
+        sizes = zip(value, input.shape[-2:], strict=True)
+        return tuple(own if v is None else _int(op, "output_size", v) for v, own in sizes)  # type: ignore[return-value]
+    size = _int(op, "output_size", value)
+    return (size, size)
+
+
+def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] | None) -> Any:
+    """A 2-D average pooling to a given size, as :func:`torch.nn.functional.adaptive_avg_pool2d`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float64, bfloat16 or float16, any strides. channels_last is fastest.
+        output_size: (P, Q) or an int for both; None in a pair keeps the input's size.
+
+    Returns:
+        (N, C, P, Q) or (C, P, Q): the means over rows floor(p*H / P) .. ceil((p+1)*H / P) - 1, and columns alike.
+        Accumulated in float32 (float64 for float64). NaN and Inf propagate as the sum has them.
+
+    Raises:
+        ShapeError: (a ValueError and RuntimeError) shapes or values that torch rejects.
+        NotImplementedError: nothing serves under ``strict()`` or a forced backend; lists every backend's reason.
+    """
+    if _has_torch_function(input):
+        return handle_torch_function(adaptive_avg_pool2d, (input,), input, output_size)
+    if type(input) is not Tensor:
+        _check_tensors("adaptive_avg_pool2d", input=input)
+    plain = _plain()
+    if not plain and _scripting():
+        return _torch_adaptive_avg_pool2d(input, output_size)
+    size = _output_size("adaptive_avg_pool2d", input, output_size)
+    backend, _, strict = settings._state
+    params, dims = (size, backend, strict), input.dim()
+    if dims == 4 and plain:
+        run = ops.adaptive_avg_pool2d.find((input,), params)
+        if run is not None:
+            return ops.adaptive_avg_pool2d.apply(run, (input,), params)
+    reason = _not_ours(input)
+    if not reason and size == (1, 1) and (dims not in (3, 4) or 0 in input.shape[-3:]):
+        reason = f"the mean of an input of shape {tuple(input.shape)} (ours: 3-D and 4-D, empty at most in the batch)"
+    elif not reason and dims in (3, 4) and input.shape[-3] == 0:
+        reason = "no channels"
+    if reason:
+        return _torch_serves("adaptive_avg_pool2d", reason, _torch_adaptive_avg_pool2d, input, output_size)
+    if dims != 4 and dims != 3:
+        raise ShapeError(
+            f"adaptive_avg_pool2d: expected a 3-D (unbatched) or 4-D (batched) input, got shape {tuple(input.shape)}"
+        )
+    if dims == 3:
+        return ops.adaptive_avg_pool2d(input.unsqueeze(0), *params).squeeze(0)
+    return ops.adaptive_avg_pool2d(input, *params)

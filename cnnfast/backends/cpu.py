@@ -119,6 +119,8 @@ RULES: dict[str, _Rule] = {
     "conv2d_grouped": ("conv2d", lambda p, isa: _grouped(p, _lanes(isa, p.dtype)), _grouped_cost),
     "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], _implicit_gemm_cost),
     "conv2d_direct": ("conv2d", lambda p, isa: [], _direct_cost),
+    "avg_pool2d": ("avg_pool2d", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
+    "adaptive_avg_pool2d": ("adaptive_avg_pool2d", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
     "max_pool2d": ("max_pool2d", lambda p, isa: _max_pool2d(p), lambda p, isa: p.bytes / 2e10),
 }
 

@@ -1,9 +1,15 @@
 """The contracts: one module an operation. Adding an operation adds a module and its line here."""
 
+from cnnfast.ops.adaptive_avg_pool2d import adaptive_avg_pool2d, adaptive_avg_pool2d_dgrad
+from cnnfast.ops.avg_pool2d import avg_pool2d, avg_pool2d_dgrad
 from cnnfast.ops.conv2d import conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad
 from cnnfast.ops.max_pool2d import max_pool2d, max_pool2d_dgrad, max_pool2d_indices, max_pool2d_jvp
 
 __all__ = [
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool2d_dgrad",
+    "avg_pool2d",
+    "avg_pool2d_dgrad",
     "conv2d",
     "conv2d_bgrad",
     "conv2d_dgrad",
