@@ -13,13 +13,14 @@ from cnnfast import backends, functional
 from cnnfast.convert import conversion_report, convert, revert
 from cnnfast.errors import DtypeError, ShapeError
 from cnnfast.explain import explain
-from cnnfast.nn import AdaptiveAvgPool2d, AvgPool2d, Conv2d, MaxPool2d
+from cnnfast.nn import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, Conv2d, MaxPool2d
 from cnnfast.settings import backend, precision, strict
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
     "AvgPool2d",
     "Conv2d",
     "DtypeError",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import adaptive_avg_pool2d, avg_pool2d, conv2d, max_pool2d
+from cases import adaptive_avg_pool2d, adaptive_max_pool2d, avg_pool2d, conv2d, max_pool2d
 from support import oracle, process
 from support.memory import Guarded, bits, guarded_allocations, registered
 
@@ -22,7 +22,7 @@ from cnnfast import dispatch, settings
 from cnnfast.dispatch import TORCH_DTYPES, Implementation
 
 OPERATIONS: dict[str, ModuleType] = {
-    module.OP: module for module in (conv2d, max_pool2d, avg_pool2d, adaptive_avg_pool2d)
+    module.OP: module for module in (conv2d, max_pool2d, avg_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d)
 }
 PRECISIONS = ("fp32", "ieee", "high")
 # Of the combinations (variant, dtype, precision) of a kernel, so many a case and direction: what a budget allows.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import adaptive_avg_pool2d, avg_pool2d, conv2d, max_pool2d
+from cases import adaptive_avg_pool2d, adaptive_max_pool2d, avg_pool2d, conv2d, max_pool2d
 from support import process
 from support.functions import FUNCTIONS, Function
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 )
 needs_cpu_kernels = pytest.mark.skipif(cpu.MODULE is None, reason=f"no CPU kernels here: {cpu.ABSENT}")
 each = pytest.mark.parametrize("f", FUNCTIONS, ids=str)
-MODULES = (conv2d, max_pool2d, avg_pool2d, adaptive_avg_pool2d)
+MODULES = (conv2d, max_pool2d, avg_pool2d, adaptive_avg_pool2d, adaptive_max_pool2d)
 CL = torch.channels_last
 
 _CONV = ((1, 1), (1, 1, 1, 1), (1, 1), 1, "fp32", "auto", False)
@@ -58,6 +58,10 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
         "avg_pool2d_dgrad": [(gp, xs, False, *average), (gp.to(memory_format=CL), xs, True, *average)],
         "adaptive_avg_pool2d": [(x, *to), (last[0], *to)],
         "adaptive_avg_pool2d_dgrad": [(ga, xs, False, *to), (ga.to(memory_format=CL), xs, True, *to)],
+        "adaptive_max_pool2d": [(x, *to), (last[0], *to)],
+        "adaptive_max_pool2d_indices": [(x, *to), (last[0], *to)],
+        "adaptive_max_pool2d_dgrad": [(x, ga, *to), (last[0], ga, *to)],
+        "adaptive_max_pool2d_jvp": [(x, torch.randn_like(x), *to), (last[0], torch.randn_like(last[0]), *to)],
         "conv2d_bgrad": [(g, "fp32", "auto", False), (last[2], "fp32", "auto", False)],
     }  # fmt: skip
 

@@ -75,6 +75,18 @@ def _adaptive_avg_pool2d(problem: Problem, direction: str, operands: Sequence[An
     return torch.ops.aten._adaptive_avg_pool2d_backward(y, y.new_empty((p.N, p.C, p.H, p.W)))
 
 
+def _adaptive_max_pool2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
+    x, y, _, t = operands
+    values, indices = torch.ops.aten.adaptive_max_pool2d(x, [problem.P, problem.Q])
+    if direction == "fprop":
+        return values
+    if direction == "indices":
+        return values, indices
+    if direction == "dgrad":
+        return torch.ops.aten.adaptive_max_pool2d_backward(y, x, indices)
+    return t.flatten(2).gather(2, indices.flatten(2)).reshape(values.shape)
+
+
 def _implementation(op: str, direction: str, function: Callable[..., Any]) -> Implementation:
     def bind(problem: Problem, fields: Mapping[str, int]) -> Kernel:
         return lambda operands: function(problem, direction, operands)
@@ -92,6 +104,10 @@ BACKEND = Backend(
         *(_implementation("conv2d", d, _conv2d) for d in ("fprop", "dgrad", "wgrad", "bgrad")),
         *(_implementation("max_pool2d", d, _max_pool2d) for d in ("fprop", "indices", "dgrad", "jvp")),
         *(_implementation("avg_pool2d", d, _avg_pool2d) for d in ("fprop", "dgrad")),
+        *(
+            _implementation("adaptive_max_pool2d", d, _adaptive_max_pool2d)
+            for d in ("fprop", "indices", "dgrad", "jvp")
+        ),
         *(_implementation("adaptive_avg_pool2d", d, _adaptive_avg_pool2d) for d in ("fprop", "dgrad")),
     ],
     status=lambda: f"torch {torch.__version__}",

@@ -1,6 +1,12 @@
 """The contracts: one module an operation. Adding an operation adds a module and its line here."""
 
 from cnnfast.ops.adaptive_avg_pool2d import adaptive_avg_pool2d, adaptive_avg_pool2d_dgrad
+from cnnfast.ops.adaptive_max_pool2d import (
+    adaptive_max_pool2d,
+    adaptive_max_pool2d_dgrad,
+    adaptive_max_pool2d_indices,
+    adaptive_max_pool2d_jvp,
+)
 from cnnfast.ops.avg_pool2d import avg_pool2d, avg_pool2d_dgrad
 from cnnfast.ops.conv2d import conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad
 from cnnfast.ops.max_pool2d import max_pool2d, max_pool2d_dgrad, max_pool2d_indices, max_pool2d_jvp
@@ -8,6 +14,10 @@ from cnnfast.ops.max_pool2d import max_pool2d, max_pool2d_dgrad, max_pool2d_indi
 __all__ = [
     "adaptive_avg_pool2d",
     "adaptive_avg_pool2d_dgrad",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool2d_dgrad",
+    "adaptive_max_pool2d_indices",
+    "adaptive_max_pool2d_jvp",
     "avg_pool2d",
     "avg_pool2d_dgrad",
     "conv2d",

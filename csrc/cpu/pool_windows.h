@@ -40,10 +40,14 @@ struct FixedAxis {
 struct AdaptiveAxis {
   int64_t size, outputs;
 
+  static constexpr int64_t step = 1;
   Span elements(int64_t window) const { return {window * size / outputs, ceil_div((window + 1) * size, outputs)}; }
+  Span extent(int64_t window) const { return elements(window); }
   Span windows(int64_t element) const { return {element * outputs / size, ceil_div((element + 1) * outputs, size)}; }
   int64_t divisor(int64_t window) const { return elements(window).size(); }
   int64_t most_elements() const { return min(ceil_div(size, outputs) + (size % outputs != 0), size); }
+  int64_t most_taps() const { return most_elements(); }
+  int64_t most_extent() const { return most_elements(); }
   int64_t most_windows() const { return min(ceil_div(outputs, size) + (outputs % size != 0), outputs); }
 };
 

@@ -79,5 +79,8 @@ FUNCTIONS: tuple[Function, ...] = (
     _pool("adaptive_avg_pool2d", "to 1x1", (2, 3, 4, 5), output_size=1),
     _pool("adaptive_avg_pool2d", "channels_last, overlapping", (2, 4, 7, 5), True, output_size=(4, 3)),
     _pool("adaptive_avg_pool2d", "unbatched, to more", (2, 3, 4), output_size=(5, None)),
+    _pool("adaptive_max_pool2d", "overlapping", (2, 3, 6, 7), output_size=(4, 3)),
+    _pool("adaptive_max_pool2d", "channels_last, to 1x1", (1, 4, 5, 6), True, output_size=1),
+    _pool("adaptive_max_pool2d", "unbatched, to more", (2, 3, 4), output_size=(5, None)),
     _conv2d("1x1 unbatched", [(3, 4, 4), (5, 3, 1, 1), (5,)]),
 )  # fmt: skip
