@@ -16,14 +16,16 @@
 //
 // Threads share the rows of the output (dgrad: of t) and, where those are few, the channels. dgrad walks the windows
 // that reach into its rows and adds each one's gradient tap by tap, in the lanes that have their maximum there, or
-// where a window has many taps lane by lane. The sums of float and double are t's own elements, cleared just ahead of
-// the windows; those of the 16-bit types are float, in a ring of rows that are rounded once and stored when the windows
-// have left them. A sum has one owner, who adds in the order of p, q: no atomics, and no dependence on the threads.
+// where a window has many taps lane by lane. Where channels are few, or windows large and overlapping, it searches a
+// row of windows at once, rows first, and adds lane by lane. The sums of float and double are t's own elements, cleared
+// just ahead of the windows; those of the 16-bit types are float, in a ring of rows that are rounded once and stored
+// when the windows have left them. A sum has one owner, who adds in the order of p, q: no atomics, and no dependence on
+// the threads.
 //
 // Layout: NHWC, any pixel strides.
 #pragma once
 #include "../common/kernel_table.h"
-#include "pool_windows.h"
+#include "max_pool2d_search.h"
 #include "primitives/parallel.h"
 #include "primitives/scratch.h"
 #include "primitives/vec.h"
@@ -33,190 +35,11 @@ namespace CNNFAST_ISA {
 namespace {
 
 constexpr int kVecs = 4;                        // vectors of channels at a time
-constexpr int kSmallVecBytes = 16;              // where the channels don't fill a whole vector
 constexpr int64_t kTapsWorthThreads = 1 << 16;  // below, a parallel region costs more than it saves
 constexpr int64_t kRowsAThread = 4;             // with fewer rows of the output threads share channels, too
 constexpr int64_t kSpansAThread = 8;            // with fewer rows of t, in heights of a window, likewise
 constexpr int64_t kTapsWorthScatter = 3;        // dgrad, taps a lane: with more, lanes are added one by one
 constexpr int64_t kRingBytes = 1 << 19;         // dgrad: sums of a task that stay in cache
-
-enum class Direction { fprop, indices, jvp, dgrad };
-
-// ---- lanes ----------------------------------------------------------------------------------------------------------
-
-// At least `width` elements, and at least 16 bytes: GCC has no good code for less.
-template <class E, int width>
-struct LanesOf {
-  static constexpr int count = width * sizeof(E) < kSmallVecBytes ? kSmallVecBytes / sizeof(E) : width;
-  typedef E Type __attribute__((vector_size(count * sizeof(E))));
-};
-template <class E, int width>
-using Lanes = typename LanesOf<E, width>::Type;
-
-template <class S>
-constexpr bool kIs16 = sizeof(S) == 2;
-
-// What a lane holds: the element; of 16-bit types its bits, in dgrad, which needs float sums, its float.
-template <class S, Direction direction>
-constexpr auto lane() {
-  if constexpr (!kIs16<S>)
-    return S{};
-  else if constexpr (direction == Direction::dgrad)
-    return float{};
-  else
-    return int16_t{};
-}
-template <class S, Direction direction>
-using Lane = decltype(lane<S, direction>());
-
-// As many labels as lanes, of their size or more.
-template <class E>
-constexpr auto label() {
-  if constexpr (kSame<E, double>)
-    return int64_t{};
-  else
-    return int32_t{};
-}
-template <class E>
-using Label = decltype(label<E>());
-template <class E, int width>
-using Labels = typename LanesOf<Label<E>, LanesOf<E, width>::count>::Type;
-
-// The first `width` lanes; the others are zero.
-template <class E, int width>
-CNNFAST_INLINE Lanes<E, width> read(const void* p) {
-  Lanes<E, width> v;
-  if constexpr (width * sizeof(E) >= kSmallVecBytes) {
-    memcpy(&v, p, sizeof v);
-  } else {
-    int64_t bytes = 0;
-    memcpy(&bytes, p, width * sizeof(E));
-    v = (Lanes<E, width>)Lanes<int64_t, 2>{bytes, 0};
-  }
-  return v;
-}
-template <class E, int width>
-CNNFAST_INLINE void write(void* p, Lanes<E, width> v) {
-  if constexpr (width * sizeof(E) >= kSmallVecBytes) {
-    memcpy(p, &v, sizeof v);
-  } else {
-    const int64_t bytes = ((Lanes<int64_t, 2>)v)[0];
-    memcpy(p, &bytes, width * sizeof(E));
-  }
-}
-
-// Elements in memory -> lanes.
-template <class S, class E, int width>
-CNNFAST_INLINE Lanes<E, width> fetch(const S* p) {
-  if constexpr (sizeof(S) == sizeof(E)) {
-    return read<E, width>(p);
-  } else if constexpr (width == kLanes<float>) {
-    return load_wide(p);
-  } else {
-    Lanes<E, width> v{};
-#pragma GCC unroll 4
-    for (int l = 0; l < width; ++l) v[l] = widen_one(p[l]);
-    return v;
-  }
-}
-
-// ---- the order of the elements --------------------------------------------------------------------------------------
-
-template <class S>
-constexpr int16_t kInfinity = 0x7f80;
-template <>
-constexpr int16_t kInfinity<Float16> = 0x7c00;
-constexpr int16_t kNaNKey = 0x7fff;
-
-template <class S, class E>
-constexpr E minus_infinity() {
-  if constexpr (kSame<E, int16_t>)
-    return static_cast<int16_t>(kInfinity<S> - 0x8000);
-  else
-    return -static_cast<E>(__builtin_inf());
-}
-
-// Bits of 16-bit types: sign and magnitude become two's complement, so that -0 equals 0; a NaN is above all others.
-template <class S, class E, class V>
-CNNFAST_INLINE V key_of(V v) {
-  if constexpr (kSame<E, int16_t>) {
-    const V sign = v >> 15, magnitude = v & static_cast<int16_t>(0x7fff);
-    const V key = (magnitude ^ sign) - sign;
-    return magnitude > kInfinity<S> ? V{} + kNaNKey : key;
-  } else {
-    return v;
-  }
-}
-
-template <class E, class V>
-CNNFAST_INLINE auto exceeds(V key, V best) {
-  if constexpr (kSame<E, int16_t>)
-    return (key > best) | (key == kNaNKey);
-  else
-    return (key > best) | (key != key);
-}
-
-// ---- windows --------------------------------------------------------------------------------------------------------
-
-// The parameters of an operation and its windows along both axes. An axis has
-//   elements(window)   its taps inside the image: begin, begin + step, ... below end
-//   extent(window)     what it spans, inside or not; its ends grow with the window
-//   windows(element)   those whose extent holds the element
-//   most_taps(), most_extent(), step
-template <class Params, class Axis>
-struct Pooling : Params {
-  Axis rows, columns;
-};
-
-// The maxima of one window in vecs * width channels.
-template <class S, int width, int vecs, Direction direction>
-struct Maximum {
-  using E = Lane<S, direction>;
-  using V = Lanes<E, width>;
-  using L = Labels<E, width>;
-  V key[vecs];
-  V value[vecs];  // fprop, indices: the element; jvp: the tangent at its place
-  L label[vecs];  // indices, dgrad: rows * pitch + columns from the window's first tap
-
-  // x and t point to the window's first tap inside the image.
-  template <class Pool>
-  CNNFAST_INLINE void search(const Pool& p, const Span& rows, const Span& columns, int64_t pitch, const S* x,
-                             const S* t) {
-    constexpr bool tangents = direction == Direction::jvp;
-    constexpr bool labels = direction == Direction::indices || direction == Direction::dgrad;
-    const V lowest = V{} + minus_infinity<S, E>();
-#pragma GCC unroll 4
-    for (int v = 0; v < vecs; ++v) {
-      key[v] = key_of<S, E>(lowest);
-      value[v] = lowest;
-      if constexpr (tangents) value[v] = read<E, width>(t + v * width);
-      label[v] = L{};
-    }
-    const int64_t x_row = p.rows.step * p.x_h, x_step = p.columns.step * p.x_w;
-    const int64_t t_row = p.rows.step * p.t_h, t_step = p.columns.step * p.t_w;
-    for (int64_t h = rows.begin; h < rows.end; h += p.rows.step, x += x_row) {
-      const S *from = x, *tangent = t;
-      for (int64_t w = columns.begin; w < columns.end; w += p.columns.step, from += x_step) {
-        const L here = L{} + static_cast<Label<E>>((h - rows.begin) * pitch + w - columns.begin);
-#pragma GCC unroll 4
-        for (int v = 0; v < vecs; ++v) {
-          const V element = fetch<S, E, width>(from + v * width), k = key_of<S, E>(element);
-          const auto more = exceeds<E>(k, key[v]);
-          key[v] = more ? k : key[v];
-          if constexpr (tangents)
-            value[v] = more ? read<E, width>(tangent + v * width) : value[v];
-          else if constexpr (kSame<E, int16_t>)
-            value[v] = more ? element : value[v];
-          if constexpr (labels) label[v] = __builtin_convertvector(more, L) ? here : label[v];
-        }
-        if constexpr (tangents) tangent += t_step;
-      }
-      if constexpr (tangents) t += t_row;
-    }
-    if constexpr (!tangents && !kSame<E, int16_t>)
-      for (int v = 0; v < vecs; ++v) value[v] = key[v];
-  }
-};
 
 // Calls f(number of vectors, first channel, how many of its first lanes are done already) for the channels from c to
 // end, at least `width` of them.
@@ -314,14 +137,11 @@ class Sums {
     while (mask_ + 1 < min(p.rows.most_extent(), rows.size())) mask_ = 2 * mask_ + 1;
     opened_ = closed_ = rows.begin;
   }
-  bool allocate() {
-    if constexpr (kIs16<S>) {
-      ring_ = static_cast<T*>(thread_scratch(static_cast<size_t>((mask_ + 1) * p_.W * channels_) * sizeof(T)));
-      return ring_ != nullptr;
-    }
-    return true;
+  void carve(Carver& parts) {
+    if constexpr (kIs16<S>) ring_ = parts.take<T>((mask_ + 1) * p_.W * channels_);
   }
 
+  int64_t channels() const { return channels_; }
   CNNFAST_INLINE bool owns(int64_t h) const { return h >= rows_.begin && h < rows_.end; }
   CNNFAST_INLINE T* row(int64_t h) const {
     if constexpr (kIs16<S>)
@@ -429,19 +249,60 @@ CNNFAST_INLINE void add_window(const Pool& p, const Span& rows, const Span& colu
   }
 }
 
+// One window of a row that has been searched: each lane goes to its own tap.
+template <class S, int width, class Pool>
+CNNFAST_INLINE void add_maxima(const RowMaxima<S, Pool>& maxima, const Span& rows, const Span& columns, const S* y,
+                               const Sums<S, width, Pool>& sums) {
+  constexpr int lanes = RowMaxima<S, Pool>::kWidth;
+  using L = Label<Compute<S>>;
+  if (columns.empty()) return;
+  const int64_t channels = sums.channels();
+  for (int64_t c = 0; c < channels; c += lanes) {
+    const auto found = maxima.search(columns, c);
+    L labels[lanes];
+    memcpy(labels, &found, sizeof labels);
+    const int64_t count = min(lanes, channels - c);
+    for (int64_t l = 0; l < count; ++l) {
+      const int64_t h = rows.begin + (labels[l] >> maxima.pitch_bits);
+      const int64_t w = labels[l] & ((L{1} << maxima.pitch_bits) - 1);
+      if (sums.owns(h)) sums.row(h)[w * sums.pixel + c + l] += widen_one(y[c + l]);
+    }
+  }
+}
+
 // Rows of t of one image, and some channels.
 template <class S, int width, class Pool>
 bool dgrad_rows(const Pool& p, const S* x, const S* y, S* t, Span rows, int64_t channels) {
-  Sums<S, width, Pool> sums(p, t, rows, channels);
-  if (!sums.allocate()) return false;
-  const Span windows{p.rows.windows(rows.begin).begin, p.rows.windows(rows.end - 1).end};
   int pitch_bits = 0;
   while (int64_t{1} << pitch_bits < p.W) ++pitch_bits;
+  const bool rows_first = RowMaxima<S, Pool>::pays(p);
+  Sums<S, width, Pool> sums(p, t, rows, channels);
+  RowMaxima<S, Pool> maxima(p, channels, pitch_bits);
+  const auto carve = [&](Carver& parts) {
+    sums.carve(parts);
+    if (rows_first) maxima.carve(parts);
+  };
+  Carver sizes(nullptr);
+  carve(sizes);
+  if (sizes.used() > 0) {
+    void* scratch = thread_scratch(sizes.used());
+    if (!scratch) return false;
+    Carver parts(scratch);
+    carve(parts);
+  }
+  const Span windows{p.rows.windows(rows.begin).begin, p.rows.windows(rows.end - 1).end};
   for (int64_t row = windows.begin; row < windows.end; ++row) {
     const Span extent = p.rows.extent(row);
     const Span taps = p.rows.elements(row);
     sums.move(extent.begin, extent.end);
     if (taps.empty()) continue;
+    if (rows_first) {
+      maxima.search_columns(x, taps);
+      const S* gradient = y + row * p.y_h;
+      for (int64_t q = 0; q < p.Q; ++q, gradient += p.y_w)
+        add_maxima(maxima, taps, p.columns.elements(q), gradient, sums);
+      continue;
+    }
     for (int64_t q = 0; q < p.Q; ++q) {
       const Span columns = p.columns.elements(q);
       if (columns.empty()) continue;
@@ -470,9 +331,10 @@ const char* dgrad(const Pool& p, const Operands<S>& o, int threads) {
     const int64_t end = rows * (first + 1) / row_parts;
     for (int64_t begin = rows * first / row_parts; begin < end;) {
       const int64_t n = begin / p.H, h = begin % p.H, h_end = min(p.H, h + end - begin);
-      // A ring that stays in cache.
+      // A ring, and a row of maxima, that stay in cache.
       const int64_t vecs = (channels.end - channels.begin) / width;
-      const int64_t fit = kIs16<S> ? max(1, kRingBytes / (min(span, p.H) * p.W * width * 4)) : vecs;
+      const int64_t pixel = (kIs16<S> ? min(span, p.H) * 4 : 0) + (RowMaxima<S, Pool>::pays(p) ? 8 : 0);
+      const int64_t fit = pixel ? max(1, kRingBytes / (pixel * p.W * width)) : vecs;
       const int64_t blocks = ceil_div(vecs, fit);
       for (int64_t block = 0; block < blocks; ++block) {
         const Span c = channels_of(channels, width, block, blocks);
