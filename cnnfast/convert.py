@@ -34,6 +34,9 @@ PAIRS = (
     ("Conv2d", "conv2d"),
     ("ConvTranspose2d", "conv_transpose2d"),
     ("MaxPool2d", "max_pool2d"),
+    ("AvgPool2d", "avg_pool2d"),
+    ("AdaptiveAvgPool2d", "adaptive_avg_pool2d"),
+    ("AdaptiveMaxPool2d", "adaptive_max_pool2d"),
 )
 
 _PRESENT = [(module, function) for module, function in PAIRS if hasattr(nn, module)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import pytest
 import torch
-from cases import conv2d, conv_bn_act, max_pool2d
+from cases import conv2d
 from support import process
 from support.functions import FUNCTIONS, Function
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 needs_cpu_kernels = pytest.mark.skipif(cpu.MODULE is None, reason=f"no CPU kernels here: {cpu.ABSENT}")
 each = pytest.mark.parametrize("f", FUNCTIONS, ids=str)
-MODULES = (conv2d, conv_bn_act, max_pool2d)
+MODULES = cases.MODULES
 CL = torch.channels_last
 
 _CONV = ((1, 1), (1, 1, 1, 1), (1, 1), 1, "fp32", "auto", False)
@@ -36,6 +37,9 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
     last = [t.to(memory_format=CL) for t in (x, w, g)]
     conv = [tuple(list(v) if isinstance(v, tuple) else v for v in _CONV)]
     grouped = ([2, 1], [1, 1, 0, 2], [1, 2], 2, "fp32", "auto", False)
+    average = ([3, 3], [2, 2], [1, 1], False, True, None, "auto", False)
+    to = ([3, 2], "auto", False)
+    gp, ga = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 2)
     pool = ([3, 3], [2, 2], [1, 1], [1, 1], False, "auto", False)
     xg, wg = torch.randn(2, 4, 7, 8), torch.randn(6, 2, 3, 2)
     gg = torch.ops.cnnfast.conv2d(xg, wg, None, *grouped)
@@ -57,6 +61,14 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
         "max_pool2d_indices": [(x, *pool), (last[0], *pool)],
         "max_pool2d_dgrad": [(x, torch.randn(2, 4, 3, 3), *pool), (last[0], torch.randn(2, 4, 3, 3), *pool)],
         "max_pool2d_jvp": [(x, torch.randn_like(x), *pool), (last[0], torch.randn_like(last[0]), *pool)],
+        "avg_pool2d": [(x, *average), (last[0], *average)],
+        "avg_pool2d_dgrad": [(gp, xs, False, *average), (gp.to(memory_format=CL), xs, True, *average)],
+        "adaptive_avg_pool2d": [(x, *to), (last[0], *to)],
+        "adaptive_avg_pool2d_dgrad": [(ga, xs, False, *to), (ga.to(memory_format=CL), xs, True, *to)],
+        "adaptive_max_pool2d": [(x, *to), (last[0], *to)],
+        "adaptive_max_pool2d_indices": [(x, *to), (last[0], *to)],
+        "adaptive_max_pool2d_dgrad": [(x, ga, *to), (last[0], ga, *to)],
+        "adaptive_max_pool2d_jvp": [(x, torch.randn_like(x), *to), (last[0], torch.randn_like(last[0]), *to)],
         "conv2d_bgrad": [(g, "fp32", "auto", False), (last[2], "fp32", "auto", False)],
     }  # fmt: skip
 

@@ -73,6 +73,41 @@ def _max_pool2d(problem: Problem, direction: str, operands: Sequence[Any]) -> An
     return t.flatten(2).gather(2, indices.flatten(2)).reshape(values.shape)
 
 
+def _avg_pool2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
+    x, y = operands
+    p = problem
+    args = [[p.R, p.S], [p.stride_h, p.stride_w], [p.pad_h, p.pad_w]]
+    shape = (p.N, p.C, p.H, p.W)
+    # which of the two output sizes was meant decides the rounding
+    ceil_mode = tuple(
+        torch.ops.aten.avg_pool2d((y if x is None else x).new_empty(shape, device="meta"), *args).shape[2:]
+    ) != (p.P, p.Q)
+    rest = (ceil_mode, bool(p.count_include_pad), p.divisor_override or None)
+    if direction == "fprop":
+        return torch.ops.aten.avg_pool2d(x, *args, *rest)
+    return torch.ops.aten.avg_pool2d_backward(y, y.new_empty(shape), *args, *rest)
+
+
+def _adaptive_avg_pool2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
+    x, y = operands
+    p = problem
+    if direction == "fprop":
+        return torch.ops.aten.adaptive_avg_pool2d(x, [p.P, p.Q])
+    return torch.ops.aten._adaptive_avg_pool2d_backward(y, y.new_empty((p.N, p.C, p.H, p.W)))
+
+
+def _adaptive_max_pool2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
+    x, y, _, t = operands
+    values, indices = torch.ops.aten.adaptive_max_pool2d(x, [problem.P, problem.Q])
+    if direction == "fprop":
+        return values
+    if direction == "indices":
+        return values, indices
+    if direction == "dgrad":
+        return torch.ops.aten.adaptive_max_pool2d_backward(y, x, indices)
+    return t.flatten(2).gather(2, indices.flatten(2)).reshape(values.shape)
+
+
 def _implementation(op: str, direction: str, function: Callable[..., Any]) -> Implementation:
     def bind(problem: Problem, fields: Mapping[str, int]) -> Kernel:
         return lambda operands: function(problem, direction, operands)
@@ -90,6 +125,12 @@ BACKEND = Backend(
         *(_implementation("conv2d", d, _conv2d) for d in ("fprop", "dgrad", "wgrad", "bgrad")),
         _implementation("conv_bn_act", "fprop", _conv_bn_act),
         *(_implementation("max_pool2d", d, _max_pool2d) for d in ("fprop", "indices", "dgrad", "jvp")),
+        *(_implementation("avg_pool2d", d, _avg_pool2d) for d in ("fprop", "dgrad")),
+        *(
+            _implementation("adaptive_max_pool2d", d, _adaptive_max_pool2d)
+            for d in ("fprop", "indices", "dgrad", "jvp")
+        ),
+        *(_implementation("adaptive_avg_pool2d", d, _adaptive_avg_pool2d) for d in ("fprop", "dgrad")),
     ],
     status=lambda: f"torch {torch.__version__}",
 )

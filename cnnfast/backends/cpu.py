@@ -85,6 +85,11 @@ def _max_pool2d(p: Problem) -> list[str]:
     return [f"labels the pixels of a window in 30 bits, not {span}"] if span >= 2**30 else []
 
 
+def _adaptive_max_pool2d(p: Problem) -> list[str]:
+    span = -(-p.H // max(p.P, 1)) * p.W + -(-p.W // max(p.Q, 1))
+    return [f"labels the pixels of a window in 30 bits, not {span}"] if span >= 2**30 else []
+
+
 def _lanes(isa: str, dtype: str) -> int:
     return LANE_BYTES[isa] // (8 if dtype == "f64" else 4)
 
@@ -128,6 +133,13 @@ RULES: dict[str, _Rule] = {
     "conv2d_grouped": ("conv2d", lambda p, isa: _grouped(p, _lanes(isa, p.dtype)), _grouped_cost),
     "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], _implicit_gemm_cost),
     "conv2d_direct": ("conv2d", lambda p, isa: [], _direct_cost),
+    "avg_pool2d": ("avg_pool2d", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
+    "adaptive_avg_pool2d": ("adaptive_avg_pool2d", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
+    "adaptive_max_pool2d": (
+        "adaptive_max_pool2d",
+        lambda p, isa: _adaptive_max_pool2d(p),
+        lambda p, isa: p.bytes / 2e10,
+    ),
     "max_pool2d": ("max_pool2d", lambda p, isa: _max_pool2d(p), lambda p, isa: p.bytes / 2e10),
 }
 

@@ -2,12 +2,28 @@
 
 from cnnfast.ops import conv_transpose2d
 from cnnfast.ops._memory import prefers_channels_last
+from cnnfast.ops.adaptive_avg_pool2d import adaptive_avg_pool2d, adaptive_avg_pool2d_dgrad
+from cnnfast.ops.adaptive_max_pool2d import (
+    adaptive_max_pool2d,
+    adaptive_max_pool2d_dgrad,
+    adaptive_max_pool2d_indices,
+    adaptive_max_pool2d_jvp,
+)
+from cnnfast.ops.avg_pool2d import avg_pool2d, avg_pool2d_dgrad
 from cnnfast.ops.conv2d import conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad
 from cnnfast.ops.conv2d import validate as validate_conv
 from cnnfast.ops.conv_bn_act import conv_bn_act
 from cnnfast.ops.max_pool2d import max_pool2d, max_pool2d_dgrad, max_pool2d_indices, max_pool2d_jvp
 
 __all__ = [
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool2d_dgrad",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool2d_dgrad",
+    "adaptive_max_pool2d_indices",
+    "adaptive_max_pool2d_jvp",
+    "avg_pool2d",
+    "avg_pool2d_dgrad",
     "conv2d",
     "conv2d_bgrad",
     "conv2d_dgrad",

@@ -351,7 +351,9 @@ def _laid_out(tangent: Any, strides: tuple[int, ...]) -> Any:
     ):
         return tangent
     out = torch.empty_strided(tangent.shape, strides, dtype=tangent.dtype, device=tangent.device)
-    if _functorch_active():  # where a vmapped tangent can't be copied into a tensor that isn't
+    if _functorch_active() or _key_included(
+        _VMAP_MODE
+    ):  # where a vmapped tangent can't be copied into a tensor that isn't
         return out.zero_().add(tangent)
     return out.copy_(tangent)
 

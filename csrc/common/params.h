@@ -72,4 +72,34 @@ CNNFAST_PARAMS(Conv2dParams, CNNFAST_CONV2D_FIELDS)
 // clang-format on
 CNNFAST_PARAMS(MaxPool2dParams, CNNFAST_MAX_POOL2D_FIELDS)
 
+// y[n,c,p,q] = sum_{h,w} x[n,c,h,w] / divisor       h = p*stride_h - pad_h + r, w = q*stride_w - pad_w + s, inside the
+// image The divisor is divisor_override where that isn't 0; else the number of the window's taps inside the image and,
+// with count_include_pad, in its padding. Operands, in order: x, y. Directions: fprop writes y, dgrad x, from y's
+// gradient; the strides describe the tensor of that name.
+// clang-format off
+#define CNNFAST_AVG_POOL2D_FIELDS(F)                                                    \
+  F(N) F(C) F(H) F(W) F(R) F(S) F(P) F(Q)                                               \
+  F(stride_h) F(stride_w) F(pad_h) F(pad_w) F(count_include_pad) F(divisor_override)    \
+  F(x_n) F(x_h) F(x_w) F(y_n) F(y_h) F(y_w)
+// clang-format on
+CNNFAST_PARAMS(AvgPool2dParams, CNNFAST_AVG_POOL2D_FIELDS)
+
+// y[n,c,p,q] = the mean of x[n,c,h,w] over floor(p*H / P) <= h < ceil((p+1)*H / P), and w alike
+// Operands and directions as of avg_pool2d.
+// clang-format off
+#define CNNFAST_ADAPTIVE_AVG_POOL2D_FIELDS(F)                                           \
+  F(N) F(C) F(H) F(W) F(P) F(Q)                                                         \
+  F(x_n) F(x_h) F(x_w) F(y_n) F(y_h) F(y_w)
+// clang-format on
+CNNFAST_PARAMS(AdaptiveAvgPool2dParams, CNNFAST_ADAPTIVE_AVG_POOL2D_FIELDS)
+
+// y[n,c,p,q] = the maximum of x[n,c,h,w] over floor(p*H / P) <= h < ceil((p+1)*H / P), and w alike
+// Everything else as of max_pool2d.
+// clang-format off
+#define CNNFAST_ADAPTIVE_MAX_POOL2D_FIELDS(F)                                           \
+  F(N) F(C) F(H) F(W) F(P) F(Q)                                                         \
+  F(x_n) F(x_h) F(x_w) F(y_n) F(y_h) F(y_w) F(i_n) F(i_h) F(i_w) F(t_n) F(t_h) F(t_w)
+// clang-format on
+CNNFAST_PARAMS(AdaptiveMaxPool2dParams, CNNFAST_ADAPTIVE_MAX_POOL2D_FIELDS)
+
 }  // namespace cnnfast

@@ -76,6 +76,11 @@ def _conv_transpose2d(
     )
 
 
+def _pool(op: str, name: str, shape: tuple[int, ...], channels_last: bool = False, **kwargs: Any) -> Function:
+    ours, torchs = getattr(functional, op), getattr(torch.nn.functional, op)
+    return Function(f"{op} {name}", lambda t: ours(t, **kwargs), lambda t: torchs(t, **kwargs), [shape], channels_last)
+
+
 FUNCTIONS: tuple[Function, ...] = (
     _conv2d("plain", [(2, 3, 5, 4), (4, 3, 3, 3), (4,)], padding=1),
     _conv2d(
@@ -92,5 +97,17 @@ FUNCTIONS: tuple[Function, ...] = (
         "strided, grouped", [(2, 4, 4, 3), (4, 3, 3, 2), (6,)], stride=(2, 3), padding=(1, 0), groups=2,
     ),
     _conv_transpose2d("channels_last, dilated", [(2, 3, 4, 5), (3, 2, 3, 3)], True, padding=1, dilation=2),
+    _pool("avg_pool2d", "overlapping, padded", (2, 3, 6, 7), kernel_size=3, stride=2, padding=1),
+    _pool(
+        "avg_pool2d", "channels_last, ceil, without padding's count", (1, 4, 7, 6), True,
+        kernel_size=(2, 3), stride=(3, 2), padding=1, ceil_mode=True, count_include_pad=False,
+    ),
+    _pool("avg_pool2d", "unbatched, divisor", (3, 5, 4), kernel_size=2, stride=1, divisor_override=3),
+    _pool("adaptive_avg_pool2d", "to 1x1", (2, 3, 4, 5), output_size=1),
+    _pool("adaptive_avg_pool2d", "channels_last, overlapping", (2, 4, 7, 5), True, output_size=(4, 3)),
+    _pool("adaptive_avg_pool2d", "unbatched, to more", (2, 3, 4), output_size=(5, None)),
+    _pool("adaptive_max_pool2d", "overlapping", (2, 3, 6, 7), output_size=(4, 3)),
+    _pool("adaptive_max_pool2d", "channels_last, to 1x1", (1, 4, 5, 6), True, output_size=1),
+    _pool("adaptive_max_pool2d", "unbatched, to more", (2, 3, 4), output_size=(5, None)),
     _conv2d("1x1 unbatched", [(3, 4, 4), (5, 3, 1, 1), (5,)]),
 )  # fmt: skip
