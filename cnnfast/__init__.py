@@ -13,13 +13,16 @@ from cnnfast import backends, functional
 from cnnfast.convert import conversion_report, convert, revert
 from cnnfast.errors import DtypeError, ShapeError
 from cnnfast.explain import explain
-from cnnfast.nn import Conv2d, MaxPool2d
+from cnnfast.nn import AddAct, BatchNorm2d, Conv2d, ConvBNAct, MaxPool2d
 from cnnfast.settings import backend, precision, strict
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AddAct",
+    "BatchNorm2d",
     "Conv2d",
+    "ConvBNAct",
     "DtypeError",
     "MaxPool2d",
     "ShapeError",
