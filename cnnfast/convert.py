@@ -37,7 +37,9 @@ PAIRS = (
     ("AvgPool2d", "avg_pool2d"),
     ("AdaptiveAvgPool2d", "adaptive_avg_pool2d"),
     ("AdaptiveMaxPool2d", "adaptive_max_pool2d"),
+    ("BatchNorm2d", "batch_norm"),
 )
+_OTHERWISE = {torch.batch_norm}  # of the same name, with other arguments
 
 _PRESENT = [(module, function) for module, function in PAIRS if hasattr(nn, module)]
 MODULES: dict[type, type] = {getattr(torch.nn, module): getattr(nn, module) for module, _ in _PRESENT}
@@ -45,7 +47,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     getattr(namespace, function): getattr(functional, function)
     for _, function in _PRESENT
     for namespace in (torch.nn.functional, torch)
-    if hasattr(namespace, function)
+    if hasattr(namespace, function) and getattr(namespace, function) not in _OTHERWISE
 }
 _BACK = {ours: theirs for theirs, ours in MODULES.items()}
 _ORIGINAL = "_cnnfast_original"  # class attribute of the classes made here: the class that they stand for

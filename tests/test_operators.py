@@ -44,6 +44,7 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
     xg, wg = torch.randn(2, 4, 7, 8), torch.randn(6, 2, 3, 2)
     gg = torch.ops.cnnfast.conv2d(xg, wg, None, *grouped)
     fused = (*conv[0][:4], "relu", *conv[0][4:])
+    norm, bn = [torch.rand(4) + 0.5 for _ in range(4)], ("relu", True, 1e-5, "auto", False)
     scale, shift = torch.rand(6) + 0.5, torch.randn(6)
     return {
         "conv2d": [(x, w, b, *conv[0]), (last[0], last[1], None, *conv[0]), (xg, wg, b, *grouped)],
@@ -53,6 +54,15 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
         "conv2d_wgrad": [
             (x, g, ws, False, *conv[0]), (last[0], last[2], ws, True, *conv[0]), (xg, gg, [6, 2, 3, 2], True, *grouped)
         ],
+        "add_act": [(x, x + 1, "relu", "auto", False), (last[0], x, "none", "auto", False)],
+        "add_act_dgrad": [(x, x + 1, "relu", "auto", False), (last[0], x, "relu6", "auto", False)],
+        "batch_norm_stats": [(x, 1e-5, "auto", False), (last[0], 1e-5, "auto", False)],
+        "batch_norm": [
+            (x, *norm, None, *bn), (last[0], *norm, x + 1, *bn), (x, None, None, None, None, None, *bn[:1], False, *bn[2:]),
+        ],
+        "batch_norm_wgrad": [(x, *norm, None, x + 1, *bn), (last[0], *norm, x + 1, x, *bn)],
+        "batch_norm_wgrad_residual": [(x, *norm, x + 1, x, *bn), (last[0], *norm, x + 1, x, *bn)],
+        "batch_norm_dgrad": [(x, *norm, None, x + 1, *norm[:2], *bn), (last[0], *norm, x + 1, x, *norm[:2], *bn)],
         "conv_bn_act": [
             (x, w, b, scale, shift, g, *fused), (last[0], last[1], None, scale, shift, None, *fused),
             (x, w, None, None, None, last[2], *fused),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -54,6 +55,47 @@ def _conv_bn_act(problem: Problem, direction: str, operands: Sequence[Any]) -> A
 _ACTIVATIONS: tuple[Callable[[Any], Any], ...] = (
     lambda z: z, torch.relu, torch.nn.functional.relu6, torch.nn.functional.leaky_relu,
 )  # fmt: skip
+
+
+def _add_act(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
+    x, r, y, g, _ = operands
+    return _ACTIVATIONS[problem.act](x + r) if direction == "fprop" else _act_gradient(problem.act, g, y)
+
+
+def _act_gradient(act: int, g: Any, at: Any) -> Any:
+    if act == 0:
+        return g
+    if act == 3:
+        return torch.where(at > 0, g, 0.01 * g)
+    return torch.where((at <= 0) | (at >= 6) if act == 2 else at <= 0, 0.0, g)
+
+
+def _batch_norm(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
+    x, w, b, m, v, r, y, _, dw, db, _, _ = operands
+    p = problem
+    (eps,) = struct.unpack("=d", struct.pack("=q", p.eps_bits))
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if direction == "stats":
+        variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        count = p.N * p.H * p.W
+        return mean, (variance + eps).rsqrt(), variance * (count / max(1, count - 1))
+
+    def along(vector: Any, missing: float) -> Any:
+        return missing if vector is None else vector.reshape(1, -1, 1, 1)
+
+    invstd = along(v if p.training or v is None else (v + eps).rsqrt(), 1.0)
+    xhat = (wide - along(m, 0.0)) * invstd
+    z = xhat * along(w, 1.0) + along(b, 0.0)
+    if direction == "fprop":
+        return _ACTIVATIONS[p.act](z if r is None else z + r).to(x.dtype)
+    dz = _act_gradient(p.act, y.to(wide.dtype), z if r is None else r)
+    if direction == "dgrad":
+        if p.training:
+            count = p.N * p.H * p.W
+            dz = dz - along(db, 0.0) / count - xhat * along(dw, 0.0) / count
+        return (dz * (invstd * along(w, 1.0))).to(x.dtype)
+    sums = ((dz * xhat).sum((0, 2, 3)), dz.sum((0, 2, 3)))
+    return sums if direction == "wgrad" else (*sums, dz.to(x.dtype))
 
 
 def _max_pool2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
@@ -124,6 +166,11 @@ BACKEND = Backend(
     implementations=[
         *(_implementation("conv2d", d, _conv2d) for d in ("fprop", "dgrad", "wgrad", "bgrad")),
         _implementation("conv_bn_act", "fprop", _conv_bn_act),
+        *(_implementation("add_act", d, _add_act) for d in ("fprop", "dgrad")),
+        *(
+            _implementation("batch_norm", d, _batch_norm)
+            for d in ("stats", "fprop", "wgrad", "wgrad_residual", "dgrad")
+        ),
         *(_implementation("max_pool2d", d, _max_pool2d) for d in ("fprop", "indices", "dgrad", "jvp")),
         *(_implementation("avg_pool2d", d, _avg_pool2d) for d in ("fprop", "dgrad")),
         *(

@@ -141,10 +141,13 @@ RULES: dict[str, _Rule] = {
         lambda p, isa: p.bytes / 2e10,
     ),
     "max_pool2d": ("max_pool2d", lambda p, isa: _max_pool2d(p), lambda p, isa: p.bytes / 2e10),
+    "batch_norm": ("batch_norm", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
+    "add_act": ("add_act", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
 }
 
 # kernels that read and write activations in any layout: tiny calls save the conversions, which cost more than the work
 ANY_LAYOUT = {("conv2d_direct", direction): {"x": "any", "y": "any"} for direction in ("fprop", "dgrad", "wgrad")}
+ANY_LAYOUT["add_act", "fprop"] = ANY_LAYOUT["add_act", "dgrad"] = dict.fromkeys("xrygt", "any")
 
 # stem -> operations that are its fprop with an epilogue: the same kernels under the same rules
 EPILOGUES = dict.fromkeys(("conv2d_grouped", "conv2d_implicit_gemm", "conv2d_direct"), ("conv_bn_act",))

@@ -102,4 +102,31 @@ CNNFAST_PARAMS(AdaptiveAvgPool2dParams, CNNFAST_ADAPTIVE_AVG_POOL2D_FIELDS)
 // clang-format on
 CNNFAST_PARAMS(AdaptiveMaxPool2dParams, CNNFAST_ADAPTIVE_MAX_POOL2D_FIELDS)
 
+// Batch norm over N, H, W of every channel, with a residual and an activation:
+//   stats           m[c] = mean of x, v[c] = 1 / sqrt(mean of (x - m)^2 + eps), s[c] = sum of (x - m)^2 / (N*H*W - 1)
+//   fprop           y[n,c,h,w] = act((x - m[c]) * v[c] * w[c] + b[c] + r[n,c,h,w])
+//   wgrad           dw[c] = sum of dz * (x - m) * v, db[c] = sum of dz,           dz = y * act'
+//   wgrad_residual  the same, and u = dz
+//   dgrad           t = w * v * (dz - (db + (x - m) * v * dw) / (N*H*W)); without training t = w * v * dz
+// Operands, in order: x, w, b, m, v, r, y, s, dw, db, t, u. w, b, m, v, r may be null (1, 0, 0, 1, 0). Vectors are
+// of the type that sums have. Without training v is a variance, and 1 / sqrt(v + eps) is meant. In wgrad and dgrad y is
+// the result's gradient, and r, where given, the result itself, which act' is then read from (else from what fprop
+// computes). eps_bits are the bits of eps, a double; act is the Activation of cpu/epilogue.h.
+// clang-format off
+#define CNNFAST_BATCH_NORM_FIELDS(F)                                                    \
+  F(N) F(C) F(H) F(W) F(act) F(training) F(eps_bits)                                    \
+  F(x_n) F(x_h) F(x_w) F(r_n) F(r_h) F(r_w) F(y_n) F(y_h) F(y_w)                        \
+  F(t_n) F(t_h) F(t_w) F(u_n) F(u_h) F(u_w)
+// clang-format on
+CNNFAST_PARAMS(BatchNormParams, CNNFAST_BATCH_NORM_FIELDS)
+
+// fprop y = act(x + r); dgrad t = g * act', which is read from the result y. Operands, in order: x, r, y, g, t.
+// clang-format off
+#define CNNFAST_ADD_ACT_FIELDS(F)                                                       \
+  F(N) F(C) F(H) F(W) F(act)                                                            \
+  F(x_n) F(x_c) F(x_h) F(x_w) F(r_n) F(r_c) F(r_h) F(r_w) F(y_n) F(y_c) F(y_h) F(y_w)   \
+  F(g_n) F(g_c) F(g_h) F(g_w) F(t_n) F(t_c) F(t_h) F(t_w)
+// clang-format on
+CNNFAST_PARAMS(AddActParams, CNNFAST_ADD_ACT_FIELDS)
+
 }  // namespace cnnfast
