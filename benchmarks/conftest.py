@@ -1,7 +1,7 @@
 """Options of the benchmarks, and the table at their end.
 
-``pytest benchmarks --benchmark-only``: about one layer in four, forward at batch 1 and
-backward at batch 4; ``--full``: all.
+``pytest benchmarks --benchmark-only``: about one layer in four, forward at batch 1 and backward at batch 4; ``--full``:
+all. ``-k``: a part, such as ``-k "max_pool2d and backward"`` or ``-k "conv2d and 3x3"``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ from cnnfast.report import timing
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cnnfast")
-    group.addoption("--full", action="store_true", help="every distinct layer of the nine networks")
+    group.addoption("--full", action="store_true", help="every distinct layer of nine networks, not one in four")
     group.addoption("--batch", type=int, help="batch size of both directions (default: 1 forward, 4 backward)")
     group.addoption("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    group.addoption("--rounds", type=int, default=15, help="samples of each competitor")
+    group.addoption("--rounds", type=int, default=15, help="samples of each competitor (default: 15)")
     group.addoption(
         "--no-compile", action="store_true", help="leave out torch.compile, whose compilation takes most of the time"
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest-benchmark's own tables, where nobody asked for other columns: what says something about a replayed sample."""
+    asked = any(str(argument).startswith("--benchmark-columns") for argument in config.invocation_params.args)
+    if hasattr(config.option, "benchmark_columns") and not asked:
+        config.option.benchmark_columns = ["min", "median", "max", "rounds"]
 
 
 @pytest.fixture(scope="session")
@@ -34,5 +41,5 @@ def machine() -> dict[str, Any]:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if ROWS:
-        terminalreporter.section("cnnfast: medians of interleaved runs; a ratio is the peer's time over ours")
+        terminalreporter.section("cnnfast: medians of interleaved runs; ×: the peer's time over ours")
         terminalreporter.write(render(ROWS, ROWS[0]["machine"]))

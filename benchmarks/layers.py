@@ -2,7 +2,7 @@
 
     python benchmarks/layers.py                 medians of interleaved runs, geometric mean, lowest ratio
     python benchmarks/layers.py --batch 16      at another batch size
-    python benchmarks/layers.py --memory        peak resident memory, each in a process of its own, batch 1 and 8
+    python benchmarks/layers.py --memory        peak memory above what an import takes, in fresh processes, batch 1 and 8
     python benchmarks/layers.py --overhead      a call of almost no work: what reaching the kernel costs
 
 fp32, channels_last input, weights as modules hold them, a bias where the network has one, no gradients, two threads.
@@ -11,13 +11,16 @@ fp32, channels_last input, weights as modules hold them, a bias where the networ
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from tables import render
 from workloads import NETWORKS, distinct
 
 import cnnfast
-from cnnfast import settings
+from cnnfast import _render, settings
 from cnnfast.report import timing
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -84,110 +87,150 @@ def _status(field: str) -> int:
 
 
 def memory_child(provider: str, network: str, batch: int) -> None:
-    """In a fresh process: the peak over one network's layers, and what each adds to it, to standard output."""
+    """In a fresh process that has imported torch and cnnfast: runs each layer once; the peak, to standard output."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of the import itself may have been higher
+    baseline = _status("VmRSS")
     convolution: Any = cnnfast.functional.conv2d if provider == OURS else F.conv2d
-    with torch.no_grad():  # thread pools, code pages, caches of the dispatcher: not a layer's
-        x = torch.ones(2, 16, 16, 16).contiguous(memory_format=torch.channels_last)
-        convolution(x, torch.ones(16, 16, 3, 3), None, 1, 1, 1, 1)
-    out = []
-    peak = 0
-    for layer in NETWORKS[network]:
-        x, w, b = layer.tensors(batch)
-        if provider == CHANNELS_LAST:
-            w = w.contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr]
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew here
-        before = _status("VmRSS")
-        with torch.no_grad():
+    last = torch.channels_last
+    with torch.no_grad():
+        for layer in NETWORKS[network]:  # made in place: no copy that would hide a kernel's own needs
+            x = torch.empty(batch, layer.C, layer.H, layer.H, memory_format=last).normal_()
+            w = torch.empty(layer.K, layer.C // layer.groups, layer.R, layer.S)
+            w = torch.empty_like(w, memory_format=last if provider == CHANNELS_LAST else None).normal_()
+            b = torch.zeros(layer.K) if layer.bias else None
             convolution(x, w, b, layer.stride, layer.padding, 1, layer.groups)
-        peak = max(peak, _status("VmHWM"))
-        out.append([str(layer), max(0, _status("VmHWM") - before)])
-    print(json.dumps({"layers": out, "peak": peak}))
+            del x, w, b
+    print(json.dumps({"baseline": baseline, "peak": _status("VmHWM")}))
 
 
-def memory(networks: Sequence[str], batches: Sequence[int], threads: int) -> dict[str, Any]:
-    """Peak resident memory of a process that runs a network's layers, and what the hungriest layer adds (result included)."""
-    found: dict[str, Any] = {"machine": timing.machine(), "networks": {}}
-    print(f"{'MB':24}{'peak of the process':>36}{'most that a layer adds':>36}")
-    print(f"{'network':18}{'batch':>6}" + f"{'cnnfast':>12}{'torch':>12}{'ratio':>12}" * 2)
-    for batch in batches:
-        for network in networks:
-            measured = {}
-            for provider in (OURS, CHANNELS_LAST):
-                command = [
-                    sys.executable, __file__, "--child", provider, "--network", network, "--batch", str(batch), "--threads", str(threads),
-                ]  # fmt: skip
+def memory(networks: Sequence[str], batches: Sequence[int], threads: int, processes: int) -> dict[str, Any]:
+    """Peak resident memory above the import's, of processes that run a network's distinct layers one after another."""
+    found: dict[str, Any] = {"machine": timing.machine(), "processes": processes, "networks": []}
+    rows = []
+    begin = time.perf_counter()
+    for network, batch in itertools.product(networks, batches):
+        added: dict[str, list[int]] = {OURS: [], CHANNELS_LAST: []}
+        for i in range(processes):
+            for provider in list(added)[:: 1 if i % 2 == 0 else -1]:
+                command = [sys.executable, __file__, "--child", provider, "--network", network]
+                command += ["--batch", str(batch), "--threads", str(threads)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
-                measured[provider] = json.loads(done.stdout.splitlines()[-1])
-            found["networks"][f"{network}, batch {batch}"] = measured
-            line = f"{network:18}{batch:6}"
-            for value in (lambda m: m["peak"], lambda m: max(added for _, added in m["layers"])):
-                ours, theirs = (value(measured[p]) / 1e6 for p in (OURS, CHANNELS_LAST))
-                line += f"{ours:12.1f}{theirs:12.1f}{ours / max(theirs, 1e-9):12.2f}"
-            print(line, flush=True)
+                measured = json.loads(done.stdout.splitlines()[-1])
+                added[provider].append(measured["peak"] - measured["baseline"])
+        medians = {provider: statistics.median(values) for provider, values in added.items()}
+        ratio = medians[OURS] / medians[CHANNELS_LAST]
+        found["networks"].append({
+            "network": network, "batch": batch, "layers": len(NETWORKS[network]), "bytes": added, "median": medians,
+            "ratio": ratio,
+        })  # fmt: skip
+        mega = [f"{medians[p] / 1e6:.1f} ({min(added[p]) / 1e6:.1f}–{max(added[p]) / 1e6:.1f})" for p in added]
+        rows.append((network, str(batch), *mega, f"{ratio:.2f}"))
+        print(
+            f"\r{len(rows)} of {len(networks) * len(batches)}, {time.perf_counter() - begin:.0f} s",
+            end="",
+            file=sys.stderr,
+        )
+    print(file=sys.stderr)
+    headings = ("batch", f"{OURS}, MB", f"{CHANNELS_LAST}, MB", "cnnfast\u00a0/\u00a0torch")
+    caption = (
+        f"{timing.describe(found['machine'])}. A fresh process imports torch and cnnfast, then runs every distinct "
+        f"convolution of the network once, forward, one after another, each layer's tensors dropped after it: peak resident "
+        f"memory (VmHWM) less that after the import (VmRSS). Median (lowest to highest) of {processes} processes, in turns."
+    )
+    columns = [("network", "left"), *((heading, "right") for heading in headings)]
+    print(_render.as_text(_render.table("Peak memory above the import", columns, rows, caption)))
     return found
 
 
 # ---- overhead --------------------------------------------------------------------------------------------------------
 
+CALLS = 10  # in a row for one sample's call: the loop itself costs nothing beside them
+
 
 def overhead(rounds: int) -> dict[str, Any]:
-    """Microseconds of an eager call on a 1 x 4 x 4 x 4 input, by module and by function."""
-    torch.manual_seed(0)
-    theirs = torch.nn.Conv2d(4, 4, 3, padding=1)
-    ours = cnnfast.Conv2d(4, 4, 3, padding=1)
-    ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
-    w, b = theirs.weight, theirs.bias
-    g = torch.randn(1, 4, 4, 4).contiguous(memory_format=torch.channels_last)
+    """Microseconds of an eager call on a 1 x 4 x 4 x 4 input, by layout of the input, by module and by function."""
+    found: dict[str, Any] = {"machine": timing.machine(), "calls": []}
+    rows = []
+    for layout, memory_format in (("NCHW", torch.contiguous_format), ("channels_last", torch.channels_last)):
+        torch.manual_seed(0)
+        theirs = torch.nn.Conv2d(4, 4, 3, padding=1).to(memory_format=memory_format)
+        ours = cnnfast.convert(theirs)
+        x, g = (torch.randn(1, 4, 4, 4).contiguous(memory_format=memory_format) for _ in range(2))
+        torch.testing.assert_close(ours(x), theirs(x))
+        functions = {
+            "module": (ours, theirs, (x,)),
+            "function": (cnnfast.functional.conv2d, F.conv2d, (x, theirs.weight, theirs.bias, 1, 1)),
+        }
+        for mode in ("no gradients", "gradients recorded", "with backward pass"):
+            timed = {}
+            for kind, (mine, peer, args) in functions.items():
+                timed[f"{kind} cnnfast"] = _repeated(mine, args, mode, g)
+                timed[f"{kind} torch"] = _repeated(peer, args, mode, g)
+            timings = timing.interleaved(timed, rounds=max(rounds, 51), warmup=20, pause_s=0.001, sample_s=0.005)
+            us = {name: t.median / CALLS * 1e6 for name, t in timings.items()}
+            for kind in functions:
+                mine_us, peer_us = us[f"{kind} cnnfast"], us[f"{kind} torch"]
+                call = {"input": layout, "call": f"{kind}, {mode}"}
+                found["calls"].append({**call, "cnnfast_us": mine_us, "torch_us": peer_us, "ratio": mine_us / peer_us})
+                rows.append((*call.values(), f"{mine_us:.1f}", f"{peer_us:.1f}", f"{mine_us / peer_us:.2f}"))
+    columns = [(heading, "left") for heading in ("input", "call")]
+    columns += [(heading, "right") for heading in ("cnnfast, µs", "torch, µs", "cnnfast\u00a0/\u00a0torch")]
+    caption = (
+        f"{timing.describe(found['machine'])}. Conv2d(4, 4, 3, padding=1) on a 1 x 4 x 4 x 4 input, as a module and as a "
+        f"function; the module's weight in the input's layout. No gradients: under no_grad; recorded: as in training, but "
+        f"forward only. Medians of interleaved runs; above 1 cnnfast is slower."
+    )
+    print(_render.as_text(_render.table("What a call costs that computes almost nothing", columns, rows, caption)))
+    return found
 
-    def plain(function: Any, *args: Any) -> Any:
-        def run() -> Any:
-            with torch.no_grad():
-                for _ in range(10):
-                    function(*args)
 
-        return run
-
-    def recorded(function: Any, *args: Any) -> Any:
-        def run() -> Any:
-            for _ in range(10):
+def _repeated(function: Any, args: Sequence[Any], mode: str, g: torch.Tensor) -> Callable[[], None]:
+    def without() -> None:
+        with torch.no_grad():
+            for _ in range(CALLS):
                 function(*args)
 
-        return run
+    def recorded() -> None:
+        for _ in range(CALLS):
+            function(*args)
 
-    def trained(function: Any, *args: Any) -> Any:
-        def run() -> Any:
-            for _ in range(10):
-                function(*args).backward(g)
+    def trained() -> None:
+        for _ in range(CALLS):
+            function(*args).backward(g)
 
-        return run
-
-    found: dict[str, Any] = {"machine": timing.machine(), "us": {}}
-    print(timing.describe(found["machine"]))
-    for mode, wrap in (("no gradient", plain), ("with gradient", recorded), ("with gradient and backward", trained)):
-        functions = {
-            "cnnfast.Conv2d": wrap(ours, x), "torch.nn.Conv2d": wrap(theirs, x),
-            "cnnfast.functional.conv2d": wrap(cnnfast.functional.conv2d, x, w, b, 1, 1), "torch F.conv2d": wrap(F.conv2d, x, w, b, 1, 1),
-        }  # fmt: skip
-        timings = timing.interleaved(functions, rounds=max(rounds, 51), warmup=20, pause_s=0.001, sample_s=0.005)
-        us = {name: t.median * 1e5 for name, t in timings.items()}  # ten calls a function
-        found["us"][mode] = us
-        print(f"{mode:28}" + ", ".join(f"{name} {value:.1f} us" for name, value in us.items()))
-        print(f"{'':28}module: ours / torch {us['cnnfast.Conv2d'] / us['torch.nn.Conv2d']:.2f}")
-    return found
+    return {"no gradients": without, "gradients recorded": recorded, "with backward pass": trained}[mode]
 
 
 def main() -> None:
     """See the head of this file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--batch", type=int, nargs="+", help="default: 1; with --memory 1 and 8")
-    parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=15, help="interleaved samples of each")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Times and memory mean something on an otherwise idle machine.",
+    )
+    parser.add_argument("--batch", type=int, nargs="+", help="images at once; default: 1, with --memory 1 and 8")
+    parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS),
+                        metavar="NAME", help="only layers of these: " + ", ".join(NETWORKS))  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved samples of each; default: 15")
+    parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--nchw", action="store_true", help="time torch with NCHW tensors, too")
     parser.add_argument("--json", type=Path, help="where the JSON goes (default: benchmarks/results/)")
-    parser.add_argument("--memory", action="store_true", help="peak resident memory instead of time")
-    parser.add_argument("--overhead", action="store_true", help="the time of a call that computes almost nothing")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="instead of time: the peak of resident memory above "
+        "that after importing torch and cnnfast, of fresh processes that run a network's distinct layers "
+        "one after another (--network, --batch, --threads, --processes)",
+    )
+    parser.add_argument(
+        "--processes", type=int, default=3, help="with --memory: fresh processes of each side; default: 3"
+    )
+    parser.add_argument(
+        "--overhead",
+        action="store_true",
+        help="instead: the time of a call that computes almost nothing, "
+        "with NCHW and channels_last input, with and without gradients (--rounds)",
+    )
     parser.add_argument("--child", choices=[OURS, CHANNELS_LAST], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -195,7 +238,7 @@ def main() -> None:
         memory_child(options.child, options.network[0], options.batch[0])
         return
     if options.memory:
-        name, found = "memory", memory(options.network, options.batch or [1, 8], options.threads)
+        name, found = "memory", memory(options.network, options.batch or [1, 8], options.threads, options.processes)
     elif options.overhead:
         name, found = "overhead", overhead(options.rounds)
     else:

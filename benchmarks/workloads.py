@@ -1,6 +1,7 @@
-"""Every distinct convolution of nine networks at 224 x 224 (inception_v3: 299 x 299): what benchmarks time, and tests cover.
+"""Every distinct convolution and max pooling of nine networks at 224 x 224 (inception_v3: 299 x 299).
 
-The table is written out, so that it needs no torchvision; a test holds it against torchvision's models.
+What benchmarks time, and tests cover. The table is written out, so that it needs no torchvision; a test holds it against
+torchvision's models.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,12 @@ class Layer:
         """Multiply-adds x 2 of the direct algorithm."""
         p, q = self.output
         return 2 * batch * p * q * self.K * self.R * self.S * self.C // self.groups
+
+    def bytes(self, batch: int = 1, size: int = 4, direction: str = "forward") -> int:
+        """Of x, w and y, each once; backward: their gradients, too, and y's values aren't read."""
+        p, q = self.output
+        x, w, y = batch * self.C * self.H**2, self.K * self.C // self.groups * self.R * self.S, batch * self.K * p * q
+        return size * (x + w + y if direction == "forward" else 2 * x + 2 * w + y)
 
     @property
     def kind(self) -> str:
@@ -81,6 +90,50 @@ class Layer:
         b = torch.randn(self.K, generator=generator) if self.bias else None
         x = x.to(device, dtype).contiguous(memory_format=torch.channels_last)
         return [x, w.to(device, dtype), None if b is None else b.to(device, dtype)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pooling:
+    """A max pooling of square images: (C, H, H), square windows."""
+
+    C: int
+    H: int
+    kernel: int
+    stride: int
+    padding: int
+    ceil_mode: bool
+
+    @property
+    def output(self) -> int:
+        """Height and width of the result; the last window starts inside the image."""
+        span = self.H + 2 * self.padding - self.kernel
+        out = (span + (self.stride - 1 if self.ceil_mode else 0)) // self.stride + 1
+        return out - 1 if self.ceil_mode and (out - 1) * self.stride >= self.H + self.padding else out
+
+    def flops(self, batch: int = 1) -> int:
+        """None that count: memory decides."""
+        return 0
+
+    def bytes(self, batch: int = 1, size: int = 4, direction: str = "forward") -> int:
+        """Of x and y, each once; backward: x, y's gradient and x's."""
+        x, y = batch * self.C * self.H**2, batch * self.C * self.output**2
+        return size * (x + y if direction == "forward" else 2 * x + y)
+
+    @property
+    def kind(self) -> str:
+        """The group that a table lists it in."""
+        return f"{self.kernel}x{self.kernel} stride {self.stride}"
+
+    def __str__(self) -> str:
+        extra = (f" p{self.padding}" if self.padding else "") + (" ceil" if self.ceil_mode else "")
+        return f"{self.C}x{self.H}x{self.H} max {self.kernel}x{self.kernel} /{self.stride}{extra}"
+
+    def tensor(
+        self, batch: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
+    ) -> torch.Tensor:
+        """x in channels_last: what a ReLU gives, so that windows of nothing but zeros occur."""
+        x = torch.randn(batch, self.C, self.H, self.H, generator=torch.Generator().manual_seed(seed)).relu()
+        return x.to(device, dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _net(bias: bool, *rows: tuple[int, ...]) -> dict[Layer, int]:
@@ -191,6 +244,19 @@ NETWORKS: dict[str, dict[Layer, int]] = {  # network -> layer -> how often, in t
         (1, 1024, 14, 2048, 1, 1, 2, 0, 0, 1), (2, 2048, 7, 1024, 1, 1, 1, 0, 0, 1), (2, 1024, 7, 1024, 3, 3, 1, 1, 1, 1),
     ),
 }
+_RESNET = (Pooling(64, 112, 3, 2, 1, False),)
+POOLINGS: dict[str, tuple[Pooling, ...]] = {  # network -> its distinct max poolings, in the order of the first call
+    "alexnet": tuple(Pooling(c, h, 3, 2, 0, False) for c, h in ((64, 55), (192, 27), (256, 13))),
+    "vgg16": tuple(Pooling(c, h, 2, 2, 0, False) for c, h in ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14))),
+    "googlenet": (
+        Pooling(64, 112, 3, 2, 0, True), Pooling(192, 56, 3, 2, 0, True), Pooling(192, 28, 3, 1, 1, True),
+        Pooling(256, 28, 3, 1, 1, True), Pooling(480, 28, 3, 2, 0, True), Pooling(480, 14, 3, 1, 1, True),
+        Pooling(512, 14, 3, 1, 1, True), Pooling(528, 14, 3, 1, 1, True), Pooling(832, 14, 2, 2, 0, True),
+        Pooling(832, 7, 3, 1, 1, True),
+    ),
+    "inception_v3": tuple(Pooling(c, h, 3, 2, 0, False) for c, h in ((64, 147), (192, 71), (288, 35), (768, 17))),
+    **dict.fromkeys(("resnet18", "resnet50", "resnet152", "resnext50_32x4d", "wide_resnet50_2"), _RESNET),
+}
 # fmt: on
 
 
@@ -214,13 +280,23 @@ def representative() -> dict[Layer, tuple[str, ...]]:
     return chosen
 
 
+def poolings() -> list[Pooling]:
+    """The distinct max poolings of the nine networks."""
+    return list(dict.fromkeys(layer for layers in POOLINGS.values() for layer in layers))
+
+
+def representative_poolings() -> list[Pooling]:
+    """A large and a small one of every kind, and ResNet's: what a quick benchmark times."""
+    chosen = [*_RESNET]
+    for kind in dict.fromkeys(layer.kind for layer in poolings()):
+        members = sorted((layer for layer in poolings() if layer.kind == kind), key=lambda layer: layer.bytes())
+        chosen += [members[0], members[-1]]
+    return list(dict.fromkeys(chosen))
+
+
 def extract(network: str) -> dict[Layer, int]:
     """The same table from torchvision's model, by hooks: what the test compares."""
-    import torchvision
-
-    options = {"aux_logits": False, "init_weights": False} if network in ("googlenet", "inception_v3") else {}
-    with torch.device("meta"):
-        model = torchvision.models.get_model(network, weights=None, **options).eval()
+    model = _model(network)
     found: Counter[Layer] = Counter()
 
     def note(module: torch.nn.Conv2d, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -236,6 +312,40 @@ def extract(network: str) -> dict[Layer, int]:
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(note)
-    size = 299 if network == "inception_v3" else 224
-    model(torch.empty(1, 3, size, size, device="meta"))
+    model(_image(network))
     return dict(found)
+
+
+def extract_poolings(network: str) -> tuple[Pooling, ...]:
+    """The same for max poolings, also those that a forward calls as a function."""
+    found: dict[Pooling, None] = {}
+
+    class Note(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.max_pool2d:
+                call = dict(
+                    zip(("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode"), args, strict=False)
+                )
+                call.update(kwargs or {})
+                x, kernel = call["input"], call["kernel_size"]
+                stride, padding = call.get("stride") or kernel, call.get("padding", 0)
+                found[Pooling(x.shape[1], x.shape[2], kernel, stride, padding, call.get("ceil_mode", False))] = None
+            return func(*args, **(kwargs or {}))
+
+    model, image = _model(network), _image(network)
+    with Note():
+        model(image)
+    return tuple(found)
+
+
+def _model(network: str) -> torch.nn.Module:
+    import torchvision
+
+    options = {"aux_logits": False, "init_weights": False} if network in ("googlenet", "inception_v3") else {}
+    with torch.device("meta"):
+        return torchvision.models.get_model(network, weights=None, **options).eval()
+
+
+def _image(network: str) -> torch.Tensor:
+    size = 299 if network == "inception_v3" else 224
+    return torch.empty(1, 3, size, size, device="meta")

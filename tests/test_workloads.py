@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import workloads
 from support import process
 
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 def test_table(network: str) -> None:
     pytest.importorskip("torchvision")
     assert workloads.extract(network) == workloads.NETWORKS[network]
+    assert workloads.extract_poolings(network) == workloads.POOLINGS[network]
 
 
 def test_distinct() -> None:
@@ -22,6 +24,19 @@ def test_distinct() -> None:
     assert len(layers) == len({(*vars(layer).values(),) for layer in layers})
     assert {layer for rows in workloads.NETWORKS.values() for layer in rows} == set(layers)
     assert {layer.kind for layer in workloads.representative()} == {layer.kind for layer in layers}
+
+
+def test_poolings() -> None:
+    layers = workloads.poolings()
+    assert len(layers) == 23 == len(set(layers))
+    assert {layer.kind for layer in workloads.representative_poolings()} == {layer.kind for layer in layers}
+    for layer in layers:
+        out = torch.nn.functional.max_pool2d(
+            torch.empty(1, layer.C, layer.H, layer.H, device="meta"), layer.kernel, layer.stride, layer.padding,
+            ceil_mode=layer.ceil_mode,
+        )  # fmt: skip
+        assert out.shape == (1, layer.C, layer.output, layer.output), str(layer)
+        assert layer.bytes(2, 4) == 4 * 2 * (layer.C * layer.H**2 + out.numel())
 
 
 def test_flops() -> None:

@@ -1,0 +1,98 @@
+"""What the suites share: competitors timed in one interleaved run, shown one by one to pytest-benchmark.
+
+Each competitor appears as a benchmark of its own, with the samples it had in the common run, so that pytest-benchmark's
+tables, comparisons and JSON work as usual.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from providers import COMPILE, OURS, Function, fair, names
+from tables import ROWS
+
+from cnnfast import settings
+from cnnfast.report import timing
+
+Competitors = tuple[dict[str, Function], dict[str, str]]  # name -> function to time, name -> why it is missing
+
+
+# A workload has a kind (the group that a table lists it in), flops(batch) of the forward pass (0 where only bytes count)
+# and bytes(batch, size of an element, direction), each operand once.
+# (workload, direction, batch, dtype, device, with torch.compile) -> competitors, their results checked
+Build = Callable[[Any, str, int, torch.dtype, str, bool], Competitors]
+
+
+def parametrize(metafunc: pytest.Metafunc, workloads: Sequence[Any], with_compile: Sequence[str]) -> None:
+    """Every workload in both directions by every competitor; torch.compile in the directions named."""
+    option = metafunc.config.getoption
+    given = option("--batch")
+    rows = [
+        pytest.param(direction, batch, workload, name, id=f"{direction}-{batch}-{workload}-{name}".replace(" ", "_"))
+        for direction, batch in (("forward", given or 1), ("backward", given or 4))
+        for workload, name in itertools.product(workloads, names(option("--device")))
+        if name != COMPILE or (direction in with_compile and not option("--no-compile"))
+    ]
+    metafunc.parametrize(("direction", "batch", "workload", "name"), rows)
+
+
+@functools.cache
+def _measured(
+    build: Build, workload: Any, direction: str, batch: int, dtype: str, device: str, rounds: int, with_compile: bool
+) -> tuple[dict[str, timing.Timing], dict[str, str], str]:
+    """Timings of all competitors, why others are missing, and the kernel(s) that served ours."""
+    with fair(device):
+        functions, missing = build(workload, direction, batch, getattr(torch, dtype), device, with_compile)
+        with settings.observe() as events:
+            functions[OURS]()
+        found = [getattr(getattr(e, "selection", None), "implementation", None) for e in events]
+        kernels = ", ".join(dict.fromkeys(i.name for i in found if i is not None)) or "torch"
+        return timing.interleaved(functions, rounds=rounds, budget_s=20.0), missing, kernels
+
+
+class _Replay:
+    """A clock that shows the samples that were taken already: pytest-benchmark reads it before and after each round."""
+
+    def __init__(self, samples: Sequence[float]) -> None:
+        self._times: Iterator[float] = iter([t for s in itertools.accumulate(samples, initial=0.0) for t in (s, s)][1:])
+
+    def __call__(self) -> float:
+        return next(self._times, 0.0)
+
+
+def run(
+    op: str, build: Build, workload: Any, direction: str, batch: int, name: str, with_compile: bool, benchmark: Any,
+    machine: Mapping[str, Any], option: Callable[[str], Any],
+) -> None:  # fmt: skip
+    """Measures a workload where that hasn't been done yet, and gives one competitor's samples to pytest-benchmark."""
+    dtype, with_compile = option("--dtype"), with_compile and not option("--no-compile")
+    timings, missing, kernel = _measured(
+        build, workload, direction, batch, dtype, option("--device"), option("--rounds"), with_compile
+    )
+    if name not in timings:
+        pytest.skip(missing.get(name, "not timed"))
+    # a backward pass: two products for a convolution; a pooling reads its input and the gradient, and writes another
+    flops = workload.flops(batch) * (1 if direction == "forward" else 2)
+    moved = workload.bytes(batch, getattr(torch, dtype).itemsize, direction)
+    best = min(t.median for peer, t in timings.items() if not peer.startswith(OURS))
+    benchmark.group = f"{op} {direction}, batch {batch}: {workload}"
+    benchmark.extra_info.update(
+        op=op, layer=str(workload), kind=workload.kind, direction=direction, batch=batch, dtype=dtype, provider=name,
+        cpu=machine["cpu"], isa=machine["isa"], gpu=machine["gpu"], threads=machine["threads"],
+        gflops=flops / timings[name].median / 1e9, gbytes_s=moved / timings[name].median / 1e9,
+        times_best_peer=best / timings[name].median, kernel=kernel if name.startswith(OURS) else "",
+    )  # fmt: skip
+    benchmark._timer = _Replay(timings[name].samples)
+    benchmark.pedantic(lambda: None, rounds=len(timings[name].samples), iterations=1, warmup_rounds=0)
+    if name == OURS:
+        ROWS.append({
+            "group": f"{op} {direction}, batch {batch}, {dtype}: {workload.kind}", "layer": str(workload),
+            "ms": {n: t.ms for n, t in timings.items()}, "missing": missing, "gflops": flops / timings[OURS].median / 1e9,
+            "gbytes_s": moved / timings[OURS].median / 1e9, "ratio": best / timings[OURS].median, "kernel": kernel,
+            "machine": machine,
+        })  # fmt: skip
