@@ -6,10 +6,11 @@ from cnnfast.ops._activation import forward as activate
 from cnnfast.ops.add_act import add_act, add_act_dgrad
 from cnnfast.ops.batch_norm import (
     batch_norm,
+    batch_norm_backward,
+    batch_norm_backward_residual,
     batch_norm_dgrad,
     batch_norm_stats,
     batch_norm_wgrad,
-    batch_norm_wgrad_residual,
 )
 from cnnfast.ops.conv2d import conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad
 from cnnfast.ops.conv_bn_act import conv_bn_act
@@ -22,10 +23,11 @@ __all__ = [
     "add_act",
     "add_act_dgrad",
     "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_backward_residual",
     "batch_norm_dgrad",
     "batch_norm_stats",
     "batch_norm_wgrad",
-    "batch_norm_wgrad_residual",
     "conv2d",
     "conv2d_bgrad",
     "conv2d_dgrad",
