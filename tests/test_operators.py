@@ -60,9 +60,11 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
         "batch_norm": [
             (x, *norm, None, *bn), (last[0], *norm, x + 1, *bn), (x, None, None, None, None, None, *bn[:1], False, *bn[2:]),
         ],
-        "batch_norm_wgrad": [(x, *norm, None, x + 1, *bn), (last[0], *norm, x + 1, x, *bn)],
-        "batch_norm_wgrad_residual": [(x, *norm, x + 1, x, *bn), (last[0], *norm, x + 1, x, *bn)],
-        "batch_norm_dgrad": [(x, *norm, None, x + 1, *norm[:2], *bn), (last[0], *norm, x + 1, x, *norm[:2], *bn)],
+        **{
+            f"batch_norm_{direction}": [(x, *norm, None, x + 1, *bn), (last[0], *norm, x + 1, x, *bn)]
+            for direction in ("wgrad", "backward", "backward_residual")
+        },
+        "batch_norm_dgrad": [(x, *norm, None, x + 1, *bn[:1], False, *bn[2:])],
         "conv_bn_act": [
             (x, w, b, scale, shift, g, *fused), (last[0], last[1], None, scale, shift, None, *fused),
             (x, w, None, None, None, last[2], *fused),

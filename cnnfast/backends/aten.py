@@ -70,8 +70,11 @@ def _act_gradient(act: int, g: Any, at: Any) -> Any:
     return torch.where((at <= 0) | (at >= 6) if act == 2 else at <= 0, 0.0, g)
 
 
+_BATCH_NORM = ("stats", "fprop", "dgrad", "wgrad", "backward", "backward_residual")
+
+
 def _batch_norm(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
-    x, w, b, m, v, r, y, _, dw, db, _, _ = operands
+    x, w, b, m, v, r, y = operands[:7]
     p = problem
     (eps,) = struct.unpack("=d", struct.pack("=q", p.eps_bits))
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -89,13 +92,15 @@ def _batch_norm(problem: Problem, direction: str, operands: Sequence[Any]) -> An
     if direction == "fprop":
         return _ACTIVATIONS[p.act](z if r is None else z + r).to(x.dtype)
     dz = _act_gradient(p.act, y.to(wide.dtype), z if r is None else r)
+    scale = invstd * along(w, 1.0)
     if direction == "dgrad":
-        if p.training:
-            count = p.N * p.H * p.W
-            dz = dz - along(db, 0.0) / count - xhat * along(dw, 0.0) / count
-        return (dz * (invstd * along(w, 1.0))).to(x.dtype)
-    sums = ((dz * xhat).sum((0, 2, 3)), dz.sum((0, 2, 3)))
-    return sums if direction == "wgrad" else (*sums, dz.to(x.dtype))
+        return (dz * scale).to(x.dtype)
+    dw, db = (dz * xhat).sum((0, 2, 3)), dz.sum((0, 2, 3))
+    if direction == "wgrad":
+        return dw, db
+    t = dz - (along(db, 0.0) + xhat * along(dw, 0.0)) / (p.N * p.H * p.W) if p.training else dz
+    t = (t * scale).to(x.dtype)
+    return (dw, db, t) if direction == "backward" else (dw, db, t, dz.to(x.dtype))
 
 
 def _max_pool2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:

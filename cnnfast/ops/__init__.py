@@ -16,10 +16,11 @@ from cnnfast.ops.add_act import add_act, add_act_dgrad
 from cnnfast.ops.avg_pool2d import avg_pool2d, avg_pool2d_dgrad
 from cnnfast.ops.batch_norm import (
     batch_norm,
+    batch_norm_backward,
+    batch_norm_backward_residual,
     batch_norm_dgrad,
     batch_norm_stats,
     batch_norm_wgrad,
-    batch_norm_wgrad_residual,
 )
 from cnnfast.ops.conv2d import conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad
 from cnnfast.ops.conv2d import validate as validate_conv
@@ -41,10 +42,11 @@ __all__ = [
     "avg_pool2d",
     "avg_pool2d_dgrad",
     "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_backward_residual",
     "batch_norm_dgrad",
     "batch_norm_stats",
     "batch_norm_wgrad",
-    "batch_norm_wgrad_residual",
     "conv2d",
     "conv2d_bgrad",
     "conv2d_dgrad",

@@ -8,9 +8,9 @@ v being the running variance itself. Operators change nothing in place; ``functi
 
 Roles: x, w, b, m, v, r as above, y (the result or its gradient), s (unbiased variance), dw, db, t (gradient of x), u (of r). All
 vectors are of the accumulator's dtype: float64 for float64, else float32. Directions: stats x -> m, v, s; fprop -> y;
-wgrad -> dw, db; wgrad_residual -> dw, db, u; dgrad -> t, which with u at hand needs neither activation nor r again. In
-the gradient's directions r is the result, where there was a residual: kept, as the next layer keeps it anyway. Without
-a residual nothing is kept but x.
+wgrad -> dw, db; dgrad -> t, in evaluation; backward -> dw, db, t; backward_residual -> dw, db, t, u. In the gradient's
+directions r is the result, where there was a residual: kept, as the next layer keeps it anyway. Without a residual
+nothing is kept but x.
 
 A gradient that is itself to be differentiated, and forward mode, are composed of torch's elementwise operators and sums
 over whole tensors: the formulas are rational in a dozen terms, whose fused kernels would serve nobody's training loop.
@@ -47,8 +47,8 @@ SIGNATURE = dispatch.register_signature(
             *map(_vector, ("s", "dw", "db")), _activations("t"), _activations("u"),
         ),
         {
-            "stats": ("m", "v", "s"), "fprop": ("y",), "wgrad": ("dw", "db"), "wgrad_residual": ("dw", "db", "u"),
-            "dgrad": ("t",),
+            "stats": ("m", "v", "s"), "fprop": ("y",), "dgrad": ("t",), "wgrad": ("dw", "db"),
+            "backward": ("dw", "db", "t"), "backward_residual": ("dw", "db", "t", "u"),
         },
     )
 )  # fmt: skip
@@ -190,20 +190,19 @@ def _backward(needs: Sequence[bool], gradients: Sequence[Any], saved: Sequence[A
         return (None,) * 6
     if torch.is_grad_enabled() or transforms_active():
         return _composed(needs, g, (x, w, b, m, v), out, params)
-    activation, training, *rest = params
     need_x, need_w, need_b, need_r = needs[0], needs[1], needs[2], needs[5]
-    dw = db = u = dx = None
-    operands = (x, w, b, m, v, out)
-    if need_r and activation != "none":
-        dw, db, u = batch_norm_wgrad_residual(*operands, g, *params)
-        g, operands, activation = u, (x, w, b, m, v, None), "none"
-    elif need_w or need_b or (need_x and training):
-        dw, db = batch_norm_wgrad(*operands, g, *params)
-    if need_x:
-        sums = (dw, db) if training else (None, None)
-        dx = batch_norm_dgrad(*operands, g, *sums, activation, training, *rest)
+    operands = (x, w, b, m, v, out, g)
+    dw = db = dx = u = None
+    if need_r and params[0] != "none":
+        dw, db, dx, u = batch_norm_backward_residual(*operands, *params)
+    elif need_x and (params[1] or need_w or need_b):
+        dw, db, dx = batch_norm_backward(*operands, *params)
+    elif need_x:
+        dx = batch_norm_dgrad(*operands, *params)
+    elif need_w or need_b:
+        dw, db = batch_norm_wgrad(*operands, *params)
     return (
-        dx, dw if need_w else None, db if need_b else None, None, None,
+        dx if need_x else None, dw if need_w else None, db if need_b else None, None, None,
         (g if u is None else u) if need_r else None,
     )  # fmt: skip
 
@@ -298,22 +297,25 @@ def _no_tangent(*args: Any) -> Any:
     )
 
 
-def _gradient_operator(direction: str, results: str, more: str = "", names: tuple[str, ...] = ()) -> Operator:
-    roles = ("x", "w", "b", "m", "v", "r", "y", *names)
+def _gradient_operator(direction: str, results: str) -> Operator:
+    roles = ("x", "w", "b", "m", "v", "r", "y")
 
-    def check(tensors: Sequence[Any]) -> Any:
+    def check(tensors: Sequence[Any], params: Sequence[Any]) -> Any:
         vectors, _ = _named(tensors)
-        vectors.update(zip(names, tensors[7:], strict=True))
         validate(tensors[0], vectors, {"result": tensors[5], "gradient": tensors[6]})
+        if direction == "dgrad" and params[1]:
+            raise ValueError(
+                "batch_norm_dgrad: in training the input's gradient takes sums; batch_norm_backward makes both"
+            )
         return tensors[0]
 
     def resolve(tensors: Sequence[Any], params: tuple[Any, ...]) -> Callable[..., Any]:
-        x = check(tensors)
+        x = check(tensors, params)
         inputs = dict(zip(roles, tensors, strict=True))
         return _bind(direction, inputs, params, _memory.prefers_channels_last(x))
 
     def fake(tensors: Sequence[Any], params: tuple[Any, ...]) -> Any:
-        x = check(tensors)
+        x = check(tensors, params)
         made = tuple(
             _memory.empty(x, x.shape, _memory.prefers_channels_last(x))
             if SIGNATURE.roles[_POSITION[name]].is_activation
@@ -324,17 +326,18 @@ def _gradient_operator(direction: str, results: str, more: str = "", names: tupl
 
     return Operator(
         f"batch_norm_{direction}",
-        f"({_VECTORS}, Tensor? out, Tensor g{more}, {_TAIL}) -> {results}",
-        tensors=7 + len(names),
+        f"({_VECTORS}, Tensor? out, Tensor g, {_TAIL}) -> {results}",
+        tensors=7,
         resolve=resolve,
         fake=fake,
         backward=lambda needs, *rest: (None,) * len(needs),
         jvp=_no_tangent,
-        saves=lambda needs: (False,) * (7 + len(names)),
+        saves=lambda needs: (False,) * 7,
         differentiable=(False,) * len(SIGNATURE.outputs[direction]),
     )
 
 
+batch_norm_dgrad = _gradient_operator("dgrad", "Tensor")
 batch_norm_wgrad = _gradient_operator("wgrad", "(Tensor, Tensor)")
-batch_norm_wgrad_residual = _gradient_operator("wgrad_residual", "(Tensor, Tensor, Tensor)")
-batch_norm_dgrad = _gradient_operator("dgrad", "Tensor", ", Tensor? dw, Tensor? db", ("dw", "db"))
+batch_norm_backward = _gradient_operator("backward", "(Tensor, Tensor, Tensor)")
+batch_norm_backward_residual = _gradient_operator("backward_residual", "(Tensor, Tensor, Tensor, Tensor)")

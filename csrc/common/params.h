@@ -106,12 +106,13 @@ CNNFAST_PARAMS(AdaptiveMaxPool2dParams, CNNFAST_ADAPTIVE_MAX_POOL2D_FIELDS)
 //   stats           m[c] = mean of x, v[c] = 1 / sqrt(mean of (x - m)^2 + eps), s[c] = sum of (x - m)^2 / (N*H*W - 1)
 //   fprop           y[n,c,h,w] = act((x - m[c]) * v[c] * w[c] + b[c] + r[n,c,h,w])
 //   wgrad           dw[c] = sum of dz * (x - m) * v, db[c] = sum of dz,           dz = y * act'
-//   wgrad_residual  the same, and u = dz
-//   dgrad           t = w * v * (dz - (db + (x - m) * v * dw) / (N*H*W)); without training t = w * v * dz
+//   dgrad           t = w * v * dz
+//   backward        dw, db and t; in training t = w * v * (dz - (db + (x - m) * v * dw) / (N*H*W))
+//   backward_residual  these, and u = dz
 // Operands, in order: x, w, b, m, v, r, y, s, dw, db, t, u. w, b, m, v, r may be null (1, 0, 0, 1, 0). Vectors are
-// of the type that sums have. Without training v is a variance, and 1 / sqrt(v + eps) is meant. In wgrad and dgrad y is
-// the result's gradient, and r, where given, the result itself, which act' is then read from (else from what fprop
-// computes). eps_bits are the bits of eps, a double; act is the Activation of cpu/epilogue.h.
+// of the type that sums have. Without training v is a variance, and 1 / sqrt(v + eps) is meant. In the gradient's
+// directions y is the result's gradient, and r, where given, the result itself, which act' is then read from (else from
+// what fprop computes). eps_bits are the bits of eps, a double; act is the Activation of cpu/epilogue.h.
 // clang-format off
 #define CNNFAST_BATCH_NORM_FIELDS(F)                                                    \
   F(N) F(C) F(H) F(W) F(act) F(training) F(eps_bits)                                    \

@@ -3,11 +3,13 @@
 //   stats           m[c] = mean of x, v[c] = 1 / sqrt(mean of (x - m)^2 + eps), s[c] = sum of (x - m)^2 / (count - 1)
 //   fprop           y = act((x - m) * v * w + b + r)
 //   wgrad           dw[c] = sum of dz * xhat, db[c] = sum of dz     dz = dy * act', xhat = (x - m) * v
-//   wgrad_residual  the same, and u = dz, which is then all that dgrad has to read beside x
-//   dgrad           dx = w * v * (dz - (db + xhat * dw) / count); without training dx = w * v * dz
+//   dgrad           dx = w * v * dz, the statistics being constants
+//   backward        dw, db and dx; in training dx = w * v * (dz - (db + xhat * dw) / count)
+//   backward_residual  these and u = dz, which is then all that the second pass has to read beside x
 //
-// Each direction reads its operands once. act' is taken from the result where there was a residual; where there was
-// none fprop's value is computed again from x by the same instructions, which is cheaper than reading the result.
+// Each direction reads its operands once, backward twice (its sums come first). act' is taken from the result where
+// there was a residual; where there was none fprop's value is computed again from x by the same instructions, which is
+// cheaper than reading the result.
 //
 // Mapping: lanes are channels (rows.h); a task is a chunk of rows, and where those are few a part of the channels.
 // Chunks depend on the sizes alone, and their sums are added in order: results don't depend on the thread count.
@@ -48,28 +50,6 @@ CNNFAST_INLINE Wide<float> widen_sum(Vec<float> v) {
   Half h[2];
   memcpy(h, &v, sizeof v);
   return {{__builtin_convertvector(h[0], Vec<double>), __builtin_convertvector(h[1], Vec<double>)}};
-}
-CNNFAST_INLINE Vec<double> narrow_sum(const Wide<double>& w) { return w.v[0]; }
-CNNFAST_INLINE Vec<float> narrow_sum(const Wide<float>& w) {
-  typedef float Half __attribute__((vector_size(kVecBytes / 2)));
-  const Half h[2] = {__builtin_convertvector(w.v[0], Half), __builtin_convertvector(w.v[1], Half)};
-  Vec<float> v;
-  memcpy(&v, h, sizeof v);
-  return v;
-}
-template <class T, int n>
-CNNFAST_INLINE Wide<T> load_sum(const double* p, Count<n>) {
-  Wide<T> w;
-#pragma GCC unroll 2
-  for (int i = 0; i < Wide<T>::kVecs; ++i) w.v[i] = load(p + i * kLanes<double>);
-  return w;
-}
-template <class T>
-CNNFAST_INLINE Wide<T> load_sum(const double* p, int64_t n) {
-  Wide<T> w;
-  for (int i = 0; i < Wide<T>::kVecs; ++i)
-    w.v[i] = load_partial(p + i * kLanes<double>, max(0, min(kLanes<double>, n - i * kLanes<double>)));
-  return w;
 }
 template <class T>
 CNNFAST_INLINE void add_to(double* p, const Wide<T>& w) {
@@ -167,19 +147,20 @@ void collect(double* partial, int64_t chunks, int64_t padded, int64_t C, int64_t
 // What is subtracted before summing: a channel's first element, and the mean distance of some others from it, which is
 // exactly 0 where the channel is constant.
 template <class S>
-void find_origin(const BatchNormParams& p, const Pixels<const S>& x, double* origin, int64_t len) {
+void find_origin(const BatchNormParams& p, const Pixels<const S>& x, Compute<S>* origin, int64_t len) {
   using T = Compute<S>;
   const int64_t count = p.N * p.H * p.W, samples = min(count, kSamples);
   for (int64_t i = 0; i < round_up(len, kLanes<T>); ++i) origin[i] = 0;
+  if (!count) return;
   for (int64_t s = 1; s < samples; ++s) {
     const int64_t pixel = count / samples * s;
     const S* from = x.at(pixel / p.W / p.H, pixel / p.W % p.H, pixel % p.W);
     for (int64_t c = 0; c < p.C; ++c)
-      origin[c] += static_cast<double>(widen_one(from[c])) - static_cast<double>(widen_one(x.data[c]));
+      origin[c] += (widen_one(from[c]) - widen_one(x.data[c])) / static_cast<T>(samples);
   }
-  for (int64_t c = 0; c < p.C && count; ++c) {
-    const double value = origin[c] / static_cast<double>(samples) + static_cast<double>(widen_one(x.data[c]));
-    origin[c] = value - value == 0 ? static_cast<double>(static_cast<T>(value)) : 0;  // neither Inf nor NaN
+  for (int64_t c = 0; c < p.C; ++c) {
+    const T value = origin[c] + widen_one(x.data[c]);
+    origin[c] = value - value == 0 ? value : T(0);  // neither Inf nor NaN
   }
   for (int64_t i = p.C; i < len; ++i) origin[i] = origin[i - p.C];
 }
@@ -187,7 +168,7 @@ void find_origin(const BatchNormParams& p, const Pixels<const S>& x, double* ori
 // Sums of distances from the origin, and of their squares. Where kExact isn't set, eight at a time are added up in
 // float: memory's speed, but squares beyond float's range are infinite.
 template <class S, bool kExact>
-void sum_up(const Rows& rows, const Tasks& tasks, const Pixels<const S>& x, const double* origin, double* partial,
+void sum_up(const Rows& rows, const Tasks& tasks, const Pixels<const S>& x, const Compute<S>* origin, double* partial,
             int64_t padded, int threads) {
   using T = Compute<S>;
   constexpr int64_t VL = kLanes<T>;
@@ -200,8 +181,8 @@ void sum_up(const Rows& rows, const Tasks& tasks, const Pixels<const S>& x, cons
                             [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
                               const S* from = x.at(n, h, w);
                               for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
-                                const Wide<T> exact = load_sum<T>(origin + i, lanes);
-                                const Vec<T> rounded = narrow_sum(exact);
+                                const Vec<T> from_here = read(origin + i, lanes);
+                                const Wide<T> exact = widen_sum(from_here);
                                 Wide<T> sum{}, square{};
                                 Vec<T> short_sum{}, short_square{};
 #pragma GCC unroll 8
@@ -216,7 +197,7 @@ void sum_up(const Rows& rows, const Tasks& tasks, const Pixels<const S>& x, cons
                                       square.v[k] += wide.v[k] * wide.v[k];
                                     }
                                   } else {
-                                    const Vec<T> distance = value - rounded;
+                                    const Vec<T> distance = value - from_here;
                                     short_sum += distance;
                                     short_square += distance * distance;
                                   }
@@ -237,9 +218,10 @@ const char* launch_stats(const void* params, const Launch& l) {
   const Rows rows = make_rows<T>(p.N, p.C, p.H, p.W, x);
   const Tasks tasks = make_tasks<T>(rows, sum_chunks(rows), threads);
   const int64_t padded = round_up(rows.len, kLanes<T>);
-  double *origin, *partial;
+  T* origin;
+  double* partial;
   const auto carve = [&](Carver carver) {
-    origin = carver.take<double>(padded);
+    origin = carver.take<T>(padded);
     partial = carver.take<double>(tasks.chunks * 2 * padded);
     return carver.used();
   };
@@ -266,7 +248,7 @@ const char* launch_stats(const void* params, const Launch& l) {
   for (int64_t c = 0; c < p.C; ++c) {
     const double distance = partial[c] / count, moment = partial[padded + c] / count - distance * distance;
     const double var = moment < 0 ? 0 : moment;  // a NaN stays
-    mean[c] = static_cast<T>(origin[c] + distance);
+    mean[c] = static_cast<T>(static_cast<double>(origin[c]) + distance);
     invstd[c] = static_cast<T>(1 / __builtin_sqrt(var + eps));
     unbiased[c] = static_cast<T>(var * (count / less));
   }
@@ -284,7 +266,7 @@ const char* launch_fprop(const void* params, const Launch& l) {
   Pixels<const S> x = pixels<const S>(l, kX, p.x_n, p.x_h, p.x_w), r = pixels<const S>(l, kR, p.r_n, p.r_h, p.r_w);
   Pixels<S> y = pixels<S>(l, kY, p.y_n, p.y_h, p.y_w);
   const Rows rows = make_rows<T>(p.N, p.C, p.H, p.W, x, r, y);
-  const Tasks tasks = make_tasks<T>(rows, min(threads, rows.count()), threads);
+  const Tasks tasks = make_tasks<T>(rows, max(1, min(threads, rows.count())), threads);
   Factors<T> factors;
   const auto carve = [&](Carver carver) {
     factors = Factors<T>::take(carver, round_up(rows.len, VL));
@@ -399,7 +381,7 @@ const char* launch_dgrad(const void* params, const Launch& l) {
                   g = pixels<const S>(l, kY, p.y_n, p.y_h, p.y_w);
   Pixels<S> t = pixels<S>(l, kT, p.t_n, p.t_h, p.t_w);
   const Rows rows = make_rows<T>(p.N, p.C, p.H, p.W, x, r, g, t);
-  const Tasks tasks = make_tasks<T>(rows, min(threads, rows.count()), threads);
+  const Tasks tasks = make_tasks<T>(rows, max(1, min(threads, rows.count())), threads);
   const int64_t padded = round_up(rows.len, VL);
   Factors<T> factors;
   T *mean_gradient, *mean_product;
@@ -445,14 +427,29 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   return nullptr;
 }
 
+// Both: what wgrad leaves is all that dgrad needs.
+template <class S>
+const char* launch_backward(const void* params, const Launch& l) {
+  const char* error = launch_wgrad<S>(params, l);
+  if (error || !l.operands[kU]) return error ? error : launch_dgrad<S>(params, l);
+  BatchNormParams p = *static_cast<const BatchNormParams*>(params);
+  void* operands[kU + 1];
+  memcpy(operands, l.operands, sizeof operands);
+  operands[kR] = nullptr, operands[kY] = l.operands[kU];  // dz is at hand, the activation behind it
+  p.act = static_cast<int64_t>(Activation::kNone);
+  p.y_n = p.u_n, p.y_h = p.u_h, p.y_w = p.u_w;
+  return launch_dgrad<S>(&p, {operands, l.workspace, l.stream, l.threads});
+}
+
 }  // namespace
 
-#define CNNFAST_BATCH_NORM(dtype, S)                                                            \
-  CNNFAST_KERNEL("batch_norm.stats." dtype, BatchNormParams, launch_stats<S>, nullptr)          \
-  CNNFAST_KERNEL("batch_norm.fprop." dtype, BatchNormParams, launch_fprop<S>, nullptr)          \
-  CNNFAST_KERNEL("batch_norm.wgrad." dtype, BatchNormParams, launch_wgrad<S>, nullptr)          \
-  CNNFAST_KERNEL("batch_norm.wgrad_residual." dtype, BatchNormParams, launch_wgrad<S>, nullptr) \
-  CNNFAST_KERNEL("batch_norm.dgrad." dtype, BatchNormParams, launch_dgrad<S>, nullptr)
+#define CNNFAST_BATCH_NORM(dtype, S)                                                         \
+  CNNFAST_KERNEL("batch_norm.stats." dtype, BatchNormParams, launch_stats<S>, nullptr)       \
+  CNNFAST_KERNEL("batch_norm.fprop." dtype, BatchNormParams, launch_fprop<S>, nullptr)       \
+  CNNFAST_KERNEL("batch_norm.dgrad." dtype, BatchNormParams, launch_dgrad<S>, nullptr)       \
+  CNNFAST_KERNEL("batch_norm.wgrad." dtype, BatchNormParams, launch_wgrad<S>, nullptr)       \
+  CNNFAST_KERNEL("batch_norm.backward." dtype, BatchNormParams, launch_backward<S>, nullptr) \
+  CNNFAST_KERNEL("batch_norm.backward_residual." dtype, BatchNormParams, launch_backward<S>, nullptr)
 CNNFAST_BATCH_NORM("f32", float)
 CNNFAST_BATCH_NORM("f64", double)
 CNNFAST_BATCH_NORM("bf16", BFloat16)

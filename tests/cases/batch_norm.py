@@ -16,7 +16,7 @@ from cnnfast.ops.batch_norm import accumulator
 from cnnfast.ops.batch_norm import problem as describe
 
 OP = "batch_norm"
-DIRECTIONS = ("stats", "fprop", "wgrad", "wgrad_residual", "dgrad")
+DIRECTIONS = ("stats", "fprop", "dgrad", "wgrad", "backward", "backward_residual")
 EPS = 1e-3
 
 
@@ -36,11 +36,6 @@ class Case:
     r_layout: str = "nhwc"
     g_layout: str = "nhwc"
     offset: float = 0.5  # of x, in standard deviations
-
-    @property
-    def params(self) -> tuple[Any, ...]:
-        """As the operators take them."""
-        return (self.activation, self.training, EPS)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -102,21 +97,23 @@ CASES = (
 )
 
 OPERATORS = {
-    "stats": ops.batch_norm_stats, "fprop": ops.batch_norm, "wgrad": ops.batch_norm_wgrad,
-    "wgrad_residual": ops.batch_norm_wgrad_residual, "dgrad": ops.batch_norm_dgrad,
+    "stats": ops.batch_norm_stats, "fprop": ops.batch_norm, "dgrad": ops.batch_norm_dgrad, "wgrad": ops.batch_norm_wgrad,
+    "backward": ops.batch_norm_backward, "backward_residual": ops.batch_norm_backward_residual,
 }  # fmt: skip
 _OPERANDS = ("x", "w", "b", "m", "v", "r")
 READS: dict[str, tuple[str, ...]] = {
-    "stats": ("x",), "fprop": _OPERANDS, "wgrad": (*_OPERANDS, "y"), "wgrad_residual": (*_OPERANDS, "y"),
-    "dgrad": (*_OPERANDS, "y", "dw", "db"),
+    **dict.fromkeys(DIRECTIONS, (*_OPERANDS, "y")), "stats": ("x",), "fprop": _OPERANDS,
 }  # fmt: skip
 _DIMS = (0, 2, 3)
 
 
 def _present(case: Case, role: str) -> bool:
-    if role in ("dw", "db"):
-        return case.training
     return role in case.has if role in "wbmvr" else True
+
+
+def _params(case: Case, direction: str) -> tuple[Any, ...]:
+    """dgrad alone is evaluation's; it reads v as a variance, whatever it was made as."""
+    return (case.activation, case.training and direction != "dgrad", EPS)
 
 
 def inputs(case: Case, direction: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Guarded]:
@@ -138,15 +135,13 @@ def inputs(case: Case, direction: str, dtype: torch.dtype, device: str = "cpu", 
             value = x.mean(_DIMS) if role == "m" else (x.var(_DIMS, correction=0) + EPS).rsqrt()
         elif role == "v":
             value = value.abs() + 0.1
-        elif role in ("dw", "db"):
-            value = value * max(1, case.N * case.H * case.W) ** 0.5
         made[role] = place(value, layouts.get(role, "nchw"), dtype if role in layouts else wide, device)
     return made
 
 
 def call(case: Case, direction: str, t: Mapping[str, Tensor], precision: str, backend: str, strict: bool) -> Any:
     """Our operator."""
-    params = case.params if direction != "stats" else case.params[2:]
+    params = _params(case, direction) if direction != "stats" else (EPS,)
     return OPERATORS[direction](*(t.get(role) for role in READS[direction]), *params, backend, strict)
 
 
@@ -166,7 +161,8 @@ def _reference(case: Case, direction: str, t: Mapping[str, Tensor], size: bool) 
         variance, count = wide.var(_DIMS, correction=0), case.N * case.H * case.W
         return absolute(wide).mean(_DIMS), (variance + EPS).rsqrt(), variance * (count / max(1, count - 1))
     invstd = _along(t, "v", 1.0)
-    if "v" in t and not case.training:
+    training = case.training and direction != "dgrad"
+    if "v" in t and not training:
         invstd = (invstd + EPS).rsqrt()
     centred = wide - _along(t, "m", 0.0)
     if size:
@@ -180,12 +176,16 @@ def _reference(case: Case, direction: str, t: Mapping[str, Tensor], size: bool) 
     exact = (wide - _along(t, "m", 0.0)) * invstd * _along(t, "w", 1.0) + _along(t, "b", 0.0)
     dz = absolute(_activation.backward(t["y"], t.get("r", exact), case.activation)).to(wide.dtype)
     if direction == "dgrad":
-        if case.training:
-            count, sign = case.N * case.H * case.W, 1 if size else -1
-            dz = dz + sign * (absolute(_along(t, "db", 0.0)) + xhat * absolute(_along(t, "dw", 0.0))) / count
         return (dz * scale).to(dtype)
-    sums = ((dz * xhat).sum(_DIMS), dz.sum(_DIMS))
-    return sums if direction == "wgrad" else (*sums, dz.to(dtype))
+    dw, db = (dz * xhat).sum(_DIMS), dz.sum(_DIMS)
+    if direction == "wgrad":
+        return dw, db
+    t = dz
+    if training:
+        count, sign = max(1, case.N * case.H * case.W), 1 if size else -1
+        t = dz + sign * (db.reshape(1, -1, 1, 1) + xhat * dw.reshape(1, -1, 1, 1)) / count
+    t = (t * scale).to(dtype)
+    return (dw, db, t) if direction == "backward" else (dw, db, t, dz.to(dtype))
 
 
 def reference(case: Case, direction: str, t: Mapping[str, Tensor]) -> Any:
@@ -200,7 +200,7 @@ def magnitude(case: Case, direction: str, t: Mapping[str, Tensor]) -> Any:
 
 def depth(case: Case, direction: str) -> int:
     """How many terms are summed for one element."""
-    return max(1, case.N * case.H * case.W) if direction in ("stats", "wgrad", "wgrad_residual") else 4
+    return max(1, case.N * case.H * case.W) if direction not in ("fprop", "dgrad") else 4
 
 
 def nonfinite(case: Case, direction: str) -> tuple[str, ...]:
@@ -210,5 +210,5 @@ def nonfinite(case: Case, direction: str) -> tuple[str, ...]:
 
 def problem(case: Case, direction: str, dtype: torch.dtype, precision: str, device: str = "cpu") -> dispatch.Problem:
     """The problem that dispatch sees."""
-    params = ("none", True, EPS) if direction == "stats" else case.params
+    params = ("none", True, EPS) if direction == "stats" else _params(case, direction)
     return describe(direction, case.shapes["x"], dtype, torch.device(device), params)
