@@ -40,31 +40,28 @@ def _operands(direction: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_bad_values_stay_where_they_are(kernel: str, direction: str, dtype: torch.dtype) -> None:
     """Infinities, NaNs, and finite values that overflow in the transforms: as the direct sum has them, and only there."""
-    clean = _run(kernel, direction, *_operands(direction, dtype))
     for operand, index in (("t", (0, 33, 9, 8)), ("t", (1, 69, 0, 17)), ("t", (0, 0, 3, 4)), ("w", (36, 36, 1, 2))):
         for value in (float("inf"), -float("inf"), float("nan"), 2e38):
             t, w = _operands(direction, dtype)
             (t if operand == "t" else w)[index] = value
-            if value == 2e38:
-                w.clamp_(-1, 1)  # the direct sum stays finite where the bad value isn't a weight
-            out = _run(kernel, direction, t, w)
-            expected = _run("cpu.conv2d_direct", direction, t, w)
+            if operand == "t":
+                w.clamp_(-1, 1)  # a direct sum with 2e38 is finite
+                clean = _run(kernel, direction, _operands(direction, dtype)[0], w)
+            out, expected = _run(kernel, direction, t, w), _run("cpu.conv2d_direct", direction, t, w)
             what = f"{kernel} {direction}, {value} in {operand} at {index}"
             oracle.check_nonfinite(what, out, expected)
-            wrong = ~torch.isfinite(expected) | (expected.abs() > 1e30)
-            assert bool(wrong.any()), what
-            if operand == "t":
+            if operand == "t":  # tiles that don't see the value are computed as before
                 n, _, h, c = index
-                assert not wrong[:, :, [i for i in range(19) if abs(i - h) > 1]].any(), what
-                # tiles that don't see the value are computed as before
-                if value != 2e38:
-                    far = [i for i in range(18) if abs(i - c) > 6]
-                    assert torch.equal(out[n][:, :, far], clean[n][:, :, far]), what
-                assert bool(torch.isfinite(out[1 - n]).all()), what
-            finite = ~wrong
-            torch.testing.assert_close(
-                out[finite].float(), expected[finite].float(), rtol=2e-2, atol=2e-3 if dtype == torch.float32 else 0.3
-            )
+                rows, columns = ([i for i in range(s) if abs(i - at) > 5] for s, at in ((19, h), (18, c)))
+                assert torch.equal(out[1 - n], clean[1 - n]), what
+                assert torch.equal(out[n][:, rows], clean[n][:, rows]), what
+                assert torch.equal(out[n][:, :, columns], clean[n][:, :, columns]), what
+            if value != 2e38:  # which leaves a tile's other sums that much less exact
+                finite = torch.isfinite(expected)
+                tolerance = 2e-3 if dtype == torch.float32 else 0.5
+                torch.testing.assert_close(
+                    out[finite].float(), expected[finite].float(), rtol=2e-2, atol=tolerance, msg=what
+                )
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
