@@ -80,6 +80,25 @@ def _grouped(p: Problem, lanes: int) -> list[str]:
     ]
 
 
+def _winograd(p: Problem, isa: str, m: int) -> list[str]:
+    # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
+    summed, inputs = p.C if p.direction == "fprop" else p.K, p.N * p.C * p.H * p.W
+    rounds, least = m == 4 and p.dtype == "f32", 64 if isa == "portable" else 32  # it has no fused multiply-add
+    return [
+        reason
+        for wrong, reason in (
+            ((p.R, p.S) != (3, 3), f"needs a 3x3 filter, not {p.R}x{p.S}"),
+            ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
+            ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
+            (p.G != 1, f"needs one group, not {p.G}"),
+            (rounds and summed < least, f"needs sums over {least} channels to be as accurate as asked, not {summed}"),
+            (rounds and inputs <= 20480, f"needs more than 20480 inputs to be as accurate as asked, not {inputs}"),
+            (p.precision == "ieee", "precision ieee: multiplies sums of inputs by sums of weights, not each by each"),
+        )
+        if wrong
+    ]
+
+
 def _max_pool2d(p: Problem) -> list[str]:
     span = (p.R - 1) * p.dilation_h * p.W + (p.S - 1) * p.dilation_w
     return [f"labels the pixels of a window in 30 bits, not {span}"] if span >= 2**30 else []
@@ -118,6 +137,15 @@ def _implicit_gemm_cost(p: Problem, isa: str) -> float:
     return _seconds(p.flops / 2 / (2 * lanes * used)) + _conversions(p)  # two a cycle, on the lanes that a group fills
 
 
+def _winograd_cost(p: Problem, isa: str, m: int) -> float:
+    lanes, products = _lanes(isa, p.dtype), (m + 2) ** 2
+    c, k, h, w = (p.C, p.K, p.P, p.Q) if p.direction == "fprop" else (p.K, p.C, p.H, p.W)
+    tiles, vectors = p.N * -(-h // m) * -(-w // m), -(-k // lanes)
+    multiply = products * tiles * c * vectors / 2
+    transforms = 4 * products * tiles * (-(-c // lanes) + vectors) + (3 * products + 20) * c * vectors
+    return _seconds(multiply + transforms) + _conversions(p)
+
+
 def _direct_cost(p: Problem, isa: str) -> float:
     # a matrix-vector product in all but name (squeeze-and-excite, classifiers): packing weights wouldn't pay
     few = p.N * p.P * p.Q <= 8 and p.R == p.S == p.G == 1 and p.C >= 16 and p.direction == "fprop"
@@ -131,6 +159,8 @@ def _direct_cost(p: Problem, isa: str) -> float:
 _Rule = tuple[str, Callable[[Problem, str], list[str]], Callable[[Problem, str], float]]
 RULES: dict[str, _Rule] = {
     "conv2d_grouped": ("conv2d", lambda p, isa: _grouped(p, _lanes(isa, p.dtype)), _grouped_cost),
+    "conv2d_winograd_f4x4": ("conv2d", lambda p, isa: _winograd(p, isa, 4), lambda p, isa: _winograd_cost(p, isa, 4)),
+    "conv2d_winograd_f2x2": ("conv2d", lambda p, isa: _winograd(p, isa, 2), lambda p, isa: _winograd_cost(p, isa, 2)),
     "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], _implicit_gemm_cost),
     "conv2d_direct": ("conv2d", lambda p, isa: [], _direct_cost),
     "avg_pool2d": ("avg_pool2d", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),

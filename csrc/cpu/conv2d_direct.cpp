@@ -135,6 +135,12 @@ Range valid_outputs(int64_t outputs, int64_t size, int64_t stride, int64_t offse
 }  // namespace
 
 template <class S>
+void direct_pixel(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, int64_t index, int64_t g, int64_t k,
+                  int64_t end, const Epilogue<S>* epilogue) {
+  pixel(v, x, w, bias, y, index, g, k, end, epilogue);
+}
+
+template <class S>
 void direct_fprop(const Conv2dParams& p, const S* x, const S* w, const S* bias, S* y, int threads,
                   const Epilogue<S>* epilogue) {
   run_view(fprop_view(p), x, w, bias, y, threads, epilogue);
@@ -242,6 +248,8 @@ const char* launch_bgrad(const void* params, const Launch& l) {
 }  // namespace
 
 #define CNNFAST_INSTANTIATE(S)                                                                                   \
+  template void direct_pixel<S>(const Conv2dView&, const S*, const S*, const S*, S*, int64_t, int64_t, int64_t,  \
+                                int64_t, const Epilogue<S>*);                                                    \
   template void direct_fprop<S>(const Conv2dParams&, const S*, const S*, const S*, S*, int, const Epilogue<S>*); \
   template void direct_dgrad<S>(const Conv2dParams&, S*, const S*, const S*, int);                               \
   template void direct_wgrad<S>(const Conv2dParams&, const S*, S*, const S*, int);

@@ -40,15 +40,17 @@ struct Tap {
 class TapList {
  public:
   // How many entries `count` runs of `run` steps take at most.
-  static int64_t capacity(int64_t count, int64_t run) { return count * (ceil_div(run, kChain) + 1) + 1; }
+  static int64_t capacity(int64_t count, int64_t run, int64_t chain = kChain) {
+    return count * (ceil_div(run, chain) + 1) + 1;
+  }
 
-  explicit TapList(Tap* taps) : taps_(taps) {}
+  explicit TapList(Tap* taps, int64_t chain = kChain) : taps_(taps), longest_(chain) {}
   // A run of `run` steps that are `step` bytes apart.
   void add(int64_t offset, int64_t run, int64_t step) {
-    const int64_t piece = round_up(ceil_div(run, ceil_div(run, kChain)), 4);
+    const int64_t piece = round_up(ceil_div(run, ceil_div(run, longest_)), 4);
     for (int64_t i = 0; i < run; i += piece) {
       const int64_t n = min(piece, run - i);
-      if (chain_ && chain_ + n > kChain) taps_[count_ - 1].flush = 1, chain_ = 0;
+      if (chain_ && chain_ + n > longest_) taps_[count_ - 1].flush = 1, chain_ = 0;
       taps_[count_++] = {offset + i * step, static_cast<int32_t>(n), 0};
       chain_ += n;
     }
@@ -57,7 +59,7 @@ class TapList {
 
  private:
   Tap* taps_;
-  int64_t count_ = 0, chain_ = 0;
+  int64_t longest_, count_ = 0, chain_ = 0;
 };
 
 template <class T>

@@ -220,6 +220,22 @@ GROUPS = _net(
     Case("more channels in than out in each group", 1, 32, 6, 6, 8, 3, 3, padding=(1, 1), groups=4),
     Case("2 channels a group", 1, 32, 6, 6, 32, 3, 3, padding=(1, 1), groups=16),
 )
+WINOGRAD = _net(  # as large as F(4x4) asks for
+    Case("a map cut by tiles of 4 on both sides, odd channels", 1, 33, 27, 25, 35, 3, 3, padding=(1, 1), bias=True),
+    Case("a map cut by tiles of 2, channels_last weight", 2, 33, 17, 21, 18, 3, 3, padding=(1, 1), w_layout="nhwc"),
+    Case("two chunks of input channels, the second shorter", 2, 137, 11, 12, 49, 3, 3, padding=(1, 1)),
+    Case("sums over two chunks of channels in the gradient", 1, 50, 22, 21, 139, 3, 3, padding=(1, 1)),
+    Case("more tiles than a block holds", 2, 32, 43, 42, 32, 3, 3, padding=(1, 1), bias=True),
+    Case("more weights than are kept", 1, 288, 10, 9, 272, 3, 3, padding=(1, 1)),
+    Case("no padding", 1, 40, 24, 26, 34, 3, 3, x_layout="nchw"),
+    Case("tiles that read nothing but padding", 2, 32, 18, 19, 40, 3, 3, padding=(9, 6), bias=True),
+    Case(
+        "four different paddings", 1, 36, 25, 24, 33, 3, 3, padding=(0, 3, 2, 1), x_layout="sliced", g_layout="sliced"
+    ),
+    Case("gradients of input that no output reads fully", 3, 64, 11, 11, 48, 3, 3, padding=(2, 0, 0, 2)),
+    Case("one row of tiles", 1, 64, 2, 190, 32, 3, 3, padding=(1, 1), w_layout="transposed"),
+    Case("an expanded weight", 1, 48, 22, 21, 36, 3, 3, padding=(1, 1), w_layout="expanded_nchw", x_layout="channels"),
+)
 LAYOUTS = _net(
     Case("NCHW input, channels_last weight", 2, 8, 7, 7, 16, 3, 3, padding=(1, 1), x_layout="nchw", w_layout="nhwc"),
     Case("NCHW input, channels_last 1x1 weight: both formats", 2, 8, 5, 5, 16, 1, 1, x_layout="nchw", w_layout="nhwc"),
@@ -262,7 +278,7 @@ LAYOUTS = _net(
 )  # fmt: skip
 CASES: tuple[Case, ...] = (
     *ALEXNET, *VGG, *GOOGLENET, *INCEPTION, *RESNET, *RESNEXT, *WIDE_RESNET,
-    *PRIMES, *TILES, *SMALL, *GEOMETRY, *GROUPS, *LAYOUTS,
+    *PRIMES, *TILES, *SMALL, *GEOMETRY, *GROUPS, *LAYOUTS, *WINOGRAD,
 )  # fmt: skip
 
 

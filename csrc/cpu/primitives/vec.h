@@ -134,6 +134,26 @@ CNNFAST_INLINE void store_partial(double* p, Vec<double> v, int64_t n) {
 #endif
 }
 
+// Whether every element is zero (a NaN isn't).
+CNNFAST_INLINE bool all_zero(Vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_EQ_OQ)) == 0xff;
+#else
+  return (v[0] == 0) & (v[1] == 0) & (v[2] == 0) & (v[3] == 0);
+#endif
+}
+CNNFAST_INLINE bool all_zero(Vec<double> v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_EQ_OQ) == 0xff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_EQ_OQ)) == 0xf;
+#else
+  return (v[0] == 0) & (v[1] == 0);
+#endif
+}
+
 // Half a vector of 16-bit storage: as many elements as a float vector has lanes.
 typedef uint16_t HalfVec __attribute__((vector_size(kVecBytes / 2)));
 typedef uint16_t HalfVecUnaligned __attribute__((vector_size(kVecBytes / 2), aligned(2), may_alias));
