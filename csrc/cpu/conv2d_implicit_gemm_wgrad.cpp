@@ -171,7 +171,7 @@ class Worker {
     const int64_t units = v_.N * v_.P, end = units * (part + 1) / plan_.parts;
     for (int64_t u = units * part / plan_.parts; u < end;) {
       const int64_t n = u / v_.P, p = u % v_.P;
-      const int64_t whole = p == 0 ? min(images, (end - u) / v_.P) : 0;
+      const int64_t whole = p == 0 && plan_.rows >= v_.P ? min(images, (end - u) / v_.P) : 0;
       const int64_t rows = whole ? v_.P : min(plan_.rows, min(v_.P - p, end - u));
       run_block(n, max(1, whole), p, rows);
       u += max(1, whole) * rows;
