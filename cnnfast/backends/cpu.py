@@ -60,14 +60,15 @@ def _caller(call: Any, problem: Problem) -> Kernel:
 
 def _grouped(p: Problem, lanes: int) -> list[str]:
     c, k = p.C // p.G, p.K // p.G
-    served = (c == k and c in (1, 2, 4, 8, 16)) or (c == 1 and k in (2, 4) and p.direction == "wgrad")
+    multiplied = (1, 2) if p.direction == "dgrad" else (1, 2, 4)  # depthwise, outputs a channel
+    served = (c == k and c in (1, 2, 4, 8, 16)) or (c == 1 and k in multiplied)
     return [
         reason
         for wrong, reason in (
             (
                 not served,
-                "needs 1, 2, 4, 8 or 16 input and as many output channels a group, or for wgrad depthwise with 2 or 4 "
-                f"output channels for each, not {c} and {k}",
+                "needs 1, 2, 4, 8 or 16 input and as many output channels a group, or 1 input and "
+                f"{' or '.join(map(str, multiplied[1:]))} output channels, not {c} and {k}",
             ),
             (max(c, k) > lanes, f"{max(c, k)} channels a group don't fit the {lanes} lanes of a vector"),
         )

@@ -114,7 +114,7 @@ void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, 
   parallel_for(threads, v.G * parts * pixels, [&](int64_t task) {
     const int64_t part = task / pixels, k = part % parts * kTaskChannels;
     pixel(v, x, w, bias, y, task % pixels, part / parts, k, min(v.K, k + kTaskChannels));
-  });
+  }, kDenormals<S>);
 }
 
 // The outputs whose tap lies inside the input: [first, last).
@@ -170,7 +170,7 @@ void direct_wgrad(const Conv2dParams& p, const S* x, S* dw, const S* g, int thre
       S* out = dw + k * p.w_k + c * p.w_c + r * p.w_r + s * p.w_s;
       for (int64_t j = 0; j < block; ++j) narrow_one(out + j * p.w_c, sums[j]);
     }
-  });
+  }, kDenormals<S>);
 }
 
 namespace {

@@ -291,7 +291,7 @@ const char* launch_wgrad(const void* params, const Launch& l) {
     worker.run(vec, last_vec, units * part / parts, units * (part + 1) / parts, sums);
     if (!partials)
       for (int64_t j = vec; j < last_vec; ++j) worker.write(j, sums + (j - vec) * worker.sum());
-  });
+  }, kDenormals<S>);
   if (!memory) return "out of memory";
   if (partials)
     parallel_for(threads, vecs, [&](int64_t vec) {
@@ -300,7 +300,7 @@ const char* launch_wgrad(const void* params, const Launch& l) {
       for (int64_t part = 1; part < parts; ++part)
         for (int64_t i = 0; i < worker.sum(); i += VL) store(sums + i, load(sums + i) + load(sums + part * all + i));
       worker.write(vec, sums);
-    });
+    }, kDenormals<S>);
   return nullptr;
 }
 

@@ -33,6 +33,7 @@ constexpr int64_t kMostParts = 8;               // of the pixels
 constexpr int64_t kPartPixels = 1024;           // at least, of a part
 constexpr int64_t kMacsWorthThreads = 1 << 18;  // below, one thread
 constexpr int64_t kFoldChannels = 16;           // fewer channels: taps of a filter row become one run
+constexpr int64_t kMostChannels = 336;          // of a task
 constexpr int64_t kMostRows = 256;              // output rows in a block
 constexpr int64_t kPiece = 256;                 // pixels that pass all tiles before the next ones
 constexpr int64_t kPad = 16;                    // elements between pixels
@@ -105,11 +106,16 @@ Plan make_plan(const Conv2dView& v, int64_t parts, int threads) {
   if (plan.fold) plan.direct = false;
   plan.C = plan.fold ? v.S * v.C : v.C, plan.S = plan.fold ? 1 : v.S;
 
+  // The rows don't depend on what follows: the order of the sums is the same for any thread count.
+  plan.channels = min(v.C, kMostChannels), plan.filter_rows = v.R;
+  plan.rows = min(kMostRows, max(1, (1 << 14) / v.Q));
+  while (plan.rows > 1 && copied_bytes(plan, v, plan.rows, size) > kBlockBytes) plan.rows /= 2;
+
   // What one thread has to multiply, and to move at some 12 bytes a cycle, a pixel.
   const int64_t k_vecs = ceil_div(v.K, VL);
   double best = -1;
   static constexpr int64_t kVecs[] = {1, 2, 3, 4, 6, 8, 12, 16};
-  static constexpr int64_t kChannels[] = {14, 28, 42, 56, 70, 84, 112, 140, 168, 224, 280, 336};
+  static constexpr int64_t kChannels[] = {14, 28, 42, 56, 70, 84, 112, 140, 168, 224, 280, kMostChannels};
   for (const int64_t vecs : kVecs) {
     const int64_t tasks_k = ceil_div(k_vecs, vecs);
     if (tasks_k == plan.tasks_k) continue;
@@ -133,8 +139,6 @@ Plan make_plan(const Conv2dView& v, int64_t parts, int threads) {
         if (v.R == 1) break;
       }
   }
-  plan.rows = min(kMostRows, max(1, (1 << 14) / v.Q));
-  while (plan.rows > 1 && copied_bytes(plan, v, plan.rows, size) > kBlockBytes) plan.rows /= 2;
   return plan;
 }
 
@@ -400,11 +404,11 @@ const char* launch_wgrad(const void* params, const Launch& l) {
     Worker<T, S> worker(v, plan, x, dw, g);
     if (!worker.run(i % tasks, i / tasks, partials)) __atomic_store_n(&memory, false, __ATOMIC_RELAXED);
     if (!worker.finite()) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-  });
+  }, kDenormals<S>);
   if (partials && memory)
     parallel_for(threads, tasks, [&](int64_t task) {
       Worker<T, S>(v, plan, x, dw, g).reduce(task, partials);
-    });
+    }, kDenormals<S>);
   if (!memory) return "out of memory";
   if (!finite && reaches_padding(v)) direct_wgrad(p, x, dw, g, l.threads);
   return nullptr;
