@@ -68,13 +68,18 @@ def _caller(call: Any, problem: Problem) -> Kernel:
 
 
 def _grouped(p: Problem, lanes: int) -> list[str]:
-    per_group = p.C // p.G
+    c, k = p.C // p.G, p.K // p.G
+    multiplied = (1, 2) if p.direction == "dgrad" else (1, 2, 4)  # depthwise, outputs a channel
+    served = (c == k and c in (1, 2, 4, 8, 16)) or (c == 1 and k in multiplied)
     return [
         reason
         for wrong, reason in (
-            (p.C != p.K, f"needs as many output as input channels, not {p.C} and {p.K}"),
-            (per_group not in (1, 2, 4, 8, 16), f"needs 1, 2, 4, 8 or 16 channels a group, not {per_group}"),
-            (per_group > lanes, f"{per_group} channels a group don't fit the {lanes} lanes of a vector"),
+            (
+                not served,
+                "needs 1, 2, 4, 8 or 16 input and as many output channels a group, or 1 input and "
+                f"{' or '.join(map(str, multiplied[1:]))} output channels, not {c} and {k}",
+            ),
+            (max(c, k) > lanes, f"{max(c, k)} channels a group don't fit the {lanes} lanes of a vector"),
         )
         if wrong
     ]
@@ -127,8 +132,10 @@ def _conversions(p: Problem) -> float:
 
 
 def _grouped_cost(p: Problem, isa: str) -> float:
-    # one vector multiply-add a cycle, every lane used
-    return _seconds(p.flops / 2 / _lanes(isa, p.dtype)) + _conversions(p)
+    # one vector multiply-add a cycle, every lane used; two where a group is a whole vector and nothing is shuffled
+    lanes = _lanes(isa, p.dtype)
+    rate = 2 if p.direction == "wgrad" and lanes == p.C // p.G else 1
+    return _seconds(p.flops / 2 / (rate * lanes)) + _conversions(p)
 
 
 def _implicit_gemm_cost(p: Problem, isa: str) -> float:

@@ -347,10 +347,13 @@ const char* run_view(const Conv2dView& v, const S* x, const S* w, const S* bias,
   if (v.N * v.P * v.Q * v.K * v.C * kTapsAcross * kTapsAcross < kMacsWorthThreads) threads = 1;
   const WinogradPlan<T, M> plan(v, threads);
   bool no_memory = false;
-  parallel_for(threads, threads, [&](int64_t task) {
-    Worker<T, M, S> worker(v, plan, x, w, bias, y, static_cast<const T*>(packed));
-    if (!worker.run(task)) __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
-  });
+  parallel_for(
+      threads, threads,
+      [&](int64_t task) {
+        Worker<T, M, S> worker(v, plan, x, w, bias, y, static_cast<const T*>(packed));
+        if (!worker.run(task)) __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
+      },
+      kDenormals<S>);
   return no_memory ? "out of memory" : nullptr;
 }
 

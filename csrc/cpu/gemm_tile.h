@@ -68,8 +68,9 @@ struct TileArgs {
   int64_t a_row, a_step;  // bytes; see above which one is used
   const Tap* taps;
   int64_t ntaps;
-  const T* b;     // as many rows of NV vectors as the taps have steps
-  const T* init;  // added at the end: rows of NV vectors, `init_row` elements apart
+  const T* b;      // as many rows of NV vectors as the taps have steps
+  int64_t b_step;  // elements between them (wgrad; the packed rows of fprop and dgrad lie beside each other)
+  const T* init;   // added at the end: rows of NV vectors, `init_row` elements apart
   int64_t init_row;
   T* chains;  // room for MR rows of NV vectors
   T* out;     // rows `out_row` elements apart
@@ -167,17 +168,18 @@ void tile(const TileArgs<T>& args) {
     for (; n >= kUnroll; n -= kUnroll) {
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u) {
-        tile_step<T, MR, NV, kRowsApart>(acc, bp + u * NV * VL, row0, row5, d, d3, d5);
+        tile_step<T, MR, NV, kRowsApart>(acc, kRowsApart ? bp + u * NV * VL : bp, row0, row5, d, d3, d5);
         row0 += step;
         row5 += step;
+        if constexpr (!kRowsApart) bp += args.b_step;
       }
-      bp += kUnroll * NV * VL;
+      if constexpr (kRowsApart) bp += kUnroll * NV * VL;
     }
     for (; n > 0; --n) {
       tile_step<T, MR, NV, kRowsApart>(acc, bp, row0, row5, d, d3, d5);
       row0 += step;
       row5 += step;
-      bp += NV * VL;
+      bp += kRowsApart ? NV * VL : args.b_step;
     }
     if (args.taps[t].flush) {
       add_rows<T, MR, NV>(acc, flushed ? args.chains : nullptr, NV * VL);
