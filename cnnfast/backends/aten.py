@@ -174,7 +174,7 @@ BACKEND = Backend(
         *(_implementation("add_act", d, _add_act) for d in ("fprop", "dgrad")),
         *(
             _implementation("batch_norm", d, _batch_norm)
-            for d in ("stats", "fprop", "wgrad", "wgrad_residual", "dgrad")
+            for d in ("stats", "fprop", "dgrad", "wgrad", "backward", "backward_residual")
         ),
         *(_implementation("max_pool2d", d, _max_pool2d) for d in ("fprop", "indices", "dgrad", "jvp")),
         *(_implementation("avg_pool2d", d, _avg_pool2d) for d in ("fprop", "dgrad")),
