@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all test-oldest check format demo bench gpu emulation static matrix clean
+.PHONY: help env test test-all test-oldest check format demo bench gpu emulation sanitize static matrix clean
 
 help: ## this list
 	@echo "cnnfast: make TARGET"
@@ -59,6 +59,9 @@ build/oldest.stamp: $(STAMP)
 
 test-oldest: build/oldest.stamp ## operator, compile and export tests with the oldest supported torch, in .venv-oldest
 	@$(OLDEST) tests/run.py --oldest
+
+sanitize: $(STAMP) ## the CPU kernels' tests under the address, undefined-behaviour and thread sanitizers (half an hour)
+	@$(PY) tests/sanitize.py
 
 static: $(STAMP) ## compiles every GPU kernel offline and prints registers, spills and instructions
 	@$(PY) tests/run.py --static

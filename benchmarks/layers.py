@@ -1,11 +1,12 @@
-"""The forward pass of every distinct convolution of nine networks against torch's channels_last, and what it costs.
+"""Every distinct convolution of nine networks against torch's channels_last, and what it costs.
 
     python benchmarks/layers.py                 medians of interleaved runs, geometric mean, lowest ratio
     python benchmarks/layers.py --batch 16      at another batch size
+    python benchmarks/layers.py --direction dgrad --batch 8     the gradient of the input (or wgrad: of the weight) alone
     python benchmarks/layers.py --memory        peak memory above what an import takes, in fresh processes, batch 1 and 8
     python benchmarks/layers.py --overhead      a call of almost no work: what reaching the kernel costs
 
-fp32, channels_last input, weights as modules hold them, a bias where the network has one, no gradients, two threads.
+fp32, channels_last input, weights as modules hold them, a bias where the network has one, two threads.
 """
 
 from __future__ import annotations
@@ -37,14 +38,16 @@ from cnnfast.report import timing
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def layers(networks: Sequence[str], batch: int, rounds: int, nchw: bool) -> dict[str, Any]:
+def layers(
+    networks: Sequence[str], batch: int, rounds: int, nchw: bool, direction: str = "forward", kinds: Sequence[str] = ()
+) -> dict[str, Any]:
     """Times every distinct layer; prints the table."""
     rows = []
     machine = timing.machine()
-    found = distinct(networks)
+    found = {layer: where for layer, where in distinct(networks).items() if not kinds or layer.kind in kinds}
     begin = time.perf_counter()
     for number, (layer, where) in enumerate(found.items(), 1):
-        functions, missing = providers(layer, "forward", batch, with_compile=False)
+        functions, missing = providers(layer, direction, batch, with_compile=False)
         if not nchw:
             functions.pop(NCHW, None)
         with settings.observe() as events:
@@ -53,7 +56,7 @@ def layers(networks: Sequence[str], batch: int, rounds: int, nchw: bool) -> dict
         timings = timing.interleaved(functions, rounds=rounds)
         ratio = timings[CHANNELS_LAST].median / timings[OURS].median
         rows.append({
-            "group": f"forward, batch {batch}, float32: {layer.kind}", "layer": str(layer), "networks": where,
+            "group": f"{direction}, batch {batch}, float32: {layer.kind}", "layer": str(layer), "networks": where,
             "ms": {n: t.ms for n, t in timings.items()}, "timings": {n: t.to_dict() for n, t in timings.items()},
             "ratio": ratio, "gflops": layer.flops(batch) / timings[OURS].median / 1e9, "missing": missing,
             "kernel": ", ".join(dict.fromkeys(i.name for i in found_kernels if i is not None)),
@@ -72,7 +75,7 @@ def layers(networks: Sequence[str], batch: int, rounds: int, nchw: bool) -> dict
         f"lowest {worst['ratio']:.3f} ({worst['layer']}), {sum(r < 1 for r in ratios)} losses"
     )
     return {
-        "machine": machine, "batch": batch, "rounds": rounds, "geometric_mean": geometric_mean(ratios),
+        "machine": machine, "direction": direction, "batch": batch, "rounds": rounds, "geometric_mean": geometric_mean(ratios),
         "minimum": worst["ratio"], "by_network": by_network, "layers": rows,
     }  # fmt: skip
 
@@ -209,6 +212,10 @@ def main() -> None:
         epilog="Times and memory mean something on an otherwise idle machine.",
     )
     parser.add_argument("--batch", type=int, nargs="+", help="images at once; default: 1, with --memory 1 and 8")
+    parser.add_argument("--direction", choices=["forward", "backward", "dgrad", "wgrad"], default="forward")
+    parser.add_argument(
+        "--kind", nargs="+", default=[], help="only layers of these kinds: grouped, stem, 1x1, 3x3, ..."
+    )
     parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS),
                         metavar="NAME", help="only layers of these: " + ", ".join(NETWORKS))  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="interleaved samples of each; default: 15")
@@ -243,7 +250,8 @@ def main() -> None:
         name, found = "overhead", overhead(options.rounds)
     else:
         batch = (options.batch or [1])[0]
-        name, found = f"layers-batch{batch}", layers(options.network, batch, options.rounds, options.nchw)
+        found = layers(options.network, batch, options.rounds, options.nchw, options.direction, options.kind)
+        name = f"layers-batch{batch}" if options.direction == "forward" else f"layers-{options.direction}-batch{batch}"
     isa = next((i for i in found["machine"]["isa"]), "cpu")
     path = options.json or RESULTS / f"{name}-{isa}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

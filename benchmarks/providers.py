@@ -48,7 +48,8 @@ def providers(
 
     ``forward``: without gradients; x in channels_last but for ``torch NCHW``, the weight as a module holds it but for
     ``torch channels_last``. ``torch.compile`` freezes the weight, so it may repack it beforehand; nobody else may.
-    ``backward``: the gradients of input, weight and bias, from a forward pass made before.
+    ``backward``: the gradients of input, weight and bias, from a forward pass made before; ``dgrad`` and ``wgrad``: that
+    of the input or of the weight alone.
     """
     x, w, b = layer.tensors(batch, dtype, device)
     assert x is not None
@@ -116,9 +117,9 @@ def _provider(
                 return forward()
 
         return inference
-    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
-    inputs = [x, w]
-    if b is not None:
+    x, w = x.detach().requires_grad_(direction != "wgrad"), w.detach().requires_grad_(direction != "dgrad")
+    inputs = [t for t in (x, w) if t.requires_grad]
+    if b is not None and direction == "backward":
         b = b.detach().requires_grad_()
         inputs.append(b)
     y = forward()

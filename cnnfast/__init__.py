@@ -13,14 +13,31 @@ from cnnfast import backends, functional
 from cnnfast.convert import conversion_report, convert, revert
 from cnnfast.errors import DtypeError, ShapeError
 from cnnfast.explain import explain
-from cnnfast.nn import Conv1d, Conv2d, ConvTranspose2d, MaxPool2d
+from cnnfast.nn import (
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AddAct,
+    AvgPool2d,
+    BatchNorm2d,
+    Conv1d,
+    Conv2d,
+    ConvBNAct,
+    ConvTranspose2d,
+    MaxPool2d,
+)
 from cnnfast.settings import backend, precision, strict
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
+    "AddAct",
+    "AvgPool2d",
+    "BatchNorm2d",
     "Conv1d",
     "Conv2d",
+    "ConvBNAct",
     "ConvTranspose2d",
     "DtypeError",
     "MaxPool2d",

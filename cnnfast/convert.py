@@ -34,6 +34,20 @@ PAIRS = (
     ("Conv2d", "conv2d"),
     ("ConvTranspose2d", "conv_transpose2d"),
     ("MaxPool2d", "max_pool2d"),
+    ("AvgPool2d", "avg_pool2d"),
+    ("AdaptiveAvgPool2d", "adaptive_avg_pool2d"),
+    ("AdaptiveMaxPool2d", "adaptive_max_pool2d"),
+    ("BatchNorm2d", "batch_norm"),
+)
+_OTHERWISE = {torch.batch_norm}  # of the same name, with other arguments
+
+# What convert is about: one of these without a counterpart of ours is named in the report.
+_KINDS = (
+    torch.nn.modules.conv._ConvNd,
+    torch.nn.modules.pooling._MaxPoolNd,
+    torch.nn.modules.pooling._AvgPoolNd,
+    torch.nn.modules.pooling._AdaptiveAvgPoolNd,
+    torch.nn.modules.pooling._AdaptiveMaxPoolNd,
 )
 
 _PRESENT = [(module, function) for module, function in PAIRS if hasattr(nn, module)]
@@ -42,7 +56,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     getattr(namespace, function): getattr(functional, function)
     for _, function in _PRESENT
     for namespace in (torch.nn.functional, torch)
-    if hasattr(namespace, function)
+    if hasattr(namespace, function) and getattr(namespace, function) not in _OTHERWISE
 }
 _BACK = {ours: theirs for theirs, ours in MODULES.items()}
 _ORIGINAL = "_cnnfast_original"  # class attribute of the classes made here: the class that they stand for
@@ -177,7 +191,7 @@ def _plan(module: torch.nn.Module) -> tuple[type | None, str]:
         return None, ""
     family = _family(cls)
     if family is None:
-        if isinstance(module, (torch.nn.modules.conv._ConvNd, torch.nn.modules.pooling._MaxPoolNd)):
+        if isinstance(module, _KINDS):
             return None, "cnnfast has no kernels for it"
         return None, ""
     if getattr(module, "qconfig", None) is not None:

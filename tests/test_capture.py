@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import process
+from support.functions import FUNCTIONS, Function
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -98,6 +99,8 @@ def test_compile(name: str) -> None:
 def test_compile_dynamic_does_not_recompile() -> None:
     """Sizes that only differ in symbols share one graph."""
     conv = cnnfast.Conv2d(3, 4, 3, padding=1)
+    import torch._dynamo.testing
+
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(conv, fullgraph=True, dynamic=True, backend=counter)
     for n, h, w in ((2, 8, 9), (3, 8, 9), (4, 11, 7), (7, 23, 30)):
@@ -278,6 +281,66 @@ def _swap(net: nn.Module) -> None:
                 new = cnnfast.Conv2d.__new__(cnnfast.Conv2d)
                 new.__dict__ = child.__dict__
                 setattr(parent, name, new)
+
+
+# ---- poolings --------------------------------------------------------------------------------------------------------
+
+POOLINGS = [f for f in FUNCTIONS if "pool" in f.name]
+pooling = pytest.mark.parametrize("f", POOLINGS, ids=str)
+
+
+class Pooling(nn.Module):
+    """A pooling between two other operations."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Twice the pooling of x + 1."""
+        return self.function(x + 1) * 2
+
+
+@pooling
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_poolings(f: Function, dynamic: bool) -> None:
+    """One graph, dynamic sizes share it; results and gradients are those of the uncompiled call."""
+    import torch._dynamo.testing
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    net = Pooling(f.ours)
+    compiled = torch.compile(net, fullgraph=True, dynamic=dynamic, backend=counter)
+    for larger in (0, 2, 5) if dynamic else (0,):
+        (x,) = f.tensors(torch.float32)
+        x = torch.nn.functional.pad(x, (0, larger, 0, larger)).requires_grad_()
+        results = []
+        for function in (compiled, net):
+            out = function(x)
+            results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+        assert_close(*results)
+    assert counter.frame_count == 1 or "ceil" in f.name  # whose size depends on where the last window starts
+
+
+@pooling
+def test_export_poolings(f: Function) -> None:
+    """The graph holds our operator; with a dynamic batch where there is one."""
+    (x,) = f.tensors(torch.float32)
+    batch = {0: torch.export.Dim("batch", min=2)} if x.dim() == 4 else None
+    sample = torch.cat([x, x, x]) if x.dim() == 4 else x
+    exported = torch.export.export(Pooling(f.ours), (sample,), dynamic_shapes=(batch,))
+    assert any(str(n.target).startswith(f"cnnfast.{f.name.split()[0]}") for n in exported.graph.nodes)
+    again = torch.cat([x, x]) if x.dim() == 4 else x
+    assert_close(exported.module()(again), Pooling(f.torchs)(again))
+
+
+@pooling
+def test_autocast_leaves_poolings_as_torch_does(f: Function) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        (x,) = f.tensors(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = f.ours(x), f.torchs(x)
+        assert ours.dtype == theirs.dtype
+        assert_close(ours, theirs)
 
 
 # ---- autocast, checkpointing -----------------------------------------------------------------------------------------

@@ -12,16 +12,17 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
+import cases
 import pytest
 import torch
-from cases import conv2d, conv_bn_act, max_pool2d
+from cases import conv2d
 from support import oracle, process
 from support.memory import Guarded, bits, guarded_allocations, registered
 
 from cnnfast import dispatch, settings
 from cnnfast.dispatch import TORCH_DTYPES, Implementation
 
-OPERATIONS: dict[str, ModuleType] = {module.OP: module for module in (conv2d, conv_bn_act, max_pool2d)}
+OPERATIONS: dict[str, ModuleType] = {module.OP: module for module in cases.MODULES}
 PRECISIONS = ("fp32", "ieee", "high")
 # Of the combinations (variant, dtype, precision) of a kernel, so many a case and direction: what a budget allows.
 SHARE = 1 if process.INTERPRETED or process.CHECKED else 6 if process.EMULATED else 2

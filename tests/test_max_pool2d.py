@@ -117,6 +117,22 @@ def test_special_values(dtype: torch.dtype) -> None:
             assert torch.equal(torch.signbit(a[~a.isnan()]), torch.signbit(b[~b.isnan()]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_go_to_the_element_that_torch_chooses(dtype: torch.dtype) -> None:
+    """Among equal elements, signed zeros, NaNs and infinities, whichever way a window is searched."""
+    special = torch.tensor([0.0, -0.0, 1.0, float("nan"), -float("inf"), 1.0])
+    generator = torch.Generator().manual_seed(1)
+    for shape in ((2, 3, 14, 13), (1, 1, 12, 12), (1, 40, 13, 12), (1, 17, 9, 9)):
+        x = special[torch.randint(6, shape, generator=generator)].to(dtype).to(memory_format=CL)
+        for args in ((3, 2, 1), (9, 1, 4), (2, 1, 1, 2), (8, 1, 4, 2), (5, 3, 2)):
+            if max(args[0] - 2, 1) * (args[3] if len(args) > 3 else 1) > shape[3]:
+                continue
+            ours, torchs = x.clone().requires_grad_(), x.clone().requires_grad_()
+            a, b = max_pool2d(ours, *args), F.max_pool2d(torchs, *args)
+            g = torch.randint(1, 4, a.shape, generator=generator).to(dtype)  # whose sums are exact
+            assert torch.equal(torch.autograd.grad(a, ours, g)[0], torch.autograd.grad(b, torchs, g)[0]), (shape, args)
+
+
 def test_windows_without_elements() -> None:
     """Dilation can leave a window nothing but padding: -inf, as in torch, and no gradient for anybody."""
     x = torch.ones(1, 3, 2, 2).requires_grad_()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import cases
 import pytest
 import torch
-from cases import conv2d, conv_bn_act, max_pool2d
+from cases import conv2d
 from support import process
 from support.functions import FUNCTIONS, Function
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 )
 needs_cpu_kernels = pytest.mark.skipif(cpu.MODULE is None, reason=f"no CPU kernels here: {cpu.ABSENT}")
 each = pytest.mark.parametrize("f", FUNCTIONS, ids=str)
-MODULES = (conv2d, conv_bn_act, max_pool2d)
+MODULES = cases.MODULES
 CL = torch.channels_last
 
 _CONV = ((1, 1), (1, 1, 1, 1), (1, 1), 1, "fp32", "auto", False)
@@ -36,10 +37,14 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
     last = [t.to(memory_format=CL) for t in (x, w, g)]
     conv = [tuple(list(v) if isinstance(v, tuple) else v for v in _CONV)]
     grouped = ([2, 1], [1, 1, 0, 2], [1, 2], 2, "fp32", "auto", False)
+    average = ([3, 3], [2, 2], [1, 1], False, True, None, "auto", False)
+    to = ([3, 2], "auto", False)
+    gp, ga = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 2)
     pool = ([3, 3], [2, 2], [1, 1], [1, 1], False, "auto", False)
     xg, wg = torch.randn(2, 4, 7, 8), torch.randn(6, 2, 3, 2)
     gg = torch.ops.cnnfast.conv2d(xg, wg, None, *grouped)
     fused = (*conv[0][:4], "relu", *conv[0][4:])
+    norm, bn = [torch.rand(4) + 0.5 for _ in range(4)], ("relu", True, 1e-5, "auto", False)
     scale, shift = torch.rand(6) + 0.5, torch.randn(6)
     return {
         "conv2d": [(x, w, b, *conv[0]), (last[0], last[1], None, *conv[0]), (xg, wg, b, *grouped)],
@@ -49,6 +54,17 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
         "conv2d_wgrad": [
             (x, g, ws, False, *conv[0]), (last[0], last[2], ws, True, *conv[0]), (xg, gg, [6, 2, 3, 2], True, *grouped)
         ],
+        "add_act": [(x, x + 1, "relu", "auto", False), (last[0], x, "none", "auto", False)],
+        "add_act_dgrad": [(x, x + 1, "relu", "auto", False), (last[0], x, "relu6", "auto", False)],
+        "batch_norm_stats": [(x, 1e-5, "auto", False), (last[0], 1e-5, "auto", False)],
+        "batch_norm": [
+            (x, *norm, None, *bn), (last[0], *norm, x + 1, *bn), (x, None, None, None, None, None, *bn[:1], False, *bn[2:]),
+        ],
+        **{
+            f"batch_norm_{direction}": [(x, *norm, None, x + 1, *bn), (last[0], *norm, x + 1, x, *bn)]
+            for direction in ("wgrad", "backward", "backward_residual")
+        },
+        "batch_norm_dgrad": [(x, *norm, None, x + 1, *bn[:1], False, *bn[2:])],
         "conv_bn_act": [
             (x, w, b, scale, shift, g, *fused), (last[0], last[1], None, scale, shift, None, *fused),
             (x, w, None, None, None, last[2], *fused),
@@ -57,6 +73,14 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
         "max_pool2d_indices": [(x, *pool), (last[0], *pool)],
         "max_pool2d_dgrad": [(x, torch.randn(2, 4, 3, 3), *pool), (last[0], torch.randn(2, 4, 3, 3), *pool)],
         "max_pool2d_jvp": [(x, torch.randn_like(x), *pool), (last[0], torch.randn_like(last[0]), *pool)],
+        "avg_pool2d": [(x, *average), (last[0], *average)],
+        "avg_pool2d_dgrad": [(gp, xs, False, *average), (gp.to(memory_format=CL), xs, True, *average)],
+        "adaptive_avg_pool2d": [(x, *to), (last[0], *to)],
+        "adaptive_avg_pool2d_dgrad": [(ga, xs, False, *to), (ga.to(memory_format=CL), xs, True, *to)],
+        "adaptive_max_pool2d": [(x, *to), (last[0], *to)],
+        "adaptive_max_pool2d_indices": [(x, *to), (last[0], *to)],
+        "adaptive_max_pool2d_dgrad": [(x, ga, *to), (last[0], ga, *to)],
+        "adaptive_max_pool2d_jvp": [(x, torch.randn_like(x), *to), (last[0], torch.randn_like(last[0]), *to)],
         "conv2d_bgrad": [(g, "fp32", "auto", False), (last[2], "fp32", "auto", False)],
     }  # fmt: skip
 
@@ -210,10 +234,10 @@ def test_pinned_kernel_serves_what_it_has_and_its_backend_the_rest() -> None:
     for implementation in dispatch.implementations("conv2d"):
         if process.not_here(implementation) or implementation.direction != "fprop":
             continue
-        x, b = torch.randn(1, 8, 6, 6, requires_grad=True), torch.randn(8, requires_grad=True)
-        for groups in (2, 4):  # one of them fits any kernel
-            w = torch.randn(8, 8 // groups, 3, 3, requires_grad=True)
-            case = conv2d.Case("", 1, 8, 6, 6, 8, 3, 3, groups=groups)
+        for channels, size, groups in ((8, 6, 2), (8, 6, 4), (64, 19, 1)):  # one of them fits any kernel
+            x, b = torch.randn(1, channels, size, size, requires_grad=True), torch.randn(channels, requires_grad=True)
+            w = torch.randn(channels, channels // groups, 3, 3, requires_grad=True)
+            case = conv2d.Case("", 1, channels, size, size, channels, 3, 3, groups=groups)
             if not dispatch.reasons_against(implementation, conv2d.problem(case, "fprop", torch.float32, "fp32")):
                 break
         with cnnfast.backend(implementation.name), settings.observe() as events:

@@ -6,6 +6,7 @@ A kernel exists once for each ISA; the best that the processor has comes first, 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -20,7 +21,15 @@ _threads = torch.get_num_threads
 
 
 def _load() -> tuple[ModuleType | None, str]:
+    built = os.environ.get("CNNFAST_CPU_MODULE", "")  # another build of it: the sanitizers' (make sanitize)
     try:
+        if built:
+            spec = importlib.util.spec_from_file_location("_cpu", built)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module, ""
         return importlib.import_module("cnnfast._cpu"), ""
     except ImportError as error:
         return None, f"the native module cnnfast._cpu can't be imported: {error}"
@@ -59,13 +68,37 @@ def _caller(call: Any, problem: Problem) -> Kernel:
 
 
 def _grouped(p: Problem, lanes: int) -> list[str]:
-    per_group = p.C // p.G
+    c, k = p.C // p.G, p.K // p.G
+    multiplied = (1, 2) if p.direction == "dgrad" else (1, 2, 4)  # depthwise, outputs a channel
+    served = (c == k and c in (1, 2, 4, 8, 16)) or (c == 1 and k in multiplied)
     return [
         reason
         for wrong, reason in (
-            (p.C != p.K, f"needs as many output as input channels, not {p.C} and {p.K}"),
-            (per_group not in (1, 2, 4, 8, 16), f"needs 1, 2, 4, 8 or 16 channels a group, not {per_group}"),
-            (per_group > lanes, f"{per_group} channels a group don't fit the {lanes} lanes of a vector"),
+            (
+                not served,
+                "needs 1, 2, 4, 8 or 16 input and as many output channels a group, or 1 input and "
+                f"{' or '.join(map(str, multiplied[1:]))} output channels, not {c} and {k}",
+            ),
+            (max(c, k) > lanes, f"{max(c, k)} channels a group don't fit the {lanes} lanes of a vector"),
+        )
+        if wrong
+    ]
+
+
+def _winograd(p: Problem, isa: str, m: int) -> list[str]:
+    # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
+    summed, inputs = p.C if p.direction == "fprop" else p.K, p.N * p.C * p.H * p.W
+    rounds, least = m == 4 and p.dtype == "f32", 64 if isa == "portable" else 32  # it has no fused multiply-add
+    return [
+        reason
+        for wrong, reason in (
+            ((p.R, p.S) != (3, 3), f"needs a 3x3 filter, not {p.R}x{p.S}"),
+            ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
+            ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
+            (p.G != 1, f"needs one group, not {p.G}"),
+            (rounds and summed < least, f"needs sums over {least} channels to be as accurate as asked, not {summed}"),
+            (rounds and inputs <= 20480, f"needs more than 20480 inputs to be as accurate as asked, not {inputs}"),
+            (p.precision == "ieee", "precision ieee: multiplies sums of inputs by sums of weights, not each by each"),
         )
         if wrong
     ]
@@ -73,6 +106,11 @@ def _grouped(p: Problem, lanes: int) -> list[str]:
 
 def _max_pool2d(p: Problem) -> list[str]:
     span = (p.R - 1) * p.dilation_h * p.W + (p.S - 1) * p.dilation_w
+    return [f"labels the pixels of a window in 30 bits, not {span}"] if span >= 2**30 else []
+
+
+def _adaptive_max_pool2d(p: Problem) -> list[str]:
+    span = -(-p.H // max(p.P, 1)) * p.W + -(-p.W // max(p.Q, 1))
     return [f"labels the pixels of a window in 30 bits, not {span}"] if span >= 2**30 else []
 
 
@@ -94,14 +132,25 @@ def _conversions(p: Problem) -> float:
 
 
 def _grouped_cost(p: Problem, isa: str) -> float:
-    # one vector multiply-add a cycle, every lane used
-    return _seconds(p.flops / 2 / _lanes(isa, p.dtype)) + _conversions(p)
+    # one vector multiply-add a cycle, every lane used; two where a group is a whole vector and nothing is shuffled
+    lanes = _lanes(isa, p.dtype)
+    rate = 2 if p.direction == "wgrad" and lanes == p.C // p.G else 1
+    return _seconds(p.flops / 2 / (rate * lanes)) + _conversions(p)
 
 
 def _implicit_gemm_cost(p: Problem, isa: str) -> float:
     lanes, columns = _lanes(isa, p.dtype), (p.K if p.direction != "dgrad" else p.C) // p.G
     used = min(1.0, columns / lanes) if p.G > 1 else 1.0
     return _seconds(p.flops / 2 / (2 * lanes * used)) + _conversions(p)  # two a cycle, on the lanes that a group fills
+
+
+def _winograd_cost(p: Problem, isa: str, m: int) -> float:
+    lanes, products = _lanes(isa, p.dtype), (m + 2) ** 2
+    c, k, h, w = (p.C, p.K, p.P, p.Q) if p.direction == "fprop" else (p.K, p.C, p.H, p.W)
+    tiles, vectors = p.N * -(-h // m) * -(-w // m), -(-k // lanes)
+    multiply = products * tiles * c * vectors / 2
+    transforms = 4 * products * tiles * (-(-c // lanes) + vectors) + (3 * products + 20) * c * vectors
+    return _seconds(multiply + transforms) + _conversions(p)
 
 
 def _direct_cost(p: Problem, isa: str) -> float:
@@ -117,13 +166,25 @@ def _direct_cost(p: Problem, isa: str) -> float:
 _Rule = tuple[str, Callable[[Problem, str], list[str]], Callable[[Problem, str], float]]
 RULES: dict[str, _Rule] = {
     "conv2d_grouped": ("conv2d", lambda p, isa: _grouped(p, _lanes(isa, p.dtype)), _grouped_cost),
+    "conv2d_winograd_f4x4": ("conv2d", lambda p, isa: _winograd(p, isa, 4), lambda p, isa: _winograd_cost(p, isa, 4)),
+    "conv2d_winograd_f2x2": ("conv2d", lambda p, isa: _winograd(p, isa, 2), lambda p, isa: _winograd_cost(p, isa, 2)),
     "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], _implicit_gemm_cost),
     "conv2d_direct": ("conv2d", lambda p, isa: [], _direct_cost),
+    "avg_pool2d": ("avg_pool2d", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
+    "adaptive_avg_pool2d": ("adaptive_avg_pool2d", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
+    "adaptive_max_pool2d": (
+        "adaptive_max_pool2d",
+        lambda p, isa: _adaptive_max_pool2d(p),
+        lambda p, isa: p.bytes / 2e10,
+    ),
     "max_pool2d": ("max_pool2d", lambda p, isa: _max_pool2d(p), lambda p, isa: p.bytes / 2e10),
+    "batch_norm": ("batch_norm", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
+    "add_act": ("add_act", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
 }
 
 # kernels that read and write activations in any layout: tiny calls save the conversions, which cost more than the work
 ANY_LAYOUT = {("conv2d_direct", direction): {"x": "any", "y": "any"} for direction in ("fprop", "dgrad", "wgrad")}
+ANY_LAYOUT["add_act", "fprop"] = ANY_LAYOUT["add_act", "dgrad"] = dict.fromkeys("xrygt", "any")
 
 # stem -> operations that are its fprop with an epilogue: the same kernels under the same rules
 EPILOGUES = dict.fromkeys(("conv2d_grouped", "conv2d_implicit_gemm", "conv2d_direct"), ("conv_bn_act",))

@@ -141,3 +141,16 @@ def named_padding(
         raise ShapeError(f"{op}: expected a {len(stride) + 2}-D weight, got shape {tuple(weight.shape)}")
     totals = [d * (n - 1) for d, n in zip(dilation, weight.shape[2:], strict=True)]
     return tuple(part for total in totals for part in (total // 2, total - total // 2))
+
+
+def adaptive_size(op: str, input: Tensor, value: Any) -> tuple[Any, Any]:
+    """An adaptive pooling's output size: an int, or a pair in which None is the input's own size."""
+    if isinstance(value, (tuple, list, torch.Size)):
+        if len(value) != 2:
+            raise ShapeError(f"{op}: expected output_size to be an integer or 2 integers or None, got {value!r}")
+        if input.dim() < 3:
+            raise ShapeError(f"{op}: expected a 3-D (unbatched) or 4-D (batched) input, got shape {tuple(input.shape)}")
+        sizes = zip(value, input.shape[-2:], strict=True)
+        return tuple(own if v is None else integer(op, "output_size", v) for v, own in sizes)  # type: ignore[return-value]
+    size = integer(op, "output_size", value)
+    return (size, size)

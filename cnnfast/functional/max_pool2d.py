@@ -16,6 +16,7 @@ from cnnfast.functional._arguments import (
     has_torch_function,
     not_ours,
     pair,
+    plain,
     scripting,
     torch_serves,
 )
@@ -57,7 +58,8 @@ def max_pool2d(
         )  # fmt: skip
     if type(input) is not Tensor:
         check_tensors("max_pool2d", input=input)
-    if scripting():
+    short = plain()
+    if not short and scripting():
         return _torch_max_pool2d(
             input, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode, return_indices=return_indices
         )
@@ -75,13 +77,17 @@ def max_pool2d(
         kernel, pair("max_pool2d", "stride", stride), pair("max_pool2d", "padding", padding),
         pair("max_pool2d", "dilation", dilation), ceil_mode,
     )  # fmt: skip
+    backend, _, strict = settings._state
+    if dims == 4 and short and not return_indices:
+        run = ops.max_pool2d.find((input,), (*params, backend, strict))
+        if run is not None:
+            return ops.max_pool2d.apply(run, (input,), (*params, backend, strict))
     reason = not_ours(input)
     if reason:
         return torch_serves(
             "max_pool2d", reason, _torch_max_pool2d, input, *params[:4], ceil_mode=ceil_mode,
             return_indices=return_indices,
         )  # fmt: skip
-    backend, _, strict = settings._state
     x = input.unsqueeze(0) if dims == 3 else input
     if return_indices:
         y, indices = ops.max_pool2d_indices(x, *params, backend, strict)

@@ -98,7 +98,7 @@ class Operator:
         fold: Positions of the tensors that may carry a vmap dimension inside their batch dimension, all the others
             being unbatched, and ``unfold_size``, see :meth:`_vmap`.
         differentiable: For each result whether it has a gradient.
-        keeps: Positions of the results that ``backward`` and ``jvp`` get after the saved tensors.
+        keeps: ``keeps(tensors, params) -> positions of the results`` that ``backward`` and ``jvp`` get after the tensors.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Operator:
         fold: tuple[int, ...] = (),
         fold_params: Callable[[tuple[Any, ...], int], tuple[Any, ...]] | None = None,
         differentiable: tuple[bool, ...] = (True,),
-        keeps: tuple[int, ...] = (),
+        keeps: Callable[[Sequence[Any], tuple[Any, ...]], tuple[int, ...]] | None = None,
     ) -> None:
         self.name, self.tensors = name, tensors
         self._resolve, self._fake, self._backward, self._jvp, self._saves = resolve, fake, backward, jvp, saves
@@ -256,13 +256,13 @@ def _hashable(values: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(tuple(v) if isinstance(v, list) else v for v in values)
 
 
-def _functions(operator: Operator, differentiable: tuple[bool, ...], keeps: tuple[int, ...]) -> tuple[Any, Any]:
+def _functions(operator: Operator, differentiable: tuple[bool, ...], keeps: Any) -> tuple[Any, Any]:
     n = operator.tensors
     constant = [i for i, d in enumerate(differentiable) if not d]
 
-    def kept(out: Any) -> list[Any]:
+    def kept(out: Any, tensors: Sequence[Any], params: tuple[Any, ...]) -> list[Any]:
         results = out if isinstance(out, tuple) else (out,)
-        return [results[i] for i in keeps]
+        return [results[i] for i in keeps(tensors, params)] if keeps else []
 
     class Light(torch.autograd.Function):
         @staticmethod
@@ -272,7 +272,7 @@ def _functions(operator: Operator, differentiable: tuple[bool, ...], keeps: tupl
             ctx.metas = getattr(run, "metas", None) or metas(tensors)
             out = run(*tensors)
             inputs = [t if s else None for t, s in zip(tensors, saved, strict=True)]
-            ctx.save_for_backward(*inputs, *kept(out)) if keeps else ctx.save_for_backward(*inputs)
+            ctx.save_for_backward(*inputs, *kept(out, tensors, params)) if keeps else ctx.save_for_backward(*inputs)
             if constant:
                 ctx.mark_non_differentiable(*[out[i] for i in constant])
             return out
@@ -291,9 +291,10 @@ def _functions(operator: Operator, differentiable: tuple[bool, ...], keeps: tupl
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*inputs[:n], *kept(output))
-            ctx.save_for_forward(*inputs[:n], *kept(output))
             ctx.params = inputs[n].values
+            saved = (*inputs[:n], *kept(output, inputs[:n], ctx.params))
+            ctx.save_for_backward(*saved)
+            ctx.save_for_forward(*saved)
             ctx.metas = metas(inputs[:n])
             ctx.strides = [o.stride() for o in (output if isinstance(output, tuple) else (output,))]
             if constant:
@@ -351,7 +352,9 @@ def _laid_out(tangent: Any, strides: tuple[int, ...]) -> Any:
     ):
         return tangent
     out = torch.empty_strided(tangent.shape, strides, dtype=tangent.dtype, device=tangent.device)
-    if _functorch_active():  # where a vmapped tangent can't be copied into a tensor that isn't
+    if _functorch_active() or _key_included(
+        _VMAP_MODE
+    ):  # where a vmapped tangent can't be copied into a tensor that isn't
         return out.zero_().add(tangent)
     return out.copy_(tangent)
 

@@ -4,7 +4,8 @@
 
 Batch norm in evaluation is such a map, scale = weight / sqrt(var + eps), shift = bias - mean * scale; b, scale, shift
 and r may each be absent. scale and shift are of the accumulator's dtype (float64 for float64, else float32): beside
-16-bit activations nothing of them is lost. On the CPU the kernels of conv2d serve, with an epilogue on their stores.
+16-bit activations nothing of them is lost. On the CPU the kernels of conv2d serve, with an epilogue on their stores; where
+no kernel serves, conv2d and batch_norm do, one after the other.
 
 Derivatives are conv2d's, and of the epilogue itself: dz = g * act'(y), db' = scale * dz for the convolution,
 dscale = sum of dz * conv2d(x, w, b), which is computed again.
@@ -13,16 +14,19 @@ dscale = sum of dz * conv2d(x, w, b), which is computed again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from cnnfast import dispatch
+from cnnfast import dispatch, settings
 from cnnfast.dispatch import ACCUMULATORS, Meta, Role
 from cnnfast.errors import DtypeError, ShapeError
 from cnnfast.ops import _activation, _memory
 from cnnfast.ops._operator import Operator, layouts, serve
+from cnnfast.ops.add_act import add_act_dgrad
+from cnnfast.ops.batch_norm import batch_norm
 from cnnfast.ops.conv2d import B, W, X, Y, conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad, flops, output_shape
 from cnnfast.ops.conv2d import problem as conv2d_problem
 from cnnfast.ops.conv2d import validate as validate_conv2d
@@ -91,7 +95,19 @@ def _resolve(tensors: Sequence[Any], params: tuple[Any, ...]) -> Callable[..., A
     inputs = {"x": x, "w": w, "b": b, "scale": scale, "shift": shift, "r": r}
     p = problem(x.shape, w.shape, y, x.dtype, x.device, params, layouts(inputs), r is not None)
     out = Meta(y, _memory.strides_of(y, _memory.prefers_channels_last(x, w)), x.dtype)
-    return serve(p, inputs, {"y": out}, params[6], params[7])
+    backend, strict = params[6:]
+    if backend.partition(".")[0] == "aten":
+        return serve(p, inputs, {"y": out}, backend, strict)
+    try:
+        return serve(p, inputs, {"y": out}, backend, True)  # a convolution of ours in two steps goes before ATen's
+    except NotImplementedError as error:
+        settings.note(dispatch.Unserved("conv_bn_act", f"conv2d and batch_norm in its place: {error}"))
+        return functools.partial(_in_two_steps, params)
+
+
+def _in_two_steps(params: tuple[Any, ...], x: Any, w: Any, b: Any, scale: Any, shift: Any, r: Any) -> Any:
+    z = conv2d(x, w, b, *_conv(params))
+    return batch_norm(z, scale, shift, None, None, r, params[4], False, 0.0, *params[6:])
 
 
 def _fake(tensors: Sequence[Any], params: tuple[Any, ...]) -> Any:
@@ -110,12 +126,13 @@ def _along_channels(vector: Any, like: Any) -> Any:
 
 
 def _backward(needs: Sequence[bool], gradients: Sequence[Any], saved: Sequence[Any], params: Any, metas: Any) -> Any:
-    g, (x, w, b, scale, _, _, y), (mx, mw, *_) = gradients[0], saved, metas
+    g, (x, w, b, scale, *_), (mx, mw, *_) = gradients[0], saved, metas
+    y = saved[6] if len(saved) > 6 else None
     if g is None:
         return (None,) * 6
     args = _conv(params)
     wide = ACCUMULATORS.get(g.dtype, torch.float32)
-    dz = _activation.backward(g, y, params[4])
+    dz = g if y is None else add_act_dgrad(y, g, params[4], *params[6:])
     scaled = dz if scale is None else dz * _along_channels(scale, dz)
     dscale = dshift = None
     if needs[3]:
@@ -133,24 +150,27 @@ def _backward(needs: Sequence[bool], gradients: Sequence[Any], saved: Sequence[A
 
 
 def _jvp(tangents: Sequence[Any], tensors: Sequence[Any], params: tuple[Any, ...]) -> Any:
-    (tx, tw, tb, tscale, tshift, tr), (x, w, b, scale, _, _, y) = tangents, tensors
-    args = _conv(params)
+    (tx, tw, tb, tscale, tshift, tr), (x, w, b, scale, *_) = tangents, tensors
+    args, shape = _conv(params), output_shape(x.shape, w.shape, *params[:3])
     terms = []
     if tx is not None:
         terms.append(conv2d(tx, w, tb, *args))
     elif tb is not None:
-        terms.append(tb.reshape(1, -1, 1, 1).expand(y.shape))
+        terms.append(_along_channels(tb, x).expand(shape))
     if tw is not None:
         terms.append(conv2d(x, tw, None, *args))
     if scale is not None:
         terms = [t * _along_channels(scale, t) for t in terms]
     if tscale is not None:
-        terms.append(conv2d(x, w, b, *args) * _along_channels(tscale, y))
+        terms.append(conv2d(x, w, b, *args) * _along_channels(tscale, x))
     if tshift is not None:
-        terms.append(_along_channels(tshift, y).expand(y.shape))
+        terms.append(_along_channels(tshift, x).expand(shape))
     if tr is not None:
         terms.append(tr)
-    return _activation.backward(sum(terms[1:], terms[0]), y, params[4]) if terms else None
+    if not terms:
+        return None
+    total = sum(terms[1:], terms[0])
+    return total if params[4] == "none" else add_act_dgrad(tensors[6], total, params[4], *params[6:])
 
 
 conv_bn_act = Operator(
@@ -170,7 +190,7 @@ conv_bn_act = Operator(
         False,
     ),
     flops=lambda x, w, *args, out_shape=None, **kw: flops(x, w, out_shape),
-    keeps=(0,),
+    keeps=lambda tensors, params: () if params[4] == "none" else (0,),
     fold=(0, 5),
     fold_params=lambda params, size: params,
 )

@@ -72,4 +72,62 @@ CNNFAST_PARAMS(Conv2dParams, CNNFAST_CONV2D_FIELDS)
 // clang-format on
 CNNFAST_PARAMS(MaxPool2dParams, CNNFAST_MAX_POOL2D_FIELDS)
 
+// y[n,c,p,q] = sum_{h,w} x[n,c,h,w] / divisor       h = p*stride_h - pad_h + r, w = q*stride_w - pad_w + s, inside the
+// image The divisor is divisor_override where that isn't 0; else the number of the window's taps inside the image and,
+// with count_include_pad, in its padding. Operands, in order: x, y. Directions: fprop writes y, dgrad x, from y's
+// gradient; the strides describe the tensor of that name.
+// clang-format off
+#define CNNFAST_AVG_POOL2D_FIELDS(F)                                                    \
+  F(N) F(C) F(H) F(W) F(R) F(S) F(P) F(Q)                                               \
+  F(stride_h) F(stride_w) F(pad_h) F(pad_w) F(count_include_pad) F(divisor_override)    \
+  F(x_n) F(x_h) F(x_w) F(y_n) F(y_h) F(y_w)
+// clang-format on
+CNNFAST_PARAMS(AvgPool2dParams, CNNFAST_AVG_POOL2D_FIELDS)
+
+// y[n,c,p,q] = the mean of x[n,c,h,w] over floor(p*H / P) <= h < ceil((p+1)*H / P), and w alike
+// Operands and directions as of avg_pool2d.
+// clang-format off
+#define CNNFAST_ADAPTIVE_AVG_POOL2D_FIELDS(F)                                           \
+  F(N) F(C) F(H) F(W) F(P) F(Q)                                                         \
+  F(x_n) F(x_h) F(x_w) F(y_n) F(y_h) F(y_w)
+// clang-format on
+CNNFAST_PARAMS(AdaptiveAvgPool2dParams, CNNFAST_ADAPTIVE_AVG_POOL2D_FIELDS)
+
+// y[n,c,p,q] = the maximum of x[n,c,h,w] over floor(p*H / P) <= h < ceil((p+1)*H / P), and w alike
+// Everything else as of max_pool2d.
+// clang-format off
+#define CNNFAST_ADAPTIVE_MAX_POOL2D_FIELDS(F)                                           \
+  F(N) F(C) F(H) F(W) F(P) F(Q)                                                         \
+  F(x_n) F(x_h) F(x_w) F(y_n) F(y_h) F(y_w) F(i_n) F(i_h) F(i_w) F(t_n) F(t_h) F(t_w)
+// clang-format on
+CNNFAST_PARAMS(AdaptiveMaxPool2dParams, CNNFAST_ADAPTIVE_MAX_POOL2D_FIELDS)
+
+// Batch norm over N, H, W of every channel, with a residual and an activation:
+//   stats           m[c] = mean of x, v[c] = 1 / sqrt(mean of (x - m)^2 + eps), s[c] = sum of (x - m)^2 / (N*H*W - 1)
+//   fprop           y[n,c,h,w] = act((x - m[c]) * v[c] * w[c] + b[c] + r[n,c,h,w])
+//   wgrad           dw[c] = sum of dz * (x - m) * v, db[c] = sum of dz,           dz = y * act'
+//   dgrad           t = w * v * dz
+//   backward        dw, db and t; in training t = w * v * (dz - (db + (x - m) * v * dw) / (N*H*W))
+//   backward_residual  these, and u = dz
+// Operands, in order: x, w, b, m, v, r, y, s, dw, db, t, u. w, b, m, v, r may be null (1, 0, 0, 1, 0). Vectors are
+// of the type that sums have. Without training v is a variance, and 1 / sqrt(v + eps) is meant. In the gradient's
+// directions y is the result's gradient, and r, where given, the result itself, which act' is then read from (else from
+// what fprop computes). eps_bits are the bits of eps, a double; act is the Activation of cpu/epilogue.h.
+// clang-format off
+#define CNNFAST_BATCH_NORM_FIELDS(F)                                                    \
+  F(N) F(C) F(H) F(W) F(act) F(training) F(eps_bits)                                    \
+  F(x_n) F(x_h) F(x_w) F(r_n) F(r_h) F(r_w) F(y_n) F(y_h) F(y_w)                        \
+  F(t_n) F(t_h) F(t_w) F(u_n) F(u_h) F(u_w)
+// clang-format on
+CNNFAST_PARAMS(BatchNormParams, CNNFAST_BATCH_NORM_FIELDS)
+
+// fprop y = act(x + r); dgrad t = g * act', which is read from the result y. Operands, in order: x, r, y, g, t.
+// clang-format off
+#define CNNFAST_ADD_ACT_FIELDS(F)                                                       \
+  F(N) F(C) F(H) F(W) F(act)                                                            \
+  F(x_n) F(x_c) F(x_h) F(x_w) F(r_n) F(r_c) F(r_h) F(r_w) F(y_n) F(y_c) F(y_h) F(y_w)   \
+  F(g_n) F(g_c) F(g_h) F(g_w) F(t_n) F(t_c) F(t_h) F(t_w)
+// clang-format on
+CNNFAST_PARAMS(AddActParams, CNNFAST_ADD_ACT_FIELDS)
+
 }  // namespace cnnfast

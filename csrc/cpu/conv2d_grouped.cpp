@@ -1,12 +1,13 @@
-// Grouped convolution with as many output as input channels a group, 1 (depthwise), 2, 4, 8 or 16: fprop and dgrad.
+// Grouped convolution with few channels a group, fprop and dgrad: as many output as input channels, 1 (depthwise), 2,
+// 4, 8 or 16, or depthwise with 2 or 4 outputs a channel (dgrad: 2).
 //
 //   y[n,k,p,q] = b[k] + sum_{r,s, c of k's group} x[n,c,h,w] * w[k,c,r,s]     h = p*stride_h - pad_h + r*dilation_h
 //
-// A vector holds whole groups of channels, the same ones for input and output. Input channel q of every group is spread
-// over its group's lanes by one shuffle and multiplied by a vector of weights packed in that order: every lane of every
-// FMA is useful, where a GEMM a group would use kGroup of them. Shuffles never cross a group, so neither does an Inf.
+// A vector holds whole groups of output channels (grouped_lanes.h). Input channel q of every group is spread over its
+// group's lanes by one shuffle and multiplied by a vector of weights packed in that order: every lane of every FMA is
+// useful, where a GEMM a group would use kOut of them.
 //
-//   acc[pixel] += broadcast_in_group<q>(x[pixel moved by tap]) * w[tap][q]        8 pixels of one row x 1 vector a tile
+//   acc[pixel] += spread<q>(x[pixel moved by tap]) * w[tap][q]        8 pixels of one row x 1 vector a tile
 //
 // dgrad is fprop of the gradient, one stride-1 convolution for each residue class (conv2d_view.h). fprop with more
 // operands is conv_bn_act: sums go through epilogue.h.
@@ -18,6 +19,7 @@
 #include "../common/kernel_table.h"
 #include "conv2d_direct.h"
 #include "conv2d_view.h"
+#include "grouped_lanes.h"
 #include "pack.h"
 #include "primitives/parallel.h"
 #include "primitives/scratch.h"
@@ -45,15 +47,15 @@ struct TileArgs {
 template <class T>
 using TileFn = void (*)(const TileArgs<T>&);
 
-template <class T, int kGroup, int q = 0>
-CNNFAST_INLINE void multiply(Vec<T>& acc, Vec<T> x, const Vec<T>* weights) {
-  if constexpr (q < kGroup) {
-    acc += broadcast_in_group<T, kGroup, q>(x) * weights[q];
-    multiply<T, kGroup, q + 1>(acc, x, weights);
+template <class T, int kIn, int kOut, int q = 0>
+CNNFAST_INLINE void multiply(Vec<T>& acc, const GroupLanes<T, kIn, kOut>& x, const Vec<T>* weights) {
+  if constexpr (q < kIn) {
+    acc += x.template spread<q>() * weights[q];
+    multiply<T, kIn, kOut, q + 1>(acc, x, weights);
   }
 }
 
-template <class T, int kGroup, int MR>
+template <class T, int kIn, int kOut, int MR>
 void tile(const TileArgs<T>& args) {
   constexpr int VL = kLanes<T>;
   Vec<T> total[MR], acc[MR];
@@ -66,12 +68,13 @@ void tile(const TileArgs<T>& args) {
     const int64_t end = min(args.R, r0 + args.flush_rows);
     for (int64_t r = r0; r < end; ++r) {
       const T* x = args.x + r * args.row;
-      for (int64_t s = 0; s < args.S; ++s, x += args.column, w += kGroup * VL) {
-        Vec<T> weights[kGroup];
+      for (int64_t s = 0; s < args.S; ++s, x += args.column, w += kIn * VL) {
+        Vec<T> weights[kIn];
 #pragma GCC unroll 16
-        for (int q = 0; q < kGroup; ++q) weights[q] = load(w + q * VL);
+        for (int q = 0; q < kIn; ++q) weights[q] = load(w + q * VL);
 #pragma GCC unroll 8
-        for (int i = 0; i < MR; ++i) multiply<T, kGroup>(acc[i], load(x + i * args.pixel), weights);
+        for (int i = 0; i < MR; ++i)
+          multiply<T, kIn, kOut>(acc[i], GroupLanes<T, kIn, kOut>::template read<true>(x + i * args.pixel, 0), weights);
       }
     }
 #pragma GCC unroll 8
@@ -81,28 +84,36 @@ void tile(const TileArgs<T>& args) {
   for (int i = 0; i < MR; ++i) store(args.out + i * args.out_step, total[i]);
 }
 
-template <class T, int kGroup>
+template <class T, int kIn, int kOut>
 constexpr TileFn<T> kTiles[kMaxRows + 1] = {nullptr,
-                                            tile<T, kGroup, 1>,
-                                            tile<T, kGroup, 2>,
-                                            tile<T, kGroup, 3>,
-                                            tile<T, kGroup, 4>,
-                                            tile<T, kGroup, 5>,
-                                            tile<T, kGroup, 6>,
-                                            tile<T, kGroup, 7>,
-                                            tile<T, kGroup, 8>};
+                                            tile<T, kIn, kOut, 1>,
+                                            tile<T, kIn, kOut, 2>,
+                                            tile<T, kIn, kOut, 3>,
+                                            tile<T, kIn, kOut, 4>,
+                                            tile<T, kIn, kOut, 5>,
+                                            tile<T, kIn, kOut, 6>,
+                                            tile<T, kIn, kOut, 7>,
+                                            tile<T, kIn, kOut, 8>};
 
-// Null where the vector is shorter than a group.
+template <class T, int kIn, int kOut>
+const TileFn<T>* tiles_or_null() {
+  if constexpr (kGroupFits<T, kIn, kOut>)
+    return kTiles<T, kIn, kOut>;
+  else
+    return nullptr;
+}
+// Null where a vector can't hold the groups.
 template <class T>
-const TileFn<T>* tiles_for(int64_t group) {
-  if (group == 1) return kTiles<T, 1>;
-  if (group == 2) return kTiles<T, 2>;
-  if constexpr (kLanes<T> >= 4)
-    if (group == 4) return kTiles<T, 4>;
-  if constexpr (kLanes<T> >= 8)
-    if (group == 8) return kTiles<T, 8>;
-  if constexpr (kLanes<T> >= 16)
-    if (group == 16) return kTiles<T, 16>;
+const TileFn<T>* tiles_for(int64_t in, int64_t out) {
+  if (in == 1 && out == 2) return tiles_or_null<T, 1, 2>();
+  if (in == 1 && out == 4) return tiles_or_null<T, 1, 4>();
+  if (in == 2 && out == 1) return tiles_or_null<T, 2, 1>();
+  if (in != out) return nullptr;
+  if (in == 1) return tiles_or_null<T, 1, 1>();
+  if (in == 2) return tiles_or_null<T, 2, 2>();
+  if (in == 4) return tiles_or_null<T, 4, 4>();
+  if (in == 8) return tiles_or_null<T, 8, 8>();
+  if (in == 16) return tiles_or_null<T, 16, 16>();
   return nullptr;
 }
 
@@ -123,7 +134,7 @@ class Worker {
     const auto carve = [&](Carver carver) {
       packed_ = carver.take<T>(vecs * weights_ * VL);
       tile_ = carver.take<T>(kMaxRows * VL);
-      window_ = carver.take<T>(v_.R * kMaxRows * v_.S * VL);
+      window_ = carver.take<T>(v_.R * kMaxRows * v_.S * pixel_vecs() * VL);
       return carver.used();
     };
     void* scratch = thread_scratch(carve(Carver(nullptr)));
@@ -142,15 +153,16 @@ class Worker {
   static constexpr int64_t VL = kLanes<T>;
 
   int64_t taps() const { return v_.R * v_.S; }
-  int64_t channels() const { return v_.G * v_.C; }
+  int64_t channels() const { return v_.G * v_.K; }
+  int64_t pixel_vecs() const { return max(1, v_.C / v_.K); }  // of x for one vector of outputs
   // One vector's bias, then its weights [tap][q][lane].
   void pack(int64_t vec, T* out) {
     const int64_t channel = vec * VL, lanes = min(VL, channels() - channel);
     store(out, bias_ ? load_wide(bias_ + channel, lanes) : Vec<T>{});
     out += VL;
-    const S* w = w_ + channel / v_.C * v_.w_g;
+    const S* w = w_ + channel / v_.K * v_.w_g;
     if (!taps()) return;
-    if (v_.w_g == v_.C * v_.w_k) {
+    if (v_.w_g == v_.K * v_.w_k) {
       finite_ &= pack_panel<T>(out, w, {lanes, 1, v_.C, v_.R, v_.S, v_.w_k, v_.w_c, v_.w_r, v_.w_s});
       return;
     }
@@ -160,7 +172,7 @@ class Worker {
         for (int64_t q = 0; q < v_.C; ++q, out += VL) {
           const S* in = w + r * v_.w_r + s * v_.w_s + q * v_.w_c;
           Vec<T> value{};
-          for (int64_t l = 0; l < lanes; ++l) value[l] = widen_one(in[l / v_.C * v_.w_g + l % v_.C * v_.w_k]);
+          for (int64_t l = 0; l < lanes; ++l) value[l] = widen_one(in[l / v_.K * v_.w_g + l % v_.K * v_.w_k]);
           check += value * T(0);
           store(out, value);
         }
@@ -171,7 +183,8 @@ class Worker {
     const int64_t channel = vec * VL, lanes = min(VL, channels() - channel), tiles = ceil_div(v_.Q, kMaxRows);
     const int64_t h0 = p * v_.stride_h - v_.pad_h;
     const bool rows_inside = h0 >= 0 && h0 + (v_.R - 1) * v_.dilation_h < v_.H;
-    const S* x = x_ + n * v_.x_n + channel;
+    const int64_t inputs = lanes / v_.K * v_.C;
+    const S* x = x_ + n * v_.x_n + channel / v_.K * v_.C;
     S* y = y_ + n * v_.y_n + p * v_.y_h + channel;
     TileArgs<T> args;
     args.bias = packed, args.w = packed + VL;
@@ -189,30 +202,29 @@ class Worker {
           args.pixel = v_.stride_w * v_.x_w, args.row = v_.dilation_h * v_.x_h, args.column = v_.dilation_w * v_.x_w;
         }
       }
-      if (!direct) copy_window(x, h0, w0, pixels, lanes, args);
+      if (!direct) copy_window(x, h0, w0, pixels, inputs, args);
       const S* r = epilogue_ ? epilogue_->residual_at(n, p, q) : nullptr;
       run_tile(args, y + q * v_.y_w, pixels, lanes, r, channel);
     }
   }
 
   // The window of one tile: every tap's pixels beside each other, or where taps share pixels the columns just once.
-  void copy_window(const S* x, int64_t h0, int64_t w0, int64_t pixels, int64_t lanes, TileArgs<T>& args) {
+  void copy_window(const S* x, int64_t h0, int64_t w0, int64_t pixels, int64_t inputs, TileArgs<T>& args) {
+    const int64_t pixel = pixel_vecs() * VL;
     const bool shared = v_.dilation_w == 1 && v_.stride_w <= v_.S;
     const int64_t columns = shared ? (pixels - 1) * v_.stride_w + v_.S : pixels * v_.S;
     args.x = window_;
-    args.pixel = (shared ? v_.stride_w : v_.S) * VL, args.row = columns * VL, args.column = VL;
+    args.pixel = (shared ? v_.stride_w : v_.S) * pixel, args.row = columns * pixel, args.column = pixel;
     T* out = window_;
     for (int64_t r = 0; r < v_.R; ++r) {
       const int64_t h = h0 + r * v_.dilation_h;
       const bool inside = h >= 0 && h < v_.H;
-      for (int64_t i = 0; i < columns; ++i, out += VL) {
+      for (int64_t i = 0; i < columns; ++i, out += pixel) {
         const int64_t w = w0 + (shared ? i : i / v_.S * v_.stride_w + i % v_.S * v_.dilation_w);
         if (!inside || w < 0 || w >= v_.W)
-          store(out, Vec<T>{});
-        else if (lanes == VL)
-          store(out, load_wide(x + h * v_.x_h + w * v_.x_w));
+          zero_channels(out, inputs);
         else
-          store(out, load_wide(x + h * v_.x_h + w * v_.x_w, lanes));
+          copy_channels(out, x + h * v_.x_h + w * v_.x_w, inputs);
       }
     }
   }
@@ -262,8 +274,8 @@ template <class S>
 void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, int threads, int64_t task,
               Outcome& outcome, const Epilogue<S>* epilogue) {
   using T = Compute<S>;
-  const int64_t vecs = ceil_div(v.G * v.C, kLanes<T>), units = v.N * v.P;
-  const TileFn<T>* tiles = tiles_for<T>(v.C);
+  const int64_t vecs = ceil_div(v.G * v.K, kLanes<T>), units = v.N * v.P;
+  const TileFn<T>* tiles = tiles_for<T>(v.C, v.K);
   if (vecs * units * v.Q == 0 || !tiles) return;
   // Vectors are the better half to share: no weights are packed and no rows copied twice.
   const int64_t threads_v = vecs % threads == 0 || vecs >= 4 * threads ? threads : gcd(vecs, threads);
@@ -291,8 +303,9 @@ const char* launch_fprop(const void* params, const Launch& l) {
   const Epilogue<S> operands(p, l);
   const Epilogue<S>* epilogue = operands.or_null();
   Outcome outcome;
-  parallel_for(threads, threads,
-               [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, threads, task, outcome, epilogue); });
+  parallel_for(
+      threads, threads, [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, threads, task, outcome, epilogue); },
+      kDenormals<S>);
   if (outcome.no_memory) return kNoMemory;
   if (outcome.not_finite) direct_fprop(p, x, w, bias, y, l.threads, epilogue);
   return nullptr;
@@ -305,11 +318,14 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   const S *w = static_cast<const S*>(l.operands[1]), *g = static_cast<const S*>(l.operands[3]);
   const int threads = useful_threads(p, l.threads);
   Outcome outcome;
-  parallel_for(threads, threads, [&](int64_t task) {
-    for_each_dgrad_view(p, [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
-      run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads, task, outcome, nullptr);
-    });
-  });
+  parallel_for(
+      threads, threads,
+      [&](int64_t task) {
+        for_each_dgrad_view(p, [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
+          run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads, task, outcome, nullptr);
+        });
+      },
+      kDenormals<S>);
   if (outcome.no_memory) return kNoMemory;
   if (outcome.not_finite) direct_dgrad(p, dx, w, g, l.threads);
   return nullptr;

@@ -8,10 +8,16 @@
 // exchanged, written to every stride-th row. No zeros are inserted anywhere. A residue without taps writes zeros.
 #pragma once
 #include "../common/params.h"
+#include "primitives/parallel.h"
 #include "primitives/vec.h"
 
 namespace cnnfast {
 namespace CNNFAST_ISA {
+
+// What denormals are in a convolution of this storage type. Those of fp16 are normal floats, and some processors
+// convert them by way of denormal floats.
+template <class S>
+constexpr Denormals kDenormals = kSame<S, Float16> ? Denormals::kKeep : Denormals::kFlush;
 
 struct Conv2dView {
   int64_t N, C, H, W, K, R, S, P, Q, G;                                     // C and K of one group

@@ -24,6 +24,16 @@ CNNFAST_INLINE Vec<T> activate(Vec<T> v, Activation act) {
   return act == Activation::kRelu ? v : v > six ? six : v;
 }
 
+// g * act'(z); `at` is z or act(z), which tell the same. A NaN there lets g pass, as in torch.
+template <class T>
+CNNFAST_INLINE Vec<T> activate_gradient(Vec<T> g, Vec<T> at, Activation act) {
+  const Vec<T> zero{}, six = zero + T(6);
+  if (act == Activation::kNone) return g;
+  if (act == Activation::kLeakyRelu) return at > zero ? g : g * T(kLeakySlope);
+  g = at <= zero ? zero : g;
+  return act == Activation::kRelu ? g : at >= six ? zero : g;
+}
+
 template <class S>
 struct Epilogue {
   using T = Compute<S>;

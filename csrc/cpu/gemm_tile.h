@@ -40,15 +40,17 @@ struct Tap {
 class TapList {
  public:
   // How many entries `count` runs of `run` steps take at most.
-  static int64_t capacity(int64_t count, int64_t run) { return count * (ceil_div(run, kChain) + 1) + 1; }
+  static int64_t capacity(int64_t count, int64_t run, int64_t chain = kChain) {
+    return count * (ceil_div(run, chain) + 1) + 1;
+  }
 
-  explicit TapList(Tap* taps) : taps_(taps) {}
+  explicit TapList(Tap* taps, int64_t chain = kChain) : taps_(taps), longest_(chain) {}
   // A run of `run` steps that are `step` bytes apart.
   void add(int64_t offset, int64_t run, int64_t step) {
-    const int64_t piece = round_up(ceil_div(run, ceil_div(run, kChain)), 4);
+    const int64_t piece = round_up(ceil_div(run, ceil_div(run, longest_)), 4);
     for (int64_t i = 0; i < run; i += piece) {
       const int64_t n = min(piece, run - i);
-      if (chain_ && chain_ + n > kChain) taps_[count_ - 1].flush = 1, chain_ = 0;
+      if (chain_ && chain_ + n > longest_) taps_[count_ - 1].flush = 1, chain_ = 0;
       taps_[count_++] = {offset + i * step, static_cast<int32_t>(n), 0};
       chain_ += n;
     }
@@ -57,7 +59,7 @@ class TapList {
 
  private:
   Tap* taps_;
-  int64_t count_ = 0, chain_ = 0;
+  int64_t longest_, count_ = 0, chain_ = 0;
 };
 
 template <class T>
@@ -66,8 +68,9 @@ struct TileArgs {
   int64_t a_row, a_step;  // bytes; see above which one is used
   const Tap* taps;
   int64_t ntaps;
-  const T* b;     // as many rows of NV vectors as the taps have steps
-  const T* init;  // added at the end: rows of NV vectors, `init_row` elements apart
+  const T* b;      // as many rows of NV vectors as the taps have steps
+  int64_t b_step;  // elements between them (wgrad; the packed rows of fprop and dgrad lie beside each other)
+  const T* init;   // added at the end: rows of NV vectors, `init_row` elements apart
   int64_t init_row;
   T* chains;  // room for MR rows of NV vectors
   T* out;     // rows `out_row` elements apart
@@ -165,17 +168,18 @@ void tile(const TileArgs<T>& args) {
     for (; n >= kUnroll; n -= kUnroll) {
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u) {
-        tile_step<T, MR, NV, kRowsApart>(acc, bp + u * NV * VL, row0, row5, d, d3, d5);
+        tile_step<T, MR, NV, kRowsApart>(acc, kRowsApart ? bp + u * NV * VL : bp, row0, row5, d, d3, d5);
         row0 += step;
         row5 += step;
+        if constexpr (!kRowsApart) bp += args.b_step;
       }
-      bp += kUnroll * NV * VL;
+      if constexpr (kRowsApart) bp += kUnroll * NV * VL;
     }
     for (; n > 0; --n) {
       tile_step<T, MR, NV, kRowsApart>(acc, bp, row0, row5, d, d3, d5);
       row0 += step;
       row5 += step;
-      bp += NV * VL;
+      bp += kRowsApart ? NV * VL : args.b_step;
     }
     if (args.taps[t].flush) {
       add_rows<T, MR, NV>(acc, flushed ? args.chains : nullptr, NV * VL);

@@ -219,6 +219,47 @@ GROUPS = _net(
     Case("grouped 1x1, as in ShuffleNet", 1, 24, 7, 7, 48, 1, 1, groups=3),
     Case("more channels in than out in each group", 1, 32, 6, 6, 8, 3, 3, padding=(1, 1), groups=4),
     Case("2 channels a group", 1, 32, 6, 6, 32, 3, 3, padding=(1, 1), groups=16),
+    Case("depthwise multiplier 2 on a partial vector", 2, 19, 7, 8, 38, 3, 3, (2, 1), (1, 1), groups=19, bias=True),
+    Case("depthwise multiplier 4, 5x5 stride 2", 1, 11, 11, 10, 44, 5, 5, (2, 2), (2, 2), groups=11, w_layout="nhwc"),
+    Case("depthwise 7x7 stride 2 on a map smaller than it", 2, 20, 5, 6, 20, 7, 7, (2, 2), (3, 3), groups=20),
+    Case("depthwise 3x3 on rows longer than a chain of sums", 1, 17, 4, 150, 17, 3, 3, padding=(1, 1), groups=17),
+    Case(
+        "depthwise with the padding beyond the kernel: taps that no pixel has",
+        1,
+        8,
+        2,
+        3,
+        8,
+        3,
+        3,
+        (2, 2),
+        (4, 4),
+        groups=8,
+    ),
+    Case("depthwise 3x3 dilation 2 stride 2", 1, 24, 12, 11, 24, 3, 3, (2, 2), (2, 1), (2, 2), groups=24),
+    Case("4 channels a group, many pixels: parts of the pixels", 3, 20, 31, 33, 20, 3, 3, padding=(1, 1), groups=5),
+    Case("16 channels a group, 1x1 and stride 2", 2, 48, 9, 9, 48, 1, 1, (2, 2), groups=3),
+    Case("8 channels a group, even kernel, asymmetric padding", 1, 40, 8, 7, 40, 2, 4, padding=(1, 0, 2, 1), groups=5),
+    Case("a stem on many pixels: parts of the pixels", 2, 3, 49, 47, 24, 7, 7, (2, 2), (3, 3)),
+    Case("odd channels on many pixels: equal parts of both", 3, 37, 29, 31, 43, 1, 1),
+    Case("many pixels without padding: x is read in place", 2, 21, 41, 40, 19, 3, 3),
+    Case("1x1 stride 2 on many pixels", 2, 33, 47, 49, 35, 1, 1, (2, 2)),
+)
+WINOGRAD = _net(  # as large as F(4x4) asks for
+    Case("a map cut by tiles of 4 on both sides, odd channels", 1, 33, 27, 25, 35, 3, 3, padding=(1, 1), bias=True),
+    Case("a map cut by tiles of 2, channels_last weight", 2, 33, 17, 21, 18, 3, 3, padding=(1, 1), w_layout="nhwc"),
+    Case("two chunks of input channels, the second shorter", 2, 137, 11, 12, 49, 3, 3, padding=(1, 1)),
+    Case("sums over two chunks of channels in the gradient", 1, 50, 22, 21, 139, 3, 3, padding=(1, 1)),
+    Case("more tiles than a block holds", 2, 32, 43, 42, 32, 3, 3, padding=(1, 1), bias=True),
+    Case("more weights than are kept", 1, 288, 10, 9, 272, 3, 3, padding=(1, 1)),
+    Case("no padding", 1, 40, 24, 26, 34, 3, 3, x_layout="nchw"),
+    Case("tiles that read nothing but padding", 2, 32, 18, 19, 40, 3, 3, padding=(9, 6), bias=True),
+    Case(
+        "four different paddings", 1, 36, 25, 24, 33, 3, 3, padding=(0, 3, 2, 1), x_layout="sliced", g_layout="sliced"
+    ),
+    Case("gradients of input that no output reads fully", 3, 64, 11, 11, 48, 3, 3, padding=(2, 0, 0, 2)),
+    Case("one row of tiles", 1, 64, 2, 190, 32, 3, 3, padding=(1, 1), w_layout="transposed"),
+    Case("an expanded weight", 1, 48, 22, 21, 36, 3, 3, padding=(1, 1), w_layout="expanded_nchw", x_layout="channels"),
 )
 LAYOUTS = _net(
     Case("NCHW input, channels_last weight", 2, 8, 7, 7, 16, 3, 3, padding=(1, 1), x_layout="nchw", w_layout="nhwc"),
@@ -262,7 +303,7 @@ LAYOUTS = _net(
 )  # fmt: skip
 CASES: tuple[Case, ...] = (
     *ALEXNET, *VGG, *GOOGLENET, *INCEPTION, *RESNET, *RESNEXT, *WIDE_RESNET,
-    *PRIMES, *TILES, *SMALL, *GEOMETRY, *GROUPS, *LAYOUTS,
+    *PRIMES, *TILES, *SMALL, *GEOMETRY, *GROUPS, *LAYOUTS, *WINOGRAD,
 )  # fmt: skip
 
 

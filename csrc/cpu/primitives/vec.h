@@ -101,9 +101,19 @@ CNNFAST_INLINE Vec<T> broadcast(T x) {
 }
 
 // The first n of a vector's elements, 0 <= n <= lanes; the rest are zero. Nothing beyond them is read or written.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+CNNFAST_INLINE __m256i first_floats(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+CNNFAST_INLINE __m256i first_doubles(int64_t n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+#endif
 CNNFAST_INLINE Vec<float> load_partial(const float* p, int64_t n) {
 #if defined(__AVX512F__)
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  return _mm256_maskload_ps(p, first_floats(n));
 #else
   Vec<float> v{};
   memcpy(&v, p, static_cast<size_t>(n) * sizeof(float));
@@ -113,6 +123,8 @@ CNNFAST_INLINE Vec<float> load_partial(const float* p, int64_t n) {
 CNNFAST_INLINE Vec<double> load_partial(const double* p, int64_t n) {
 #if defined(__AVX512F__)
   return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  return _mm256_maskload_pd(p, first_doubles(n));
 #else
   Vec<double> v{};
   memcpy(&v, p, static_cast<size_t>(n) * sizeof(double));
@@ -122,6 +134,8 @@ CNNFAST_INLINE Vec<double> load_partial(const double* p, int64_t n) {
 CNNFAST_INLINE void store_partial(float* p, Vec<float> v, int64_t n) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, first_floats(n), v);
 #else
   memcpy(p, &v, static_cast<size_t>(n) * sizeof(float));
 #endif
@@ -129,8 +143,30 @@ CNNFAST_INLINE void store_partial(float* p, Vec<float> v, int64_t n) {
 CNNFAST_INLINE void store_partial(double* p, Vec<double> v, int64_t n) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_pd(p, first_doubles(n), v);
 #else
   memcpy(p, &v, static_cast<size_t>(n) * sizeof(double));
+#endif
+}
+
+// Whether every element is zero (a NaN isn't).
+CNNFAST_INLINE bool all_zero(Vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_EQ_OQ)) == 0xff;
+#else
+  return (v[0] == 0) & (v[1] == 0) & (v[2] == 0) & (v[3] == 0);
+#endif
+}
+CNNFAST_INLINE bool all_zero(Vec<double> v) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask(v, _mm512_setzero_pd(), _CMP_EQ_OQ) == 0xff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_EQ_OQ)) == 0xf;
+#else
+  return (v[0] == 0) & (v[1] == 0);
 #endif
 }
 

@@ -1,0 +1,95 @@
+"""conv_bn_act: torch.nn.functional.conv_bn_act on cnnfast's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function
+
+from cnnfast import dispatch, ops
+from cnnfast.errors import ShapeError
+from cnnfast.functional._arguments import (
+    any_autocast,
+    autocast,
+    has_torch_function,
+    integer,
+    named_padding,
+    not_ours,
+    pair,
+    resolve_precision,
+    scripting,
+)
+from cnnfast.functional.batch_norm import batch_norm_act, check_batch_norm, vector
+from cnnfast.functional.conv2d import conv2d
+
+
+def conv_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``act(batch_norm(conv2d(input, weight, bias)) + residual)``.
+
+    In evaluation it is one kernel: the convolution applies everything else to its results before they leave for memory.
+    In training, and where the gradient of bn_weight is asked for, it is :func:`conv2d` and :func:`batch_norm_act`.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: As :func:`conv2d` takes them; the input with its batch.
+        running_mean, running_var, bn_weight, bn_bias, training, momentum, eps: As :func:`batch_norm` takes them.
+        residual: A tensor of the result's shape and dtype, or None.
+        activation: ``"none"``, ``"relu"``, ``"relu6"`` or ``"leaky_relu"`` (slope 0.01).
+
+    Returns:
+        (N, K, P, Q).
+    """
+    tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias, residual)
+    if has_torch_function(*tensors):
+        return handle_torch_function(
+            conv_bn_act, tensors, *tensors, activation=activation, stride=stride, padding=padding, dilation=dilation,
+            groups=groups, training=training, momentum=momentum, eps=eps,
+        )  # fmt: skip
+    ops.activation_code("conv_bn_act", activation)
+    if input.dim() != 4:
+        raise ShapeError(f"conv_bn_act: expected a 4-D input (N, C, H, W), got shape {tuple(input.shape)}")
+    fused = not (training or scripting() or not_ours(input, weight)) and running_mean is not None
+    if bn_weight is not None and bn_weight.requires_grad and torch.is_grad_enabled():
+        fused = False
+    if any_autocast():
+        input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
+    if not fused or (residual is not None and residual.dtype != input.dtype):
+        z = conv2d(input, weight, bias, stride, padding, dilation, groups)
+        return batch_norm_act(
+            z, bn_weight, bn_bias, running_mean, running_var, residual, activation, training, momentum, eps
+        )
+    stride, dilation = pair("conv_bn_act", "stride", stride), pair("conv_bn_act", "dilation", dilation)
+    if isinstance(padding, str):
+        pad = named_padding("conv_bn_act", padding, weight, stride, dilation)
+    else:
+        h, w = pair("conv_bn_act", "padding", padding)
+        pad = (h, h, w, w)
+    vectors = {"weight": bn_weight, "bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
+    check_batch_norm("conv_bn_act", input, (1, weight.shape[0]), vectors, False, momentum, eps)
+    wide = dispatch.ACCUMULATORS.get(input.dtype, torch.float32)
+    mean, var, gamma, beta = (vector(t, wide) for t in (running_mean, running_var, bn_weight, bn_bias))
+    assert mean is not None
+    assert var is not None
+    scale = torch.add(var, eps).rsqrt()
+    scale = scale if gamma is None else scale * gamma
+    shift = -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+    params = (stride, pad, dilation, integer("conv_bn_act", "groups", groups), activation)
+    return ops.conv_bn_act(input, weight, bias, scale, shift, residual, *params, *resolve_precision(input.device))

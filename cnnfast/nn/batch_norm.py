@@ -1,0 +1,36 @@
+"""``cnnfast.BatchNorm2d``: ``torch.nn.BatchNorm2d`` on cnnfast's kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function_unary
+
+from cnnfast import functional
+
+
+class BatchNorm2d(torch.nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` with the same constructor, parameters, buffers, ``state_dict`` and meaning."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        return self.forward_act(input, None, "none")
+
+    def forward_act(self, input: Tensor, residual: Tensor | None = None, activation: str = "relu") -> Tensor:
+        """``act(self(input) + residual)`` in one pass over memory; see :func:`cnnfast.functional.batch_norm_act`."""
+        if not has_torch_function_unary(input):  # a tracer's proxy has no dimensions to look at
+            self._check_input_dim(input)
+        mean, var = self.running_mean, self.running_var
+        batch = self.training or (mean is None and var is None)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # a cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+        if self.training and not self.track_running_stats:
+            mean = var = None
+        if residual is None and activation == "none":
+            return functional.batch_norm(input, mean, var, self.weight, self.bias, batch, momentum, self.eps)
+        return functional.batch_norm_act(
+            input, self.weight, self.bias, mean, var, residual, activation, batch, momentum, self.eps
+        )

@@ -1,0 +1,45 @@
+"""The contract of adaptive_max_pool2d: schema, validation, output shape and strides, derivatives.
+
+    y[n,c,p,q] = max of x[n,c,h,w] over floor(p*H / P) <= h < ceil((p+1)*H / P), and w alike
+
+The first of equal elements is the maximum; a window with NaNs gives NaN, its last NaN being the maximum (as in torch).
+Operators: :mod:`cnnfast.ops._maximum`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cnnfast import dispatch
+from cnnfast.dispatch import DTYPES
+from cnnfast.ops import _maximum
+from cnnfast.ops._operator import capability
+from cnnfast.ops.adaptive_avg_pool2d import check, output_shape, sizes_of
+
+
+def validate(x: Any, geometry: Sequence[Any]) -> None:
+    """Raises what torch rejects."""
+    check("adaptive_max_pool2d", x.shape, x.dtype, geometry[0])
+
+
+def problem(
+    direction: str, x: Any, dtype: torch.dtype, device: torch.device, geometry: Sequence[Any],
+    layouts: tuple[tuple[str, str], ...] = (),
+) -> dispatch.Problem:  # fmt: skip
+    """The problem of a call, from the input's shape (N, C, H, W)."""
+    return dispatch.Problem(
+        op="adaptive_max_pool2d", direction=direction, dtype=DTYPES[dtype], device=device.type, precision="ieee",
+        sizes=sizes_of(x, geometry[0]), layouts=layouts, capability=capability(device),
+        bytes=_maximum.moved(direction, x, output_shape(x, geometry), dtype),
+    )  # fmt: skip
+
+
+(
+    adaptive_max_pool2d,
+    adaptive_max_pool2d_indices,
+    adaptive_max_pool2d_dgrad,
+    adaptive_max_pool2d_jvp,
+) = _maximum.operators("adaptive_max_pool2d", "SymInt[2] output_size", validate, output_shape, problem)

@@ -1,0 +1,460 @@
+// Batch normalisation with a residual and an activation: statistics, result, and both halves of the gradient.
+//
+//   stats           m[c] = mean of x, v[c] = 1 / sqrt(mean of (x - m)^2 + eps), s[c] = sum of (x - m)^2 / (count - 1)
+//   fprop           y = act((x - m) * v * w + b + r)
+//   wgrad           dw[c] = sum of dz * xhat, db[c] = sum of dz     dz = dy * act', xhat = (x - m) * v
+//   dgrad           dx = w * v * dz, the statistics being constants
+//   backward        dw, db and dx; in training dx = w * v * (dz - (db + xhat * dw) / count)
+//   backward_residual  these and u = dz, which is then all that the second pass has to read beside x
+//
+// Each direction reads its operands once, backward twice (its sums come first). act' is taken from the result where
+// there was a residual; where there was none fprop's value is computed again from x by the same instructions, which is
+// cheaper than reading the result.
+//
+// Mapping: lanes are channels (rows.h); a task is a chunk of rows, and where those are few a part of the channels.
+// Chunks depend on the sizes alone, and their sums are added in order: results don't depend on the thread count.
+//
+// Accumulators: double, to which sums of 8 rows are added that are float for float, bf16 and fp16. stats sums x - x0
+// and (x - x0)^2, x0 being a rough mean of the channel, so that a constant channel has exactly its value as mean and no
+// variance, and a large mean costs no accuracy; where a square overflows in float it starts again in double throughout.
+//
+// Layout: NHWC, any pixel strides. Source: Chan, Golub, LeVeque, Algorithms for Computing the Sample Variance (1983).
+#include "../common/kernel_table.h"
+#include "epilogue.h"
+#include "primitives/parallel.h"
+#include "primitives/scratch.h"
+#include "rows.h"
+
+namespace cnnfast {
+namespace CNNFAST_ISA {
+namespace {
+
+constexpr int kSumRows = 8, kMapRows = 4;  // rows side by side: sums in registers; values for one set of factors
+constexpr int64_t kElementsWorthThreads = 1 << 15;             // below, one thread
+constexpr int64_t kChunkElements = 1 << 16, kChunkRows = 128;  // a chunk of a sum has at least so many
+constexpr int64_t kMostChunks = 64;
+constexpr int64_t kSamples = 16;  // elements of a channel that its rough mean is made of
+constexpr const char* kNoMemory = "out of memory";
+
+enum { kX, kW, kB, kM, kV, kR, kY, kS, kDw, kDb, kT, kU };
+
+// As many doubles as a vector has lanes.
+template <class T>
+struct Wide {
+  static constexpr int kVecs = static_cast<int>(sizeof(double) / sizeof(T));
+  Vec<double> v[kVecs];
+};
+CNNFAST_INLINE Wide<double> widen_sum(Vec<double> v) { return {{v}}; }
+CNNFAST_INLINE Wide<float> widen_sum(Vec<float> v) {
+  typedef float Half __attribute__((vector_size(kVecBytes / 2)));
+  Half h[2];
+  memcpy(h, &v, sizeof v);
+  return {{__builtin_convertvector(h[0], Vec<double>), __builtin_convertvector(h[1], Vec<double>)}};
+}
+template <class T>
+CNNFAST_INLINE void add_to(double* p, const Wide<T>& w) {
+#pragma GCC unroll 2
+  for (int i = 0; i < Wide<T>::kVecs; ++i) store(p + i * kLanes<double>, load(p + i * kLanes<double>) + w.v[i]);
+}
+
+double eps_of(const BatchNormParams& p) {
+  double eps;
+  memcpy(&eps, &p.eps_bits, sizeof eps);
+  return eps;
+}
+
+template <class S>
+Pixels<S> pixels(const Launch& l, int operand, int64_t n, int64_t h, int64_t w) {
+  return {static_cast<S*>(l.operands[operand]), n, h, w};
+}
+
+// A vector of C numbers along a row; `missing` where it is absent. Lanes beyond the row are zero.
+template <class T, class V, class F>
+void spread(V* out, const T* vector, T missing, int64_t C, int64_t len, const F& f) {
+  for (int64_t c = 0; c < C; ++c) out[c] = static_cast<V>(f(vector ? vector[c] : missing, c));
+  for (int64_t i = C; i < len; ++i) out[i] = out[i - C];
+  for (int64_t i = len; i < round_up(len, kLanes<T>); ++i) out[i] = V(0);
+}
+
+// What a row is multiplied with.
+template <class T>
+struct Factors {
+  T *mean, *invstd, *scale, *bias;  // scale: w * v
+
+  static Factors take(Carver& carver, int64_t padded) {
+    return {carver.take<T>(padded), carver.take<T>(padded), carver.take<T>(padded), carver.take<T>(padded)};
+  }
+  void fill(const BatchNormParams& p, const Launch& l, int64_t len) {
+    const T* w = static_cast<const T*>(l.operands[kW]);
+    const T* v = static_cast<const T*>(l.operands[kV]);
+    const double eps = eps_of(p);
+    const auto same = [](T x, int64_t) { return x; };
+    const bool variance = v && !p.training;
+    spread(invstd, v, T(1), p.C, len, [=](T x, int64_t) {
+      return variance ? static_cast<T>(1 / __builtin_sqrt(static_cast<double>(x) + eps)) : x;
+    });
+    spread(mean, static_cast<const T*>(l.operands[kM]), T(0), p.C, len, same);
+    spread(scale, w, T(1), p.C, len, [=](T x, int64_t c) { return x * invstd[c]; });
+    spread(bias, static_cast<const T*>(l.operands[kB]), T(0), p.C, len, same);
+  }
+};
+
+// The same instructions in every direction: wgrad and dgrad find the very value that fprop's activation saw.
+template <class T>
+CNNFAST_INLINE Vec<T> normalised(Vec<T> centred, Vec<T> scale, Vec<T> bias) {
+  return centred * scale + bias;
+}
+
+// How rows and channels are shared out.
+struct Tasks {
+  int64_t chunks, parts;  // parts of a row, in vectors
+  int64_t rows, vecs, len;
+
+  int64_t count() const { return chunks * parts; }
+  int64_t first_row(int64_t task) const { return rows * (task / parts) / chunks; }
+  int64_t last_row(int64_t task) const { return rows * (task / parts + 1) / chunks; }
+  int64_t begin(int64_t task, int64_t lanes) const { return vecs * (task % parts) / parts * lanes; }
+  int64_t end(int64_t task, int64_t lanes) const {
+    return task % parts + 1 == parts ? len : vecs * (task % parts + 1) / parts * lanes;
+  }
+};
+
+template <class T>
+Tasks make_tasks(const Rows& rows, int64_t chunks, int threads) {
+  const int64_t vecs = ceil_div(rows.len, kLanes<T>);
+  const int64_t parts = chunks < threads ? min(vecs, ceil_div(threads, chunks)) : 1;
+  return {chunks, parts, rows.count(), vecs, rows.len};
+}
+int64_t sum_chunks(const Rows& rows) {
+  return max(1, min(kMostChunks, rows.count() / max(kChunkRows, kChunkElements / rows.len)));
+}
+int useful_threads(const BatchNormParams& p, int threads) {
+  return p.N * p.C * p.H * p.W < kElementsWorthThreads ? 1 : threads;
+}
+
+// Adds the chunks' sums up, and positions of a row that are the same channel: first[0 .. C-1], second[0 .. C-1].
+void collect(double* partial, int64_t chunks, int64_t padded, int64_t C, int64_t len) {
+  for (int64_t chunk = 1; chunk < chunks; ++chunk)
+    for (int64_t i = 0; i < 2 * padded; ++i) partial[i] += partial[chunk * 2 * padded + i];
+  for (int64_t i = C; i < len; ++i) {
+    partial[i % C] += partial[i];
+    partial[padded + i % C] += partial[padded + i];
+  }
+}
+
+// ---- stats ----------------------------------------------------------------------------------------------------------
+
+// What is subtracted before summing: a channel's first element, and the mean distance of some others from it, which is
+// exactly 0 where the channel is constant.
+template <class S>
+void find_origin(const BatchNormParams& p, const Pixels<const S>& x, Compute<S>* origin, int64_t len) {
+  using T = Compute<S>;
+  const int64_t count = p.N * p.H * p.W, samples = min(count, kSamples);
+  for (int64_t i = 0; i < round_up(len, kLanes<T>); ++i) origin[i] = 0;
+  if (!count) return;
+  for (int64_t s = 1; s < samples; ++s) {
+    const int64_t pixel = count / samples * s;
+    const S* from = x.at(pixel / p.W / p.H, pixel / p.W % p.H, pixel % p.W);
+    for (int64_t c = 0; c < p.C; ++c)
+      origin[c] += (widen_one(from[c]) - widen_one(x.data[c])) / static_cast<T>(samples);
+  }
+  for (int64_t c = 0; c < p.C; ++c) {
+    const T value = origin[c] + widen_one(x.data[c]);
+    origin[c] = value - value == 0 ? value : T(0);  // neither Inf nor NaN
+  }
+  for (int64_t i = p.C; i < len; ++i) origin[i] = origin[i - p.C];
+}
+
+// Sums of distances from the origin, and of their squares. Where kExact isn't set, eight at a time are added up in
+// float: memory's speed, but squares beyond float's range are infinite.
+template <class S, bool kExact>
+void sum_up(const Rows& rows, const Tasks& tasks, const Pixels<const S>& x, const Compute<S>* origin, double* partial,
+            int64_t padded, int threads) {
+  using T = Compute<S>;
+  constexpr int64_t VL = kLanes<T>;
+  parallel_for(threads, tasks.count(), [&](int64_t task) {
+    double* sums = partial + task / tasks.parts * 2 * padded;
+    double* squares = sums + padded;
+    const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
+    for (int64_t i = begin; i < round_up(end, VL); ++i) sums[i] = squares[i] = 0;
+    for_each_rows<kSumRows>(rows, tasks.first_row(task), tasks.last_row(task),
+                            [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+                              const S* from = x.at(n, h, w);
+                              for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
+                                const Vec<T> from_here = read(origin + i, lanes);
+                                const Wide<T> exact = widen_sum(from_here);
+                                Wide<T> sum{}, square{};
+                                Vec<T> short_sum{}, short_square{};
+#pragma GCC unroll 8
+                                for (int j = 0; j < decltype(count)::value; ++j) {
+                                  const Vec<T> value = read(from + j * x.w + i, lanes);
+                                  if constexpr (kExact) {
+                                    Wide<T> wide = widen_sum(value);
+#pragma GCC unroll 2
+                                    for (int k = 0; k < Wide<T>::kVecs; ++k) {
+                                      wide.v[k] -= exact.v[k];
+                                      sum.v[k] += wide.v[k];
+                                      square.v[k] += wide.v[k] * wide.v[k];
+                                    }
+                                  } else {
+                                    const Vec<T> distance = value - from_here;
+                                    short_sum += distance;
+                                    short_square += distance * distance;
+                                  }
+                                }
+                                add_to<T>(sums + i, kExact ? sum : widen_sum(short_sum));
+                                add_to<T>(squares + i, kExact ? square : widen_sum(short_square));
+                              });
+                            });
+  });
+}
+
+template <class S>
+const char* launch_stats(const void* params, const Launch& l) {
+  using T = Compute<S>;
+  const BatchNormParams& p = *static_cast<const BatchNormParams*>(params);
+  const int threads = useful_threads(p, l.threads);
+  Pixels<const S> x = pixels<const S>(l, kX, p.x_n, p.x_h, p.x_w);
+  const Rows rows = make_rows<T>(p.N, p.C, p.H, p.W, x);
+  const Tasks tasks = make_tasks<T>(rows, sum_chunks(rows), threads);
+  const int64_t padded = round_up(rows.len, kLanes<T>);
+  T* origin;
+  double* partial;
+  const auto carve = [&](Carver carver) {
+    origin = carver.take<T>(padded);
+    partial = carver.take<double>(tasks.chunks * 2 * padded);
+    return carver.used();
+  };
+  void* scratch = thread_scratch(carve(Carver(nullptr)));
+  if (!scratch) return kNoMemory;
+  carve(Carver(scratch));
+  find_origin<S>(p, pixels<const S>(l, kX, p.x_n, p.x_h, p.x_w), origin, rows.len);
+  sum_up<S, false>(rows, tasks, x, origin, partial, padded, threads);
+  collect(partial, tasks.chunks, padded, p.C, rows.len);
+  if constexpr (!kSame<T, double>) {
+    bool finite = true;
+    for (int64_t c = 0; c < p.C; ++c) finite &= partial[padded + c] - partial[padded + c] == 0;
+    if (!finite) {
+      sum_up<S, true>(rows, tasks, x, origin, partial, padded, threads);
+      collect(partial, tasks.chunks, padded, p.C, rows.len);
+    }
+  }
+
+  T *mean = static_cast<T*>(l.operands[kM]), *invstd = static_cast<T*>(l.operands[kV]);
+  T* unbiased = static_cast<T*>(l.operands[kS]);
+  const int64_t pixels = p.N * p.H * p.W;
+  const double count = static_cast<double>(max(1, pixels)), less = static_cast<double>(max(1, pixels - 1));
+  const double eps = eps_of(p);
+  for (int64_t c = 0; c < p.C; ++c) {
+    const double distance = partial[c] / count, moment = partial[padded + c] / count - distance * distance;
+    const double var = moment < 0 ? 0 : moment;  // a NaN stays
+    mean[c] = static_cast<T>(static_cast<double>(origin[c]) + distance);
+    invstd[c] = static_cast<T>(1 / __builtin_sqrt(var + eps));
+    unbiased[c] = static_cast<T>(var * (count / less));
+  }
+  return nullptr;
+}
+
+// ---- fprop ----------------------------------------------------------------------------------------------------------
+
+template <class S>
+const char* launch_fprop(const void* params, const Launch& l) {
+  using T = Compute<S>;
+  constexpr int64_t VL = kLanes<T>;
+  const BatchNormParams& p = *static_cast<const BatchNormParams*>(params);
+  const int threads = useful_threads(p, l.threads);
+  Pixels<const S> x = pixels<const S>(l, kX, p.x_n, p.x_h, p.x_w), r = pixels<const S>(l, kR, p.r_n, p.r_h, p.r_w);
+  Pixels<S> y = pixels<S>(l, kY, p.y_n, p.y_h, p.y_w);
+  const Rows rows = make_rows<T>(p.N, p.C, p.H, p.W, x, r, y);
+  const Tasks tasks = make_tasks<T>(rows, max(1, min(threads, rows.count())), threads);
+  Factors<T> factors;
+  const auto carve = [&](Carver carver) {
+    factors = Factors<T>::take(carver, round_up(rows.len, VL));
+    return carver.used();
+  };
+  void* scratch = thread_scratch(carve(Carver(nullptr)));
+  if (!scratch) return kNoMemory;
+  carve(Carver(scratch));
+  factors.fill(p, l, rows.len);
+  const Activation act = static_cast<Activation>(p.act);
+
+  parallel_for(threads, tasks.count(), [&](int64_t task) {
+    const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
+    for_each_rows<kMapRows>(rows, tasks.first_row(task), tasks.last_row(task),
+                            [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+                              const S *from = x.at(n, h, w), *residual = r.data ? r.at(n, h, w) : nullptr;
+                              S* to = y.at(n, h, w);
+                              for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
+                                const Vec<T> mean = load(factors.mean + i), scale = load(factors.scale + i),
+                                             bias = load(factors.bias + i);
+#pragma GCC unroll 4
+                                for (int j = 0; j < decltype(count)::value; ++j) {
+                                  Vec<T> z = normalised<T>(read(from + j * x.w + i, lanes) - mean, scale, bias);
+                                  if (residual) z += read(residual + j * r.w + i, lanes);
+                                  write(to + j * y.w + i, activate<T>(z, act), lanes);
+                                }
+                              });
+                            });
+  });
+  return nullptr;
+}
+
+// ---- the gradient ---------------------------------------------------------------------------------------------------
+
+// dz of one vector; `out` points to the result, or is null.
+template <class S, class Lanes>
+CNNFAST_INLINE Vec<Compute<S>> before_activation(const S* gradient, const S* out, Vec<Compute<S>> centred,
+                                                 Vec<Compute<S>> scale, Vec<Compute<S>> bias, Activation act,
+                                                 Lanes lanes) {
+  using T = Compute<S>;
+  const Vec<T> g = read(gradient, lanes);
+  if (act == Activation::kNone) return g;
+  return activate_gradient<T>(g, out ? read(out, lanes) : normalised<T>(centred, scale, bias), act);
+}
+
+template <class S>
+const char* launch_wgrad(const void* params, const Launch& l) {
+  using T = Compute<S>;
+  constexpr int64_t VL = kLanes<T>;
+  const BatchNormParams& p = *static_cast<const BatchNormParams*>(params);
+  const int threads = useful_threads(p, l.threads);
+  Pixels<const S> x = pixels<const S>(l, kX, p.x_n, p.x_h, p.x_w), r = pixels<const S>(l, kR, p.r_n, p.r_h, p.r_w),
+                  g = pixels<const S>(l, kY, p.y_n, p.y_h, p.y_w);
+  Pixels<S> u = pixels<S>(l, kU, p.u_n, p.u_h, p.u_w);
+  const Rows rows = make_rows<T>(p.N, p.C, p.H, p.W, x, r, g, u);
+  const Tasks tasks = make_tasks<T>(rows, sum_chunks(rows), threads);
+  const int64_t padded = round_up(rows.len, VL);
+  Factors<T> factors;
+  double* partial;
+  const auto carve = [&](Carver carver) {
+    factors = Factors<T>::take(carver, padded);
+    partial = carver.take<double>(tasks.chunks * 2 * padded);
+    return carver.used();
+  };
+  void* scratch = thread_scratch(carve(Carver(nullptr)));
+  if (!scratch) return kNoMemory;
+  carve(Carver(scratch));
+  factors.fill(p, l, rows.len);
+  const Activation act = static_cast<Activation>(p.act);
+
+  parallel_for(threads, tasks.count(), [&](int64_t task) {
+    double* biases = partial + task / tasks.parts * 2 * padded;
+    double* weights = biases + padded;
+    const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
+    for (int64_t i = begin; i < round_up(end, VL); ++i) biases[i] = weights[i] = 0;
+    for_each_rows<kSumRows>(
+        rows, tasks.first_row(task), tasks.last_row(task),
+        [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+          const S *from = x.at(n, h, w), *gradient = g.at(n, h, w), *out = r.data ? r.at(n, h, w) : nullptr;
+          S* to = u.data ? u.at(n, h, w) : nullptr;
+          for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
+            const Vec<T> mean = load(factors.mean + i), invstd = load(factors.invstd + i);
+            const Vec<T> scale = load(factors.scale + i), bias = load(factors.bias + i);
+            Vec<T> db{}, dw{};
+#pragma GCC unroll 8
+            for (int j = 0; j < decltype(count)::value; ++j) {
+              const Vec<T> centred = read(from + j * x.w + i, lanes) - mean;
+              const Vec<T> dz = before_activation(gradient + j * g.w + i, out ? out + j * r.w + i : nullptr, centred,
+                                                  scale, bias, act, lanes);
+              db += dz;
+              dw += dz * (centred * invstd);
+              if (to) write(to + j * u.w + i, dz, lanes);
+            }
+            add_to<T>(biases + i, widen_sum(db));
+            add_to<T>(weights + i, widen_sum(dw));
+          });
+        });
+  });
+  collect(partial, tasks.chunks, padded, p.C, rows.len);
+  T *dw = static_cast<T*>(l.operands[kDw]), *db = static_cast<T*>(l.operands[kDb]);
+  for (int64_t c = 0; c < p.C; ++c) db[c] = static_cast<T>(partial[c]), dw[c] = static_cast<T>(partial[padded + c]);
+  return nullptr;
+}
+
+template <class S>
+const char* launch_dgrad(const void* params, const Launch& l) {
+  using T = Compute<S>;
+  constexpr int64_t VL = kLanes<T>;
+  const BatchNormParams& p = *static_cast<const BatchNormParams*>(params);
+  const int threads = useful_threads(p, l.threads);
+  Pixels<const S> x = pixels<const S>(l, kX, p.x_n, p.x_h, p.x_w), r = pixels<const S>(l, kR, p.r_n, p.r_h, p.r_w),
+                  g = pixels<const S>(l, kY, p.y_n, p.y_h, p.y_w);
+  Pixels<S> t = pixels<S>(l, kT, p.t_n, p.t_h, p.t_w);
+  const Rows rows = make_rows<T>(p.N, p.C, p.H, p.W, x, r, g, t);
+  const Tasks tasks = make_tasks<T>(rows, max(1, min(threads, rows.count())), threads);
+  const int64_t padded = round_up(rows.len, VL);
+  Factors<T> factors;
+  T *mean_gradient, *mean_product;
+  const auto carve = [&](Carver carver) {
+    factors = Factors<T>::take(carver, padded);
+    mean_gradient = carver.take<T>(padded);
+    mean_product = carver.take<T>(padded);
+    return carver.used();
+  };
+  void* scratch = thread_scratch(carve(Carver(nullptr)));
+  if (!scratch) return kNoMemory;
+  carve(Carver(scratch));
+  factors.fill(p, l, rows.len);
+  const T count_of_pixels = static_cast<T>(p.N * p.H * p.W);
+  const auto mean = [=](T sum, int64_t) { return sum / count_of_pixels; };
+  spread(mean_gradient, static_cast<const T*>(l.operands[kDb]), T(0), p.C, rows.len, mean);
+  spread(mean_product, static_cast<const T*>(l.operands[kDw]), T(0), p.C, rows.len, mean);
+  const Activation act = static_cast<Activation>(p.act);
+  const bool training = p.training, reads_x = training || (act != Activation::kNone && !r.data);
+
+  parallel_for(threads, tasks.count(), [&](int64_t task) {
+    const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
+    for_each_rows<kMapRows>(
+        rows, tasks.first_row(task), tasks.last_row(task),
+        [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+          const S *from = x.at(n, h, w), *gradient = g.at(n, h, w), *out = r.data ? r.at(n, h, w) : nullptr;
+          S* to = t.at(n, h, w);
+          for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
+            const Vec<T> mean = load(factors.mean + i), invstd = load(factors.invstd + i);
+            const Vec<T> scale = load(factors.scale + i), bias = load(factors.bias + i);
+            const Vec<T> db = load(mean_gradient + i), dw = load(mean_product + i);
+#pragma GCC unroll 4
+            for (int j = 0; j < decltype(count)::value; ++j) {
+              const Vec<T> centred = reads_x ? read(from + j * x.w + i, lanes) - mean : Vec<T>{};
+              Vec<T> dz = before_activation(gradient + j * g.w + i, out ? out + j * r.w + i : nullptr, centred, scale,
+                                            bias, act, lanes);
+              if (training) dz = dz - db - centred * invstd * dw;
+              write(to + j * t.w + i, dz * scale, lanes);
+            }
+          });
+        });
+  });
+  return nullptr;
+}
+
+// Both: what wgrad leaves is all that dgrad needs.
+template <class S>
+const char* launch_backward(const void* params, const Launch& l) {
+  const char* error = launch_wgrad<S>(params, l);
+  if (error || !l.operands[kU]) return error ? error : launch_dgrad<S>(params, l);
+  BatchNormParams p = *static_cast<const BatchNormParams*>(params);
+  void* operands[kU + 1];
+  memcpy(operands, l.operands, sizeof operands);
+  operands[kR] = nullptr, operands[kY] = l.operands[kU];  // dz is at hand, the activation behind it
+  p.act = static_cast<int64_t>(Activation::kNone);
+  p.y_n = p.u_n, p.y_h = p.u_h, p.y_w = p.u_w;
+  return launch_dgrad<S>(&p, {operands, l.workspace, l.stream, l.threads});
+}
+
+}  // namespace
+
+#define CNNFAST_BATCH_NORM(dtype, S)                                                         \
+  CNNFAST_KERNEL("batch_norm.stats." dtype, BatchNormParams, launch_stats<S>, nullptr)       \
+  CNNFAST_KERNEL("batch_norm.fprop." dtype, BatchNormParams, launch_fprop<S>, nullptr)       \
+  CNNFAST_KERNEL("batch_norm.dgrad." dtype, BatchNormParams, launch_dgrad<S>, nullptr)       \
+  CNNFAST_KERNEL("batch_norm.wgrad." dtype, BatchNormParams, launch_wgrad<S>, nullptr)       \
+  CNNFAST_KERNEL("batch_norm.backward." dtype, BatchNormParams, launch_backward<S>, nullptr) \
+  CNNFAST_KERNEL("batch_norm.backward_residual." dtype, BatchNormParams, launch_backward<S>, nullptr)
+CNNFAST_BATCH_NORM("f32", float)
+CNNFAST_BATCH_NORM("f64", double)
+CNNFAST_BATCH_NORM("bf16", BFloat16)
+CNNFAST_BATCH_NORM("f16", Float16)
+#undef CNNFAST_BATCH_NORM
+
+}  // namespace CNNFAST_ISA
+}  // namespace cnnfast

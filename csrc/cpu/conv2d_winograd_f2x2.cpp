@@ -1,0 +1,17 @@
+// Winograd's F(2 x 2, 3 x 3): conv2d_winograd.h with tiles of 2 x 2 outputs.
+#include "conv2d_winograd.h"
+
+namespace cnnfast {
+namespace CNNFAST_ISA {
+
+CNNFAST_KERNEL("conv2d_winograd_f2x2.fprop.f32", Conv2dParams, (launch_fprop<float, 2>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f2x2.fprop.f64", Conv2dParams, (launch_fprop<double, 2>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f2x2.fprop.bf16", Conv2dParams, (launch_fprop<BFloat16, 2>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f2x2.fprop.f16", Conv2dParams, (launch_fprop<Float16, 2>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f2x2.dgrad.f32", Conv2dParams, (launch_dgrad<float, 2>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f2x2.dgrad.f64", Conv2dParams, (launch_dgrad<double, 2>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f2x2.dgrad.bf16", Conv2dParams, (launch_dgrad<BFloat16, 2>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f2x2.dgrad.f16", Conv2dParams, (launch_dgrad<Float16, 2>), nullptr)
+
+}  // namespace CNNFAST_ISA
+}  // namespace cnnfast

@@ -1,0 +1,17 @@
+// Winograd's F(4 x 4, 3 x 3): conv2d_winograd.h with tiles of 4 x 4 outputs.
+#include "conv2d_winograd.h"
+
+namespace cnnfast {
+namespace CNNFAST_ISA {
+
+CNNFAST_KERNEL("conv2d_winograd_f4x4.fprop.f32", Conv2dParams, (launch_fprop<float, 4>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f4x4.fprop.f64", Conv2dParams, (launch_fprop<double, 4>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f4x4.fprop.bf16", Conv2dParams, (launch_fprop<BFloat16, 4>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f4x4.fprop.f16", Conv2dParams, (launch_fprop<Float16, 4>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f4x4.dgrad.f32", Conv2dParams, (launch_dgrad<float, 4>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f4x4.dgrad.f64", Conv2dParams, (launch_dgrad<double, 4>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f4x4.dgrad.bf16", Conv2dParams, (launch_dgrad<BFloat16, 4>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f4x4.dgrad.f16", Conv2dParams, (launch_dgrad<Float16, 4>), nullptr)
+
+}  // namespace CNNFAST_ISA
+}  // namespace cnnfast

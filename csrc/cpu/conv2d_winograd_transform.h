@@ -1,0 +1,99 @@
+// The transforms of Winograd's F(M x M, 3 x 3): M = 4 or 2 outputs from P = M + 2 inputs along each axis.
+//
+//   Y = A' [ (G g G') . (B' d B) ] A      d: P x P inputs, g: 3 x 3 taps, Y: M x M outputs, . element by element
+//
+// In one dimension this is Toom and Cook's way to multiply polynomials, transposed: the taps' polynomial is evaluated
+// in P - 1 points and at infinity (G), and the inputs are weighed so that the products' sum with powers of the points
+// (A') is the convolution. For finite points p_i, with n(x) the product of all (x - p_j):
+//
+//   row i of B'   the coefficients of n(x) / (x - p_i), which is one polynomial of degree P - 2 for each point
+//   row i of G    (1, p_i, p_i^2) / N_i, N_i the product of p_i - p_j over j != i
+//   row j of A'   (p_i^j); infinity adds n(x) itself to B', (0, 0, 1) to G, and a 1 to the last row of A'
+//
+// F(2,3): points 0, 1, -1 (the first row's sign moved from G to B'). F(4,3): points 0, a, -a, b, -b with a = sqrt(1/2)
+// and b = sqrt(2) instead of 0, 1, -1, 2, -2: an error of about 1.8 times the direct sum's instead of 5 times, because
+// the entries of A' and B' grow less. From a^2 = 1/2, b^2 = 2, ab = 1:
+//
+//         1   0  -5/2   0   1  0           1       0     0            1  1  1    1    1   0
+//         0 -2a   -2    a   1  0         -2/3   -2a/3  -1/3           0  a -a    b   -b   0
+//   B' =  0  2a   -2   -a   1  0   G =   -2/3    2a/3  -1/3    A' =   0 1/2 1/2  2    2   0
+//         0 -b/2 -1/2   b   1  0          1/6     b/6   1/3           0 a/2 -a/2 2b -2b   1
+//         0  b/2 -1/2  -b   1  0          1/6    -b/6   1/3
+//         0   1    0  -5/2  0  1           0       0     1
+//
+// Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016); Barabasz et al., Error Analysis and
+// Improving the Accuracy of Winograd Convolution for Deep Neural Networks (2020).
+#pragma once
+#include "primitives/vec.h"
+
+namespace cnnfast {
+namespace CNNFAST_ISA {
+
+template <int M>
+constexpr int kPoints = M + 2;
+constexpr int kTapsAcross = 3;
+
+template <class T>
+constexpr T kA = static_cast<T>(0.70710678118654752440L);
+template <class T>
+constexpr T kB = static_cast<T>(1.41421356237309504880L);
+
+// t = B' d
+template <class T, int M>
+CNNFAST_INLINE void transform_input(const Vec<T>* d, Vec<T>* t) {
+  if constexpr (M == 4) {
+    t[0] = d[0] + d[4] - T(2.5) * d[2];
+    const Vec<T> even_a = d[4] - T(2) * d[2], odd_a = d[3] - T(2) * d[1];
+    t[1] = even_a + kA<T> * odd_a;
+    t[2] = even_a - kA<T> * odd_a;
+    const Vec<T> even_b = d[4] - T(0.5) * d[2], odd_b = d[3] - T(0.5) * d[1];
+    t[3] = even_b + kB<T> * odd_b;
+    t[4] = even_b - kB<T> * odd_b;
+    t[5] = d[1] + d[5] - T(2.5) * d[3];
+  } else {
+    t[0] = d[0] - d[2];
+    t[1] = d[1] + d[2];
+    t[2] = d[2] - d[1];
+    t[3] = d[3] - d[1];
+  }
+}
+
+// t = G g
+template <class T, int M>
+CNNFAST_INLINE void transform_weights(const Vec<T>* g, Vec<T>* t) {
+  if constexpr (M == 4) {
+    t[0] = g[0];
+    const Vec<T> even_a = T(-1.0L / 3) * (g[0] + g[0] + g[2]), odd_a = (T(-2.0L / 3) * kA<T>)*g[1];
+    t[1] = even_a + odd_a;
+    t[2] = even_a - odd_a;
+    const Vec<T> even_b = T(1.0L / 6) * (g[0] + g[2] + g[2]), odd_b = (T(1.0L / 6) * kB<T>)*g[1];
+    t[3] = even_b + odd_b;
+    t[4] = even_b - odd_b;
+    t[5] = g[2];
+  } else {
+    const Vec<T> even = T(0.5) * (g[0] + g[2]), odd = T(0.5) * g[1];
+    t[0] = g[0];
+    t[1] = even + odd;
+    t[2] = even - odd;
+    t[3] = g[2];
+  }
+}
+
+// y = A' m
+template <class T, int M>
+CNNFAST_INLINE void transform_output(const Vec<T>* m, Vec<T>* y) {
+  const Vec<T> sum_a = m[1] + m[2], difference_a = m[1] - m[2];
+  if constexpr (M == 4) {
+    const Vec<T> sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+    y[0] = m[0] + sum_a + sum_b;
+    y[1] = kA<T> * difference_a + kB<T> * difference_b;
+    y[2] = T(0.5) * sum_a + T(2) * sum_b;
+    y[3] = (T(0.5) * kA<T>)*difference_a + ((T(2) * kB<T>)*difference_b + m[5]);
+  } else {
+    y[0] = m[0] + sum_a;
+    y[1] = difference_a + m[3];
+  }
+}
+
+}  // namespace CNNFAST_ISA
+}  // namespace cnnfast

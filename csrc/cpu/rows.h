@@ -1,0 +1,100 @@
+// NHWC tensors as rows of neighbouring elements: what the memory-bound kernels walk over.
+//
+// A row is a pixel's channels. Where all operands are dense, rows are longer: whole pixels, so many that a row is a
+// multiple of a vector and neither short nor long; then no vector is partial, whatever C is, and element i of a row is
+// channel i % C. What is left at the end is one shorter row.
+#pragma once
+#include "primitives/vec.h"
+
+namespace cnnfast {
+namespace CNNFAST_ISA {
+
+constexpr int64_t kShortRow = 128, kLongRow = 4096;  // elements
+
+// An operand: null, or a pointer and what lies between images, image rows and pixels.
+template <class S>
+struct Pixels {
+  S* data;
+  int64_t n, h, w;
+
+  CNNFAST_INLINE S* at(int64_t i, int64_t j, int64_t k) const { return data + i * n + j * h + k * w; }
+};
+
+struct Rows {
+  int64_t N, H, W;  // rows in all: N * H * W
+  int64_t len;      // elements of a row
+  int64_t tail;     // elements of one more row, at W; 0: there is none
+
+  int64_t count() const { return N * H * W + (tail > 0); }
+  int64_t len_of(int64_t row) const { return tail > 0 && row == W ? tail : len; }
+};
+
+template <class S>
+bool is_dense(const Pixels<S>& x, int64_t N, int64_t C, int64_t H, int64_t W) {
+  return !x.data || ((W == 1 || x.w == C) && (H == 1 || x.h == W * C) && (N == 1 || x.n == H * W * C));
+}
+
+template <class S>
+void make_flat(Pixels<S>& x, int64_t len) {
+  x.n = x.h = 0, x.w = len;
+}
+
+// The rows of operands of one shape; their strides become those of the rows.
+template <class T, class... Operands>
+Rows make_rows(int64_t N, int64_t C, int64_t H, int64_t W, Operands&... operands) {
+  if (!(is_dense(operands, N, C, H, W) && ...)) return {N, H, W, C, 0};
+  int64_t pixels = 1;
+  while (pixels * C % kLanes<T> && pixels * C <= kLongRow) pixels *= 2;
+  if (pixels * C > kLongRow) pixels = 1;
+  while (pixels * C < kShortRow) pixels *= 2;
+  const int64_t rows = N * H * W / pixels, len = pixels * C;
+  (make_flat(operands, len), ...);
+  return {1, 1, rows, len, (N * H * W - rows * pixels) * C};
+}
+
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+
+// Calls f(how many rows, n, h, w of the first, their length) for the rows [begin, end): `most` neighbours or one.
+template <int most, class F>
+CNNFAST_INLINE void for_each_rows(const Rows& rows, int64_t begin, int64_t end, const F& f) {
+  const int64_t whole = min(end, rows.N * rows.H * rows.W);
+  for (int64_t row = begin; row < whole;) {
+    const int64_t w = row % rows.W, h = row / rows.W % rows.H, n = row / rows.W / rows.H;
+    const int64_t count = min(rows.W - w, whole - row);
+    int64_t i = 0;
+    for (; i + most <= count; i += most) f(Count<most>{}, n, h, w + i, rows.len);
+    for (; i < count; ++i) f(Count<1>{}, n, h, w + i, rows.len);
+    row += count;
+  }
+  if (end > whole) f(Count<1>{}, int64_t{0}, int64_t{0}, rows.W, rows.tail);
+}
+
+// Calls f(first element, lanes) for the elements [begin, end): Count<all lanes>, then int64_t where fewer are left.
+template <class T, class F>
+CNNFAST_INLINE void for_each_vector(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + kLanes<T> <= end; i += kLanes<T>) f(i, Count<kLanes<T>>{});
+  if (i < end) f(i, end - i);
+}
+template <class S, int n>
+CNNFAST_INLINE Vec<Compute<S>> read(const S* p, Count<n>) {
+  return load_wide(p);
+}
+template <class S>
+CNNFAST_INLINE Vec<Compute<S>> read(const S* p, int64_t n) {
+  return load_wide(p, n);
+}
+template <class S, int n>
+CNNFAST_INLINE void write(S* p, Vec<Compute<S>> v, Count<n>) {
+  store_narrow(p, v);
+}
+template <class S>
+CNNFAST_INLINE void write(S* p, Vec<Compute<S>> v, int64_t n) {
+  store_narrow(p, v, n);
+}
+
+}  // namespace CNNFAST_ISA
+}  // namespace cnnfast

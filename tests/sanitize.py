@@ -1,0 +1,100 @@
+"""The CPU kernels under the compiler's sanitizers: `make sanitize`.
+
+    python tests/sanitize.py               AddressSanitizer with UndefinedBehaviorSanitizer, then ThreadSanitizer
+    python tests/sanitize.py address -k max_pool2d
+
+Builds the module once more for each into build/sanitize (a few minutes) and runs tests/test_kernels.py on it: every
+kernel, direction, dtype and ISA; the slow ThreadSanitizer with AVX2's alone, which differ from the others by vector
+length. Further arguments go to pytest. Needs g++ with its sanitizers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = {"address": "libasan.so", "thread": "libtsan.so"}
+TESTS = {"address": "cpu", "thread": "cpu and avx2"}
+OPTIONS = {
+    "address": {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},  # Python itself leaks
+    "thread": {"TSAN_OPTIONS": "exitcode=66"},
+}
+# torch's threads are OpenMP's, whose barriers ThreadSanitizer can't see; its mutexes are destroyed too early at exit
+SUPPRESSIONS = "\n".join([
+    *(f"called_from_lib:{name}" for name in ("libtorch_cpu.so", "libtorch_python.so", "libc10.so", "libgomp.so")),
+    "race:libtorch", "race:libc10.so", "race:libgomp.so", "mutex:libtorch", "mutex:capsule_dealloc",
+])  # fmt: skip
+
+
+def build(sanitizer: str) -> Path:
+    """The module built with a sanitizer."""
+    import pybind11
+
+    scripts = sysconfig.get_path("scripts")
+    cmake = shutil.which("cmake", path=scripts) or shutil.which("cmake")
+    if not cmake:
+        sys.exit("cmake is missing: pip install cmake ninja")
+    folder = ROOT / "build" / "sanitize" / sanitizer
+    configure = [
+        cmake, "-S", str(ROOT / "csrc"), "-B", str(folder / "cmake"), "-DCMAKE_BUILD_TYPE=None",
+        f"-DCNNFAST_SANITIZE={sanitizer}", f"-DCNNFAST_OUTPUT={folder}", f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]  # fmt: skip
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    subprocess.run([cmake, "--build", str(folder / "cmake"), "--parallel", jobs], check=True, stdout=subprocess.DEVNULL)
+    return next(iter(folder.glob("_cpu*.so")))
+
+
+def runtime(name: str) -> str:
+    """A library of the compiler's, by name."""
+    compiler = os.environ.get("CXX", "g++")
+    return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+
+
+def run(sanitizer: str, arguments: list[str]) -> int:
+    """Builds, tests; the exit code of pytest."""
+    begin = time.monotonic()
+    print(f"==== {sanitizer}: building", flush=True)
+    module = build(sanitizer)
+    print(f"==== {sanitizer}: built in {time.monotonic() - begin:.0f} s, testing", flush=True)
+    # Python is not instrumented: the runtime comes first, and libstdc++ beside it, whose exceptions it intercepts
+    preload = f"{runtime(LIBRARY[sanitizer])} {runtime('libstdc++.so')}"
+    folder = module.parent
+    for old in folder.glob("report*"):
+        old.unlink()
+    (folder / "suppressions").write_text(SUPPRESSIONS + "\n")
+    environment = {"LD_PRELOAD": preload, "CNNFAST_CPU_MODULE": str(module), **OPTIONS[sanitizer]}
+    for name in environment:
+        if name.endswith("_OPTIONS"):  # into files: pytest swallows what a dying process prints
+            environment[name] += f":log_path={folder}/report"
+    if sanitizer == "thread":
+        environment["TSAN_OPTIONS"] += f":suppressions={folder}/suppressions"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py"]
+    command += arguments or ["-k", TESTS[sanitizer]]
+    # without address randomisation: ThreadSanitizer's shadow memory is at fixed addresses
+    prefix = ["setarch", "-R"] if sanitizer == "thread" and shutil.which("setarch") else []
+    assignments = [f"{name}={value}" for name, value in environment.items()]
+    failed = subprocess.run([*prefix, "env", *assignments, *command], cwd=ROOT).returncode
+    for report in sorted(folder.glob("report*")):
+        print(report.read_text(errors="replace")[:8000])
+        failed = failed or 1
+    print(f"==== {sanitizer}: {'FAILED' if failed else 'clean'}, {time.monotonic() - begin:.0f} s", flush=True)
+    return failed
+
+
+def main() -> int:
+    """See the head of this file."""
+    chosen = [a for a in sys.argv[1:2] if a in LIBRARY]
+    arguments = sys.argv[1 + len(chosen) :]
+    return max(run(sanitizer, arguments) for sanitizer in chosen or LIBRARY)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

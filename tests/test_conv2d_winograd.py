@@ -1,0 +1,99 @@
+"""What only Winograd's kernels could get wrong: tiles share transforms, so one bad value may not spoil its neighbours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import oracle, process
+
+from cnnfast import dispatch, ops
+from cnnfast.ops.conv2d import problem
+
+pytestmark = pytest.mark.skipif(
+    process.EMULATED or process.INTERPRETED, reason="kernels of the CPU: the plain process runs them"
+)
+KERNELS = sorted({
+    i.name for i in dispatch.implementations("conv2d") if i.backend == "cpu" and i.stem.startswith("conv2d_winograd")
+})  # fmt: skip
+CL = torch.channels_last
+GEOMETRY = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
+
+
+def _run(kernel: str, direction: str, t: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> Any:
+    if direction == "fprop":
+        return ops.conv2d(t, w, b, *GEOMETRY, "fp32", kernel, True)
+    size = (t.shape[0], w.shape[1], *t.shape[2:])
+    return ops.conv2d_dgrad(w, t, size, True, *GEOMETRY, "fp32", kernel, True)
+
+
+def _operands(direction: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    t = torch.randn(2, 70, 19, 18, generator=generator).to(dtype).contiguous(memory_format=CL)
+    w = torch.randn(*((37, 70) if direction == "fprop" else (70, 37)), 3, 3, generator=generator).to(dtype)
+    return t, w
+
+
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_bad_values_stay_where_they_are(kernel: str, direction: str, dtype: torch.dtype) -> None:
+    """Infinities, NaNs, and finite values that overflow in the transforms: as the direct sum has them, and only there."""
+    for operand, index in (("t", (0, 33, 9, 8)), ("t", (1, 69, 0, 17)), ("t", (0, 0, 3, 4)), ("w", (36, 36, 1, 2))):
+        for value in (float("inf"), -float("inf"), float("nan"), 2e38):
+            t, w = _operands(direction, dtype)
+            (t if operand == "t" else w)[index] = value
+            if operand == "t":
+                w.clamp_(-1, 1)  # a direct sum with 2e38 is finite
+                clean = _run(kernel, direction, _operands(direction, dtype)[0], w)
+            out, expected = _run(kernel, direction, t, w), _run("cpu.conv2d_direct", direction, t, w)
+            what = f"{kernel} {direction}, {value} in {operand} at {index}"
+            oracle.check_nonfinite(what, out, expected)
+            if operand == "t":  # tiles that don't see the value are computed as before
+                n, _, h, c = index
+                rows, columns = ([i for i in range(s) if abs(i - at) > 5] for s, at in ((19, h), (18, c)))
+                assert torch.equal(out[1 - n], clean[1 - n]), what
+                assert torch.equal(out[n][:, rows], clean[n][:, rows]), what
+                assert torch.equal(out[n][:, :, columns], clean[n][:, :, columns]), what
+            if value != 2e38:  # which leaves a tile's other sums that much less exact
+                finite = torch.isfinite(expected)
+                tolerance = 2e-3 if dtype == torch.float32 else 0.5
+                torch.testing.assert_close(
+                    out[finite].float(), expected[finite].float(), rtol=2e-2, atol=tolerance, msg=what
+                )
+
+
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_thread_count_changes_nothing(kernel: str, direction: str) -> None:
+    t, w = _operands(direction, torch.float32)
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 4, 7):
+            torch.set_num_threads(count)
+            results.append(_run(kernel, direction, t, w))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+
+
+def test_when_it_may_serve() -> None:
+    """Never under "ieee", nor where a filter, a step or the accuracy forbids it; the reasons say why."""
+    kernel = next(
+        i for i in dispatch.implementations("conv2d") if i.stem == "conv2d_winograd_f4x4" and i.direction == "fprop"
+    )
+
+    def reasons(c: int = 64, size: int = 28, taps: int = 3, stride: int = 1, precision: str = "fp32") -> str:
+        p = size // stride
+        params = ((stride, stride), (1, 1, 1, 1), (1, 1), 1, precision)
+        shapes = (1, c, size, size), (64, c, taps, taps), (1, 64, p, p)
+        return "; ".join(kernel.unsupported(problem("fprop", *shapes, torch.float32, torch.device("cpu"), params)))
+
+    assert reasons() == reasons(precision="high") == ""
+    assert "precision ieee" in reasons(precision="ieee")
+    assert "3x3 filter, not 5x5" in reasons(taps=5)
+    assert "stride 1" in reasons(stride=2)
+    assert "not 16" in reasons(c=16, size=99)
+    assert "20480" in reasons(size=14)
