@@ -172,10 +172,7 @@ BACKEND = Backend(
         *(_implementation("conv2d", d, _conv2d) for d in ("fprop", "dgrad", "wgrad", "bgrad")),
         _implementation("conv_bn_act", "fprop", _conv_bn_act),
         *(_implementation("add_act", d, _add_act) for d in ("fprop", "dgrad")),
-        *(
-            _implementation("batch_norm", d, _batch_norm)
-            for d in ("stats", "fprop", "dgrad", "wgrad", "backward", "backward_residual")
-        ),
+        *(_implementation("batch_norm", d, _batch_norm) for d in _BATCH_NORM),
         *(_implementation("max_pool2d", d, _max_pool2d) for d in ("fprop", "indices", "dgrad", "jvp")),
         *(_implementation("avg_pool2d", d, _avg_pool2d) for d in ("fprop", "dgrad")),
         *(

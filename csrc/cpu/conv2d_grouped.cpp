@@ -241,8 +241,10 @@ class Worker {
     args.out = tile_, args.out_step = VL;
     tiles_[pixels](args);
     if (epilogue_) {
+      const auto factors = epilogue_->factors(channel, lanes);
+      if (r) r += channel;
       for (int64_t m = 0; m < pixels; ++m)
-        epilogue_->store(y + m * v_.y_w, load(tile_ + m * VL), r ? r + m * epilogue_->r_w : nullptr, channel, lanes);
+        epilogue_->store(y + m * v_.y_w, load(tile_ + m * VL), factors, r ? r + m * epilogue_->r_w : nullptr, lanes);
       return;
     }
     for (int64_t m = 0; m < pixels; ++m) {

@@ -327,16 +327,18 @@ class Worker {
   }
 
   // The tile's rows through the epilogue.
-  void finish(int64_t pixel, int64_t rows, int64_t channel, int64_t lanes, int64_t width) {
-    int64_t q = pixel % v_.Q, p = pixel / v_.Q % v_.P, n = pixel / v_.Q / v_.P;
-    for (int64_t j = 0; j < rows; ++j) {
-      S* y = y_ + n * v_.y_n + p * v_.y_h + q * v_.y_w + channel;
-      const S* r = epilogue_->residual_at(n, p, q);
-      for (int64_t l = 0; l < lanes; l += VL)
-        epilogue_->store(y + l, load(tile_ + j * width + l), r, channel + l, lanes - l);
-      if (++q == v_.Q) {
-        q = 0;
-        if (++p == v_.P) p = 0, ++n;
+  void finish(int64_t first, int64_t rows, int64_t channel, int64_t lanes, int64_t width) {
+    for (int64_t l = 0; l < lanes; l += VL) {
+      const auto factors = epilogue_->factors(channel + l, lanes - l);
+      int64_t q = first % v_.Q, p = first / v_.Q % v_.P, n = first / v_.Q / v_.P;
+      for (int64_t j = 0; j < rows; ++j) {
+        const S* r = epilogue_->residual_at(n, p, q);
+        epilogue_->store(y_ + n * v_.y_n + p * v_.y_h + q * v_.y_w + channel + l, load(tile_ + j * width + l), factors,
+                         r ? r + channel + l : nullptr, lanes - l);
+        if (++q == v_.Q) {
+          q = 0;
+          if (++p == v_.P) p = 0, ++n;
+        }
       }
     }
   }

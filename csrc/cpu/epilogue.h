@@ -60,17 +60,24 @@ struct Epilogue {
     return residual ? residual + n * r_n + p * r_h + q * r_w : nullptr;
   }
 
-  // `lanes` channels from k on of one pixel; r: the pixel's residual (or null), r_c being 1.
-  CNNFAST_INLINE void store(S* y, Vec<T> sum, const S* r, int64_t k, int64_t lanes) const {
+  // scale and shift of channels k .. k + lanes - 1, 1 and 0 where there are none: read once for several pixels.
+  struct Factors {
+    Vec<T> scale, shift;
+  };
+  CNNFAST_INLINE Factors factors(int64_t k, int64_t lanes) const {
+    lanes = min(lanes, kLanes<T>);
+    return {scale ? load_partial(scale + k, lanes) : broadcast(T(1)),
+            shift ? load_partial(shift + k, lanes) : Vec<T>{}};
+  }
+
+  // Those channels of one pixel; r points to its residual (or is null), r_c being 1.
+  CNNFAST_INLINE void store(S* y, Vec<T> sum, const Factors& f, const S* r, int64_t lanes) const {
+    sum = sum * f.scale + f.shift;
     if (lanes >= kLanes<T>) {
-      if (scale) sum *= load(scale + k);
-      if (shift) sum += load(shift + k);
-      if (r) sum += load_wide(r + k);
+      if (r) sum += load_wide(r);
       store_narrow(y, activate<T>(sum, act));
     } else {
-      if (scale) sum *= load_partial(scale + k, lanes);
-      if (shift) sum += load_partial(shift + k, lanes);
-      if (r) sum += load_wide(r + k, lanes);
+      if (r) sum += load_wide(r, lanes);
       store_narrow(y, activate<T>(sum, act), lanes);
     }
   }
