@@ -50,6 +50,8 @@ constexpr int64_t kInputBytes = 4 << 20;        // and where the weights pass by
 constexpr int64_t kMostTiles = 128;             // in a block
 constexpr int64_t kMacsWorthThreads = 1 << 18;  // below, one thread
 
+constexpr const char* kNoMemory = "out of memory";
+
 // An odd number of cache lines: arrays that are walked side by side don't share a set of L1.
 template <class T>
 CNNFAST_INLINE int64_t odd_lines(int64_t elements) {
@@ -94,7 +96,13 @@ struct WinogradPlan {
   int64_t chunk_channels(int64_t i, int64_t C) const { return min(chunk, C - i * chunk); }
 };
 
-// One chunk of a panel: U[product][c][lane] = G w[k,c] G'. `taps` has room for 9 x kSlice rows of the panel.
+// Room for the taps of a slice of a panel.
+template <class T>
+constexpr int64_t slice_elements() {
+  return kTapsAcross * kTapsAcross * kSlice * kMaxTileVecs * kLanes<T>;
+}
+
+// One chunk of a panel: U[product][c][lane] = G w[k,c] G'. `taps` has room for slice_elements().
 template <class T, int M, class S>
 void transform_panel(T* u, T* taps, const S* w, const Conv2dView& v, const WinogradPlan<T, M>& plan, int64_t panel,
                      int64_t chunk) {
@@ -211,7 +219,7 @@ class Worker {
       pixels_ = carver.take<const S*>(kProducts);
       zeros_ = carver.take<S>(v_.C + VL);
       chains_ = carver.take<T>(kMostTileRows * kMaxTileVecs * VL);
-      slice_ = carver.take<T>(kTapsAcross * kTapsAcross * kSlice * kMaxTileVecs * VL);
+      slice_ = carver.take<T>(slice_elements<T>());
       weights_ = carver.take<T>(weights);
       inputs_ = carver.take<T>(plan_.chunks * kProducts * v_product_);
       products_ = carver.take<T>(kProducts * m_product_);
@@ -351,14 +359,41 @@ const char* run_view(const Conv2dView& v, const S* x, const S* w, const S* bias,
     Worker<T, M, S> worker(v, plan, x, w, bias, y, static_cast<const T*>(packed));
     if (!worker.run(task)) __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
   });
-  return no_memory ? "out of memory" : nullptr;
+  return no_memory ? kNoMemory : nullptr;
 }
 
 template <class S, int M>
 const char* launch_fprop(const void* params, const Launch& l) {
   const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
   return run_view<S, M>(v, static_cast<const S*>(l.operands[0]), static_cast<const S*>(l.operands[1]),
-                        static_cast<const S*>(l.operands[2]), static_cast<S*>(l.operands[3]), nullptr, l.threads);
+                        static_cast<const S*>(l.operands[2]), static_cast<S*>(l.operands[3]),
+                        l.operands[kPackedOperand], l.threads);
+}
+
+// Every panel's U, for fprop, into the workspace.
+template <class S, int M>
+const char* launch_pack(const void* params, const Launch& l) {
+  using T = Compute<S>;
+  const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
+  const WinogradPlan<T, M> plan(v, 1);
+  const S* w = static_cast<const S*>(l.operands[1]);
+  bool no_memory = false;
+  parallel_for(l.threads, plan.panels * plan.chunks, [&](int64_t task) {
+    T* taps = static_cast<T*>(thread_scratch(slice_elements<T>() * sizeof(T)));
+    if (taps)
+      transform_panel<T, M>(static_cast<T*>(l.workspace) + task * plan.u_unit, taps, w, v, plan, task / plan.chunks,
+                            task % plan.chunks);
+    else
+      __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
+  });
+  return no_memory ? kNoMemory : nullptr;
+}
+
+template <class S, int M>
+int64_t packed_bytes(const void* params) {
+  using T = Compute<S>;
+  const WinogradPlan<T, M> plan(fprop_view(*static_cast<const Conv2dParams*>(params)), 1);
+  return plan.packed_elements() * static_cast<int64_t>(sizeof(T));
 }
 
 template <class S, int M>
