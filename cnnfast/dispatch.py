@@ -24,6 +24,9 @@ ACCUMULATORS = {torch.float64: torch.float64}  # every other dtype's sums are fl
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
+PACKED_OPERAND = 7  # kernel_table.h's kPackedOperand
+
+
 @dataclasses.dataclass(frozen=True)
 class Role:
     """An operand: its name and, for each dimension, the parameter field that holds its stride (None: none does).
@@ -35,6 +38,11 @@ class Role:
     strides: tuple[str | None, ...] = ()
     batch_dim: int | None = None  # the dimension that a vmap over this operand alone may be folded into
     dtype: str | None = None  # where it isn't the problem's: "i64", or "acc", the type that sums are accumulated in
+
+    @property
+    def is_constant(self) -> bool:
+        """What a trained model holds fixed: weights and vectors."""
+        return self.batch_dim is None
 
     @property
     def is_activation(self) -> bool:
@@ -66,6 +74,7 @@ class Problem:
     capability: tuple[int, int] | None = None  # of a CUDA device
     flops: int = 0  # multiply-adds x 2 of the direct algorithm
     bytes: int = 0  # of the operands, each once
+    packed: bool = False  # a kernel that packs its constants may do so beforehand (a plan's, frozen)
 
     def __getattr__(self, name: str) -> int:
         for field, value in object.__getattribute__(self, "sizes"):
@@ -107,6 +116,11 @@ class Implementation:
     error_bound: tuple[float, str] = (3.0, "plain accumulation in the accumulator type, any order")
     # of a kernel in a native module: its id and packed parameters, which is what a plan runs
     node: Callable[[Problem, Mapping[str, int]], tuple[int, bytes]] | None = None
+    # of a native kernel that reads constants packed beforehand: prepare(problem, parameters) packs those of the operands
+    # that it is called with; the result is the last operand (number PACKED_OPERAND) of the node
+    prepare: Callable[[Problem, Mapping[str, int]], Callable[[Sequence[torch.Tensor | None]], torch.Tensor]] | None = (
+        None
+    )
     returns: bool = False  # True: the kernel returns its results (ATen) and is given None for the outputs
 
 

@@ -29,6 +29,10 @@ class Table:
         """The dtypes that a kernel is compiled for."""
         return tuple(k[2] for k in self.ids if k[0] == stem and k[1] == direction and k[3] == variant)
 
+    def packs(self, stem: str, direction: str, variant: str = "") -> bool:
+        """Whether a kernel has an entry that packs its weights."""
+        return any(k[0] == stem and k[1] == direction and k[3] == _pack(variant) for k in self.ids)
+
     def directions(self, stem: str) -> tuple[str, ...]:
         """The directions of a stem, each once, in the table's order."""
         return tuple(dict.fromkeys(k[1] for k in self.ids if k[0] == stem))
@@ -40,6 +44,10 @@ class Table:
         for name, offset in layout:
             struct.pack_into("=q", out, offset, fields[name])
         return bytes(out)
+
+
+def _pack(variant: str) -> str:
+    return f"pack.{variant}" if variant else "pack"
 
 
 def implementation(
@@ -66,6 +74,20 @@ def implementation(
     def bind(problem: Problem, fields: Mapping[str, int]) -> Kernel:
         return caller(table.module.Call(*node(problem, fields)), problem)
 
+    def prepare(problem: Problem, fields: Mapping[str, int]) -> Callable[[Sequence[torch.Tensor | None]], torch.Tensor]:
+        id = table.ids[stem, direction, problem.dtype, _pack(variant)]
+        call = table.module.Call(id, table.pack(id, fields))
+
+        def pack(operands: Sequence[torch.Tensor | None]) -> torch.Tensor:
+            device = next(t.device for t in operands if t is not None)
+            packed = torch.empty(
+                call.workspace, dtype=torch.uint8, device=device
+            )  # the entry's workspace is its result
+            call(addresses(operands), packed.data_ptr(), 0, torch.get_num_threads())
+            return packed
+
+        return pack
+
     return Implementation(
         name=".".join(part for part in (backend, stem, variant) if part),
         op=op,
@@ -76,6 +98,7 @@ def implementation(
         unsupported=unsupported,
         bind=bind,
         node=node,
+        prepare=prepare if table.packs(stem, direction, variant) else None,
         **options,
     )
 

@@ -187,7 +187,10 @@ ANY_LAYOUT = {("conv2d_direct", direction): {"x": "any", "y": "any"} for directi
 ANY_LAYOUT["add_act", "fprop"] = ANY_LAYOUT["add_act", "dgrad"] = dict.fromkeys("xrygt", "any")
 
 # stem -> operations that are its fprop with an epilogue: the same kernels under the same rules
-EPILOGUES = dict.fromkeys(("conv2d_grouped", "conv2d_implicit_gemm", "conv2d_direct"), ("conv_bn_act",))
+EPILOGUES = dict.fromkeys(
+    ("conv2d_grouped", "conv2d_winograd_f4x4", "conv2d_winograd_f2x2", "conv2d_implicit_gemm", "conv2d_direct"),
+    ("conv_bn_act",),
+)
 
 
 def _operations(table: Table, stem: str) -> list[tuple[str, str, dict[str, str]]]:

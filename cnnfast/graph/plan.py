@@ -1,9 +1,9 @@
 """A plan: a flat list of native kernels over one arena, planned once and run in one native call without the GIL.
 
 Values are dense NHWC tensors. Intermediate ones live in the arena, where a buffer is used again once its last reader has
-run; constants (weights) stay where they are and are kept alive by the plan; results are allocated anew at every call, so
-that a caller may keep them. What runs is chosen by :func:`cnnfast.dispatch.select`, like an eager call; a problem that no
-native kernel serves can't be planned.
+run; constants (weights) stay where they are and are kept alive by the plan, and what is frozen of them is packed once;
+results are allocated anew at every call, so that a caller may keep them. What runs is chosen by
+:func:`cnnfast.dispatch.select`, like an eager call; a problem that no native kernel serves can't be planned.
 """
 
 from __future__ import annotations
@@ -42,6 +42,14 @@ class _Node:
     operands: list[Value | None]  # in the signature's order
     outputs: list[Value]
 
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Every field of the kernel's parameter struct."""
+        problem = self.selection.problem
+        roles = dispatch.signature(problem.op).roles
+        strides = {r.name: v.strides for r, v in zip(roles, self.operands, strict=True) if v is not None}
+        return dispatch.parameters(problem, strides)
+
 
 class Plan:
     """Builds and runs a plan on one device.
@@ -63,6 +71,7 @@ class Plan:
         self.device, self.backend = device, backend
         self._inputs: list[Value] = []
         self._constants: list[tuple[Value, torch.Tensor]] = []
+        self._frozen: dict[int, torch.Tensor] = {}  # of the constants, by the value's id
         self._nodes: list[_Node] = []
         self._results: list[Value] = []
         self._native: Any = None
@@ -77,10 +86,16 @@ class Plan:
         self._inputs.append(value)
         return value
 
-    def constant(self, tensor: torch.Tensor) -> Value:
-        """A tensor known now (a weight). It isn't copied: the plan sees what is in it when it runs."""
+    def constant(self, tensor: torch.Tensor, frozen: bool = False) -> Value:
+        """A tensor known now (a weight). It isn't copied: the plan sees what is in it when it runs.
+
+        ``frozen`` promises that it never changes again: kernels may then read it once, when the plan is finished, and
+        keep it in a form of their own. A change afterwards may be seen, or not, or in part.
+        """
         value = Value(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
         self._constants.append((value, tensor))
+        if frozen:
+            self._frozen[id(value)] = tensor
         return value
 
     def node(
@@ -96,6 +111,9 @@ class Plan:
             NotImplementedError: no native kernel serves the problem; lists the reasons.
         """
         signature = dispatch.signature(problem.op)
+        constants = [inputs.get(role.name) for role in signature.roles if role.is_constant]
+        packed = all(v is None or id(v) in self._frozen for v in constants)
+        problem = dataclasses.replace(problem, packed=packed)
         selection = dispatch.select(problem, self.backend, strict=True)
         implementation = selection.implementation
         if implementation.node is None:
@@ -126,19 +144,27 @@ class Plan:
         if self._owner is None or self._owner.plan is None:
             raise NotImplementedError("a plan needs at least one node of a backend with a native module")
         self._results = list(results)
+        packed = [self._pack(node) for node in self._nodes]
         outside: list[Value] = [*self._inputs, *(v for v, _ in self._constants), *self._results]
         slots = {id(v): (i + 1, 0) for i, v in enumerate(outside)}
         offsets, self.arena_bytes = _plan_arena(self._nodes, {id(v) for v in outside})
         self._native = self._owner.plan()
-        for node in self._nodes:
-            sig = dispatch.signature(node.selection.problem.op)
-            strides = {r.name: v.strides for r, v in zip(sig.roles, node.operands, strict=True) if v is not None}
+        for node, extra in zip(self._nodes, packed, strict=True):
             assert node.selection.implementation.node is not None
-            kernel, params = node.selection.implementation.node(
-                node.selection.problem, dispatch.parameters(node.selection.problem, strides)
-            )
-            where = [(-1, 0) if v is None else slots.get(id(v)) or (0, offsets[id(v)]) for v in node.operands]
+            kernel, params = node.selection.implementation.node(node.selection.problem, node.parameters)
+            operands = node.operands
+            if extra is not None:
+                operands = [*operands, *[None] * (dispatch.PACKED_OPERAND - len(operands)), extra]
+            where = [(-1, 0) if v is None else slots.get(id(v)) or (0, offsets[id(v)]) for v in operands]
             self._native.add(kernel, params, where)
+
+    def _pack(self, node: _Node) -> Value | None:
+        """What the node's kernel makes of its constants beforehand, if they are all frozen: a constant of its own."""
+        prepare = node.selection.implementation.prepare
+        if prepare is None or not node.selection.problem.packed:
+            return None
+        frozen = [None if v is None else self._frozen.get(id(v)) for v in node.operands]
+        return self.constant(prepare(node.selection.problem, node.parameters)(frozen))
 
     # ---- running
 

@@ -27,7 +27,7 @@ void bind_extras(py::module_& m);  // what only this module offers (the emulatio
 
 namespace {
 
-constexpr int kMaxOperands = 12;
+using cnnfast::kMaxOperands;
 
 int64_t kernel_count() { return __stop_cnnfast_kernels - __start_cnnfast_kernels; }
 

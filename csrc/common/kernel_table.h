@@ -11,9 +11,16 @@
 
 namespace cnnfast {
 
+constexpr int kMaxOperands = 12;
+
+// Where a kernel that has an entry "<stem>.<direction>.<dtype>.pack" finds the weights as that entry left them in its
+// workspace; null in a call that brings them as they come. The packed form depends on the parameters and nothing else,
+// and the results are the same bits either way.
+constexpr int kPackedOperand = kMaxOperands - 1;
+
 // What a launcher gets besides its parameter struct.
 struct Launch {
-  void* const* operands;  // in the order params.h documents for the operation; null where absent
+  void* const* operands;  // kMaxOperands, in the order params.h documents for the operation; null where absent
   void* workspace;        // workspace(params) bytes, 256-byte aligned on a device, 64 on a CPU; null if 0
   void* stream;           // a cudaStream_t; null on a CPU
   int threads;            // the CPU thread budget (torch.get_num_threads()); 1 on a device
@@ -25,7 +32,7 @@ using LaunchFn = const char* (*)(const void* params, const Launch& launch);
 using WorkspaceFn = int64_t (*)(const void* params);
 
 struct Kernel {
-  const char* name;  // "<stem>.<direction>.<dtype>" and, on a CPU, ".<isa>"
+  const char* name;  // "<stem>.<direction>.<dtype>", ".pack" where it packs weights for that, and on a CPU ".<isa>"
   const StructInfo* params;
   LaunchFn launch;
   WorkspaceFn workspace;  // null: needs none

@@ -15,7 +15,8 @@
 // fprop with more operands is conv_bn_act: finished sums go through epilogue.h on their way from the tile to y.
 //
 // Few channels (stems): pixel pitch = channels, so that the S taps of a filter row are one run of S*C elements.
-// Weights are packed inside the call, panel by panel (pack.h): nothing is cached across calls.
+// Weights are packed inside the call, panel by panel (pack.h), or all of them beforehand for a plan (the pack entry):
+// nothing is cached across calls.
 //
 // A thread owns a range of channels times a range of rows or pixels, chosen by the estimated cost, and walks them in
 // blocks: the copied pixels at most ~0.8 MiB, the packed panels ~2.3 MiB; reductions too long for that are cut into
@@ -43,28 +44,52 @@ constexpr int64_t kHotPanelBytes = 384 << 10;      // panels that stay in L2 bes
 constexpr int64_t kHotPixels = 8 * kMostTileRows;  // pixels that pass through all of them in one go
 constexpr int64_t kMacsWorthThreads = 1 << 18;     // below, one thread
 
+// A packed panel, or a chunk of one: the bias, then the weights.
+template <class T>
+int64_t packed_panel_elements(const Conv2dView& v, const Plan& plan) {
+  return (1 + v.R * v.S * plan.chunk) * kMaxTileVecs * kLanes<T>;
+}
+inline int64_t packed_panels(const Conv2dView& v, const Plan& plan) {
+  return v.G * ceil_div(plan.group_vecs, kMaxTileVecs);
+}
+constexpr int64_t kPackedHead = 64;  // bytes before the packed panels; the first tells whether all weights are finite
+
 // What one thread works with.
 template <class T, class S>
 class Worker {
  public:
-  Worker(const Conv2dView& v, const Plan& plan, const S* x, const S* w, const S* bias, S* y,
+  Worker(const Conv2dView& v, const Plan& plan, const S* x, const S* w, const S* bias, S* y, const T* packed,
          const Epilogue<S>* epilogue)
-      : v_(v), plan_(plan), x_(x), w_(w), bias_(bias), y_(y), epilogue_(epilogue) {}
+      : v_(v), plan_(plan), x_(x), w_(w), bias_(bias), y_(y), packed_(packed), epilogue_(epilogue) {
+    chunks_ = max(1, ceil_div(v_.C, max(1, plan_.chunk)));
+    panel_elements_ = packed_panel_elements<T>(v, plan);
+    last_vec_ = plan_.vecs;
+  }
+
+  // Packs chunk task % chunks of panel task / chunks of all panels.
+  void pack_task(int64_t task, T* packed) {
+    const int64_t chunk = task % chunks_, c = chunk * plan_.chunk;
+    pack(panel_at(packed_vec(task / chunks_)), c, min(plan_.chunk, v_.C - c), packed + task * panel_elements_);
+  }
 
   // False: out of memory. `finite_` tells whether the weights were.
   bool run(int64_t task) {
     const int64_t tk = task / plan_.threads_u, tu = task % plan_.threads_u;
-    first_vec_ = plan_.vecs * tk / plan_.threads_k;
-    last_vec_ = plan_.vecs * (tk + 1) / plan_.threads_k;
+    if (packed_) {  // whole panels, as they were packed
+      const int64_t panels = packed_panels(v_, plan_);
+      first_vec_ = packed_vec(panels * tk / plan_.threads_k);
+      last_vec_ = packed_vec(panels * (tk + 1) / plan_.threads_k);
+    } else {
+      first_vec_ = plan_.vecs * tk / plan_.threads_k;
+      last_vec_ = plan_.vecs * (tk + 1) / plan_.threads_k;
+    }
     first_unit_ = plan_.units * tu / plan_.threads_u;
     last_unit_ = plan_.units * (tu + 1) / plan_.threads_u;
     if (first_vec_ == last_vec_ || first_unit_ == last_unit_) return true;
-    chunks_ = max(1, ceil_div(v_.C, max(1, plan_.chunk)));
     first_group_ = first_vec_ / plan_.group_vecs;
     groups_ = (last_vec_ - 1) / plan_.group_vecs + 1 - first_group_;
     source_channels_ = chunks_ > 1 ? plan_.chunk : groups_ * v_.C;
     // As many panels at a time as fit; one if every block needs new ones anyway.
-    panel_elements_ = (1 + v_.R * v_.S * plan_.chunk) * kMaxTileVecs * VL;
     const bool one_block = last_unit_ - first_unit_ <= plan_.block && plan_.columns == v_.Q &&
                            (plan_.flat || first_unit_ / v_.P == (last_unit_ - 1) / v_.P);
     kept_panels_ = one_block || chunks_ > 1
@@ -75,7 +100,7 @@ class Worker {
     const int64_t block_pixels = plan_.block * (plan_.flat ? 1 : plan_.columns);
     const auto carve = [&](Carver carver) {
       taps_ = carver.take<Tap>(TapList::capacity(v_.R * v_.S + 1, max(plan_.chunk, plan_.fold ? v_.S * v_.C : 1)));
-      panels_ = carver.take<T>(kept_panels_ * panel_elements_);
+      panels_ = carver.take<T>(packed_ ? 0 : kept_panels_ * panel_elements_);
       tile_ = carver.take<T>(kMostTileRows * width);
       chains_ = carver.take<T>(kMostTileRows * width);
       sums_ = carver.take<T>(chunks_ > 1 ? block_pixels * width : 0);
@@ -107,6 +132,14 @@ class Worker {
     const int64_t group = vec / plan_.group_vecs, j = vec % plan_.group_vecs;
     const int64_t left = min(plan_.group_vecs - j, last_vec_ - vec);
     return {group, j * VL, min(kMaxTileVecs, left)};
+  }
+  // Panels in the order they are packed in: those of a group start at its first vector.
+  int64_t packed_panel(const Panel& panel) const {
+    return panel.group * ceil_div(plan_.group_vecs, kMaxTileVecs) + panel.k / VL / kMaxTileVecs;
+  }
+  int64_t packed_vec(int64_t panel) const {
+    const int64_t of_group = ceil_div(plan_.group_vecs, kMaxTileVecs);
+    return panel / of_group * plan_.group_vecs + panel % of_group * kMaxTileVecs;
   }
   int64_t count_panels(int64_t vec, int64_t end) const {
     int64_t count = 0;
@@ -152,9 +185,10 @@ class Worker {
           if (unit == 0) {
             if (plan_.source != Source::kDirect) copy_source(block, panel.group, c, channels);
             set_taps(channels);
-            if (!packed || chunks_ > 1) pack(panel, c, channels, panel_data);
+            if (!packed_ && (!packed || chunks_ > 1)) pack(panel, c, channels, panel_data);
           }
-          run_panel(block, unit, min(step, units - unit), panel, c, chunk, panel_data);
+          const T* data = packed_ ? packed_ + (packed_panel(panel) * chunks_ + chunk) * panel_elements_ : panel_data;
+          run_panel(block, unit, min(step, units - unit), panel, c, chunk, data);
         }
         v += panel.vecs;
       }
@@ -347,6 +381,7 @@ class Worker {
   const Plan& plan_;
   const S *x_, *w_, *bias_;
   S* y_;
+  const T* packed_;
   const Epilogue<S>* epilogue_;
   int64_t first_vec_ = 0, last_vec_ = 0, first_unit_ = 0, last_unit_ = 0;
   int64_t chunks_ = 1, first_group_ = 0, groups_ = 1, source_channels_ = 0, panel_elements_ = 0, kept_panels_ = 1;
@@ -365,14 +400,17 @@ struct Outcome {
 
 // The share of one thread in one view.
 template <class S>
-void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, int threads, int64_t task,
-              Outcome& outcome, const Epilogue<S>* epilogue) {
+void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, const void* packed, int threads,
+              int64_t task, Outcome& outcome, const Epilogue<S>* epilogue) {
   using T = Compute<S>;
   if (v.N * v.P * v.Q * v.K * v.G == 0) return;
   const Plan plan = make_plan<T, S>(v, threads);
-  Worker<T, S> worker(v, plan, x, w, bias, y, epilogue);
+  const char* head = static_cast<const char*>(packed);
+  Worker<T, S> worker(v, plan, x, w, bias, y, head ? reinterpret_cast<const T*>(head + kPackedHead) : nullptr,
+                      epilogue);
   if (!worker.run(task)) __atomic_store_n(&outcome.no_memory, true, __ATOMIC_RELAXED);
-  if (!worker.finite() && reaches_padding(v)) __atomic_store_n(&outcome.not_finite, true, __ATOMIC_RELAXED);
+  if (!(head ? *head : worker.finite()) && reaches_padding(v))
+    __atomic_store_n(&outcome.not_finite, true, __ATOMIC_RELAXED);
 }
 
 int useful_threads(const Conv2dParams& p, int threads) {
@@ -391,12 +429,40 @@ const char* launch_fprop(const void* params, const Launch& l) {
   const Epilogue<S> operands(p, l);
   const Epilogue<S>* epilogue = operands.or_null();
   Outcome outcome;
+  const void* packed = l.operands[kPackedOperand];
   parallel_for(
-      threads, threads, [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, threads, task, outcome, epilogue); },
+      threads, threads,
+      [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, packed, threads, task, outcome, epilogue); },
       kDenormals<S>);
   if (outcome.no_memory) return kNoMemory;
   if (outcome.not_finite) direct_fprop(p, x, w, bias, y, l.threads, epilogue);
   return nullptr;
+}
+
+// Every panel of fprop, with its bias, into the workspace.
+template <class S>
+const char* launch_pack(const void* params, const Launch& l) {
+  using T = Compute<S>;
+  const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
+  const Plan plan = make_plan<T, S>(v, 1);
+  char* head = static_cast<char*>(l.workspace);
+  *head = true;
+  parallel_for(l.threads, packed_panels(v, plan) * max(1, ceil_div(v.C, max(1, plan.chunk))), [&](int64_t task) {
+    Worker<T, S> worker(v, plan, nullptr, static_cast<const S*>(l.operands[1]), static_cast<const S*>(l.operands[2]),
+                        nullptr, nullptr);
+    worker.pack_task(task, reinterpret_cast<T*>(head + kPackedHead));
+    if (!worker.finite()) __atomic_store_n(head, false, __ATOMIC_RELAXED);
+  });
+  return nullptr;
+}
+
+template <class S>
+int64_t packed_bytes(const void* params) {
+  using T = Compute<S>;
+  const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
+  const Plan plan = make_plan<T, S>(v, 1);
+  return kPackedHead + packed_panels(v, plan) * max(1, ceil_div(v.C, max(1, plan.chunk))) *
+                           packed_panel_elements<T>(v, plan) * static_cast<int64_t>(sizeof(T));
 }
 
 template <class S>
@@ -411,7 +477,7 @@ const char* launch_dgrad(const void* params, const Launch& l) {
       threads, threads,
       [&](int64_t task) {
         for_each_dgrad_view(p, [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
-          run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads, task, outcome, nullptr);
+          run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, nullptr, threads, task, outcome, nullptr);
         });
       },
       kDenormals<S>);
@@ -426,6 +492,10 @@ CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32", Conv2dParams, launch_fprop<floa
 CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f64", Conv2dParams, launch_fprop<double>, nullptr)
 CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.bf16", Conv2dParams, launch_fprop<BFloat16>, nullptr)
 CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f16", Conv2dParams, launch_fprop<Float16>, nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.pack", Conv2dParams, launch_pack<float>, packed_bytes<float>)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f64.pack", Conv2dParams, launch_pack<double>, packed_bytes<double>)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.bf16.pack", Conv2dParams, launch_pack<BFloat16>, packed_bytes<BFloat16>)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f16.pack", Conv2dParams, launch_pack<Float16>, packed_bytes<Float16>)
 CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f32", Conv2dParams, launch_dgrad<float>, nullptr)
 CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f64", Conv2dParams, launch_dgrad<double>, nullptr)
 CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.bf16", Conv2dParams, launch_dgrad<BFloat16>, nullptr)

@@ -50,6 +50,8 @@ constexpr int64_t kInputBytes = 4 << 20;        // and where the weights pass by
 constexpr int64_t kMostTiles = 128;             // in a block
 constexpr int64_t kMacsWorthThreads = 1 << 18;  // below, one thread
 
+constexpr const char* kNoMemory = "out of memory";
+
 // An odd number of cache lines: arrays that are walked side by side don't share a set of L1.
 template <class T>
 CNNFAST_INLINE int64_t odd_lines(int64_t elements) {
@@ -94,7 +96,13 @@ struct WinogradPlan {
   int64_t chunk_channels(int64_t i, int64_t C) const { return min(chunk, C - i * chunk); }
 };
 
-// One chunk of a panel: U[product][c][lane] = G w[k,c] G'. `taps` has room for 9 x kSlice rows of the panel.
+// Room for the taps of a slice of a panel.
+template <class T>
+constexpr int64_t slice_elements() {
+  return kTapsAcross * kTapsAcross * kSlice * kMaxTileVecs * kLanes<T>;
+}
+
+// One chunk of a panel: U[product][c][lane] = G w[k,c] G'. `taps` has room for slice_elements().
 template <class T, int M, class S>
 void transform_panel(T* u, T* taps, const S* w, const Conv2dView& v, const WinogradPlan<T, M>& plan, int64_t panel,
                      int64_t chunk) {
@@ -186,8 +194,9 @@ class Worker {
  public:
   using Plan = WinogradPlan<T, M>;
 
-  Worker(const Conv2dView& v, const Plan& plan, const S* x, const S* w, const S* bias, S* y, const T* packed)
-      : v_(v), plan_(plan), x_(x), w_(w), bias_(bias), y_(y), packed_(packed) {}
+  Worker(const Conv2dView& v, const Plan& plan, const S* x, const S* w, const S* bias, S* y, const T* packed,
+         const Epilogue<S>* epilogue)
+      : v_(v), plan_(plan), x_(x), w_(w), bias_(bias), y_(y), packed_(packed), epilogue_(epilogue) {}
 
   // False: out of memory.
   bool run(int64_t task) {
@@ -211,7 +220,7 @@ class Worker {
       pixels_ = carver.take<const S*>(kProducts);
       zeros_ = carver.take<S>(v_.C + VL);
       chains_ = carver.take<T>(kMostTileRows * kMaxTileVecs * VL);
-      slice_ = carver.take<T>(kTapsAcross * kTapsAcross * kSlice * kMaxTileVecs * VL);
+      slice_ = carver.take<T>(slice_elements<T>());
       weights_ = carver.take<T>(weights);
       inputs_ = carver.take<T>(plan_.chunks * kProducts * v_product_);
       products_ = carver.take<T>(kProducts * m_product_);
@@ -315,15 +324,31 @@ class Worker {
       for (int i = 0; i < M; ++i) transform_output<T, M>(half[i], values[i]);
       const Vec<T> bias = bias_ ? load_wide(bias_ + k, lanes) : Vec<T>{};
       S* y = y_ + at.n * v_.y_n + at.p * v_.y_h + at.q * v_.y_w + k;
-      if (!store_tile<T, M>(y, v_.y_h, v_.y_w, rows, columns, lanes, values, bias))
+      if (epilogue_ ? !finish_values(y, at, rows, columns, k, lanes, values, bias)
+                    : !store_tile<T, M>(y, v_.y_h, v_.y_w, rows, columns, lanes, values, bias))
         redo_tile(at, rows, columns, k, lanes);
     }
+  }
+
+  // As store_tile, through the epilogue (conv_bn_act).
+  __attribute__((noinline)) bool finish_values(S* y, const Place& at, int64_t rows, int64_t columns, int64_t k,
+                                               int64_t lanes, const Vec<T> (&values)[M][M], Vec<T> bias) {
+    const auto factors = epilogue_->factors(k, lanes);
+    Vec<T> check{};
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) {
+        const S* r = epilogue_->residual_at(at.n, at.p + i, at.q + j);
+        const Vec<T> value = values[i][j] + bias;
+        check += value * T(0);
+        epilogue_->store(y + i * v_.y_h + j * v_.y_w, value, factors, r ? r + k : nullptr, lanes);
+      }
+    return all_zero(check);
   }
 
   __attribute__((noinline)) void redo_tile(const Place& at, int64_t rows, int64_t columns, int64_t k, int64_t lanes) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j)
-        direct_pixel(v_, x_, w_, bias_, y_, (at.n * v_.P + at.p + i) * v_.Q + at.q + j, 0, k, k + lanes);
+        direct_pixel(v_, x_, w_, bias_, y_, (at.n * v_.P + at.p + i) * v_.Q + at.q + j, 0, k, k + lanes, epilogue_);
   }
 
   const Conv2dView& v_;
@@ -331,6 +356,7 @@ class Worker {
   const S *x_, *w_, *bias_;
   S* y_;
   const T* packed_;
+  const Epilogue<S>* epilogue_;
   int64_t first_panel_ = 0, last_panel_ = 0, block_ = 0, v_product_ = 0, m_product_ = 0;
   bool keep_ = false;
   Tap* taps_ = nullptr;
@@ -340,8 +366,8 @@ class Worker {
 };
 
 template <class S, int M>
-const char* run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, const void* packed,
-                     int threads) {
+const char* run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, const void* packed, int threads,
+                     const Epilogue<S>* epilogue) {
   using T = Compute<S>;
   if (v.N * v.P * v.Q * v.K == 0) return nullptr;
   if (v.N * v.P * v.Q * v.K * v.C * kTapsAcross * kTapsAcross < kMacsWorthThreads) threads = 1;
@@ -350,18 +376,46 @@ const char* run_view(const Conv2dView& v, const S* x, const S* w, const S* bias,
   parallel_for(
       threads, threads,
       [&](int64_t task) {
-        Worker<T, M, S> worker(v, plan, x, w, bias, y, static_cast<const T*>(packed));
+        Worker<T, M, S> worker(v, plan, x, w, bias, y, static_cast<const T*>(packed), epilogue);
         if (!worker.run(task)) __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
       },
       kDenormals<S>);
-  return no_memory ? "out of memory" : nullptr;
+  return no_memory ? kNoMemory : nullptr;
 }
 
 template <class S, int M>
 const char* launch_fprop(const void* params, const Launch& l) {
+  const Conv2dParams& p = *static_cast<const Conv2dParams*>(params);
+  const Epilogue<S> epilogue(p, l);
+  return run_view<S, M>(fprop_view(p), static_cast<const S*>(l.operands[0]), static_cast<const S*>(l.operands[1]),
+                        static_cast<const S*>(l.operands[2]), static_cast<S*>(l.operands[3]),
+                        l.operands[kPackedOperand], l.threads, epilogue.or_null());
+}
+
+// Every panel's U, for fprop, into the workspace.
+template <class S, int M>
+const char* launch_pack(const void* params, const Launch& l) {
+  using T = Compute<S>;
   const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
-  return run_view<S, M>(v, static_cast<const S*>(l.operands[0]), static_cast<const S*>(l.operands[1]),
-                        static_cast<const S*>(l.operands[2]), static_cast<S*>(l.operands[3]), nullptr, l.threads);
+  const WinogradPlan<T, M> plan(v, 1);
+  const S* w = static_cast<const S*>(l.operands[1]);
+  bool no_memory = false;
+  parallel_for(l.threads, plan.panels * plan.chunks, [&](int64_t task) {
+    T* taps = static_cast<T*>(thread_scratch(slice_elements<T>() * sizeof(T)));
+    if (taps)
+      transform_panel<T, M>(static_cast<T*>(l.workspace) + task * plan.u_unit, taps, w, v, plan, task / plan.chunks,
+                            task % plan.chunks);
+    else
+      __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
+  });
+  return no_memory ? kNoMemory : nullptr;
+}
+
+template <class S, int M>
+int64_t packed_bytes(const void* params) {
+  using T = Compute<S>;
+  const WinogradPlan<T, M> plan(fprop_view(*static_cast<const Conv2dParams*>(params)), 1);
+  return plan.packed_elements() * static_cast<int64_t>(sizeof(T));
 }
 
 template <class S, int M>
@@ -370,10 +424,10 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   const S *w = static_cast<const S*>(l.operands[1]), *g = static_cast<const S*>(l.operands[3]);
   S* dx = static_cast<S*>(l.operands[0]);
   // with stride 1 there is one residue class
-  for_each_dgrad_view(*static_cast<const Conv2dParams*>(params),
-                      [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
-                        error = run_view<S, M>(v, g, w + w_offset, nullptr, dx + dx_offset, nullptr, l.threads);
-                      });
+  for_each_dgrad_view(
+      *static_cast<const Conv2dParams*>(params), [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
+        error = run_view<S, M>(v, g, w + w_offset, nullptr, dx + dx_offset, nullptr, l.threads, nullptr);
+      });
   return error;
 }
 

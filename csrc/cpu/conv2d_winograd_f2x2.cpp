@@ -8,6 +8,12 @@ CNNFAST_KERNEL("conv2d_winograd_f2x2.fprop.f32", Conv2dParams, (launch_fprop<flo
 CNNFAST_KERNEL("conv2d_winograd_f2x2.fprop.f64", Conv2dParams, (launch_fprop<double, 2>), nullptr)
 CNNFAST_KERNEL("conv2d_winograd_f2x2.fprop.bf16", Conv2dParams, (launch_fprop<BFloat16, 2>), nullptr)
 CNNFAST_KERNEL("conv2d_winograd_f2x2.fprop.f16", Conv2dParams, (launch_fprop<Float16, 2>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f2x2.fprop.f32.pack", Conv2dParams, (launch_pack<float, 2>), (packed_bytes<float, 2>))
+CNNFAST_KERNEL("conv2d_winograd_f2x2.fprop.f64.pack", Conv2dParams, (launch_pack<double, 2>), (packed_bytes<double, 2>))
+CNNFAST_KERNEL("conv2d_winograd_f2x2.fprop.bf16.pack", Conv2dParams, (launch_pack<BFloat16, 2>),
+               (packed_bytes<BFloat16, 2>))
+CNNFAST_KERNEL("conv2d_winograd_f2x2.fprop.f16.pack", Conv2dParams, (launch_pack<Float16, 2>),
+               (packed_bytes<Float16, 2>))
 CNNFAST_KERNEL("conv2d_winograd_f2x2.dgrad.f32", Conv2dParams, (launch_dgrad<float, 2>), nullptr)
 CNNFAST_KERNEL("conv2d_winograd_f2x2.dgrad.f64", Conv2dParams, (launch_dgrad<double, 2>), nullptr)
 CNNFAST_KERNEL("conv2d_winograd_f2x2.dgrad.bf16", Conv2dParams, (launch_dgrad<BFloat16, 2>), nullptr)

@@ -1,0 +1,91 @@
+"""Weights packed beforehand: the same bits as weights that come as they are, for every kernel that offers it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from cases import conv2d
+from support import process
+from support.memory import bits, guarded_allocations
+
+from cnnfast import dispatch
+from cnnfast.dispatch import TORCH_DTYPES, Implementation
+from cnnfast.graph import Plan
+
+KERNELS = [i for i in dispatch.implementations() if i.prepare is not None and not process.not_here(i)]
+SHARE = 3  # one case in so many of a kernel and dtype, unless everything runs
+
+
+def _parameters() -> list[Any]:
+    return [
+        pytest.param(i, dtype, case, id=f"{i.name}-{i.direction}-{dtype}-{case}", marks=process.marks(i))
+        for i, dtype, case in itertools.product(KERNELS, sorted(TORCH_DTYPES), conv2d.CASES)
+        if i.op == conv2d.OP
+        and (process.FULL or process.stable_hash(i.name, i.direction, dtype, case) % SHARE == 0)
+        and not dispatch.reasons_against(
+            i, conv2d.problem(case, i.direction, TORCH_DTYPES[dtype], "fp32", process.device(i))
+        )
+        and case.N
+    ]
+
+
+def _plan(i: Implementation, case: Any, dtype: torch.dtype, t: dict[str, torch.Tensor], frozen: bool) -> Plan:
+    plan = Plan(torch.device("cpu"), i.name)
+    inputs: dict[str, Any] = {"x": plan.input(case.shapes["x"], dtype)}
+    inputs["w"] = plan.constant(t["w"], frozen)
+    inputs["b"] = plan.constant(t["b"].contiguous(), frozen) if "b" in t else None
+    plan.finish(plan.node(conv2d.problem(case, i.direction, dtype, "fp32"), inputs, {"y": case.shapes["y"]}))
+    return plan
+
+
+@pytest.mark.parametrize(("implementation", "dtype", "case"), _parameters())
+def test_packed_is_unpacked(implementation: Implementation, dtype: str, case: Any) -> None:
+    t = {r: g.tensor for r, g in conv2d.inputs(case, "fprop", TORCH_DTYPES[dtype]).items()}
+    with guarded_allocations() as allocations:
+        packed = _plan(implementation, case, TORCH_DTYPES[dtype], t, True)
+    allocations.check(f"{implementation.name} packs {case} ({case.why})")
+    plain = _plan(implementation, case, TORCH_DTYPES[dtype], t, False)
+    assert len(packed._constants) == len(plain._constants) + 1
+    before = torch.get_num_threads()
+    try:
+        for threads in (before, 1, 3):
+            torch.set_num_threads(threads)
+            assert bool((bits(packed(t["x"])[0]) == bits(plain(t["x"])[0])).all()), f"{case} ({case.why})"
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("implementation", [i for i in KERNELS if i.op == conv2d.OP], ids=lambda i: i.name)
+def test_packed_weights_that_are_not_finite(implementation: Implementation) -> None:
+    """Padding contributes nothing, whoever packed the weights."""
+    case = conv2d.Case("", 1, 33, 27, 25, 35, 3, 3, padding=(1, 1), bias=True)
+    if dispatch.reasons_against(implementation, conv2d.problem(case, "fprop", torch.float32, "fp32")):
+        case = conv2d.Case("", 1, 64, 27, 25, 35, 3, 3, padding=(1, 1), bias=True)
+    t = {r: g.tensor for r, g in conv2d.inputs(case, "fprop", torch.float32).items()}
+    t["w"][3, 5, 0, 1], t["w"][34, 1, 2, 2] = float("inf"), float("nan")
+    packed = _plan(implementation, case, torch.float32, t, True)(t["x"])[0]
+    plain = _plan(implementation, case, torch.float32, t, False)(t["x"])[0]
+    torch.testing.assert_close(packed, plain, rtol=0, atol=0, equal_nan=True)
+    assert bool(torch.isfinite(packed[:, 3, 0]).all()), "the tap lies in the padding there"
+    assert not bool(torch.isfinite(packed[:, 3, 1:]).all())
+
+
+def test_only_frozen_constants_are_packed() -> None:
+    """An ordinary constant is seen as it is when the plan runs; one that isn't frozen keeps the others from being packed."""
+    if not KERNELS:
+        pytest.skip("no kernel here packs anything")
+    case = conv2d.Case("", 1, 8, 9, 9, 8, 3, 3, padding=(1, 1), bias=True)
+    t = {r: g.tensor for r, g in conv2d.inputs(case, "fprop", torch.float32).items()}
+    for frozen in ((True, False), (False, True), (False, False)):
+        plan = Plan(torch.device("cpu"), "cpu.conv2d_implicit_gemm")
+        w, b = (plan.constant(t[r], f) for r, f in zip("wb", frozen, strict=True))
+        x = plan.input(case.shapes["x"], torch.float32)
+        problem = conv2d.problem(case, "fprop", torch.float32, "fp32")
+        plan.finish(plan.node(problem, {"x": x, "w": w, "b": b}, {"y": case.shapes["y"]}))
+        assert len(plan._constants) == 2
+        first = plan(t["x"])[0]
+        t["w"].neg_(), t["b"].neg_()
+        assert torch.equal(plan(t["x"])[0], -first)
