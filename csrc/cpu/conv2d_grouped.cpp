@@ -11,9 +11,10 @@
 //
 // dgrad is fprop of the gradient, one stride-1 convolution for each residue class (conv2d_view.h). fprop with more
 // operands is conv_bn_act: sums go through epilogue.h.
-// A thread owns vectors of channels times rows of the output and packs the weights of 4 vectors at a time inside the
-// call. A tile inside the image reads x itself; one at the border, or of a 16-bit type, reads its window from a copy in
-// L1 [row][column][lanes] with the zeros of the padding. Sums are in float for float, bf16 and fp16, in double for
+// A thread owns vectors of channels times rows of the output. For 4 vectors at a time it packs the weights inside the
+// call, and copies the rows of x that a block of output rows needs, a vector's beside each other [row][column][lanes]:
+// every input pixel once, widened, with the zeros of the padding. A single tap without padding reads x itself.
+// Sums are in float for float, bf16 and fp16, in double for
 // double; one rounding. Padding contributes nothing: a call that meets an Inf or a NaN among its weights is done again
 // by the direct kernel (zeros stand for the padding).
 #include "../common/kernel_table.h"
@@ -30,6 +31,8 @@ namespace {
 
 constexpr int kMaxRows = 8;                     // pixels in a tile
 constexpr int64_t kVecs = 4;                    // vectors of channels at a time
+constexpr int64_t kStripBytes = 64 << 10;       // copied rows of one vector
+constexpr int64_t kImageBytes = 1 << 20;        // of g, while the classes of dgrad pass by
 constexpr int64_t kMacsWorthThreads = 1 << 17;  // below, one thread
 constexpr int64_t kChain = 128;                 // products added up in a row; sums of sums stay accurate
 
@@ -131,10 +134,18 @@ class Worker {
     if (vec == last_vec || unit == last_unit) return true;
     const int64_t vecs = min(kVecs, last_vec - vec);
     weights_ = 1 + taps() * v_.C;
+    step_h_ = needed_step(v_.P, v_.R, v_.stride_h, v_.dilation_h);
+    step_w_ = needed_step(v_.Q, v_.S, v_.stride_w, v_.dilation_w);
+    columns_ = taps() ? ((v_.Q - 1) * v_.stride_w + (v_.S - 1) * v_.dilation_w) / step_w_ + 1 : 0;
+    pitch_ = max(1, v_.C / v_.K) * VL;
+    direct_ = kSame<S, T> && taps() == 1 && !reaches_padding(v_);
+    int64_t block = v_.P;
+    while (block > 1 && strip_elements(block) * static_cast<int64_t>(sizeof(T)) > kStripBytes)
+      block = ceil_div(block, 2);
     const auto carve = [&](Carver carver) {
       packed_ = carver.take<T>(vecs * weights_ * VL);
       tile_ = carver.take<T>(kMaxRows * VL);
-      window_ = carver.take<T>(v_.R * kMaxRows * v_.S * pixel_vecs() * VL);
+      strip_ = carver.take<T>(max(pitch_, vecs * strip_elements(block)) + VL);
       return carver.used();
     };
     void* scratch = thread_scratch(carve(Carver(nullptr)));
@@ -143,8 +154,18 @@ class Worker {
     for (; vec < last_vec; vec += vecs) {
       const int64_t count = min(vecs, last_vec - vec);
       for (int64_t j = 0; j < count; ++j) pack(vec + j, packed_ + j * weights_ * VL);
-      for (int64_t u = unit; u < last_unit; ++u)
-        for (int64_t j = 0; j < count; ++j) run_row(vec + j, packed_ + j * weights_ * VL, u / v_.P, u % v_.P);
+      for (int64_t u = unit; u < last_unit;) {
+        const int64_t n = u / v_.P, p = u % v_.P, rows = min(block, min(v_.P - p, last_unit - u));
+        if (taps())
+          for (int64_t j = 0; j < count; ++j) copy_rows(vec + j, n, p, rows, strip_ + j * strip_elements(block));
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < count; ++j) {
+            next_ = u + i + rows < last_unit ? row_of(u + i + rows) + input(vec + j) : nullptr;
+            run_row(vec + j, packed_ + j * weights_ * VL, n, p + i,
+                    strip_ + j * strip_elements(block) + i * strip_row());
+          }
+        u += rows;
+      }
     }
     return true;
   }
@@ -154,7 +175,21 @@ class Worker {
 
   int64_t taps() const { return v_.R * v_.S; }
   int64_t channels() const { return v_.G * v_.K; }
-  int64_t pixel_vecs() const { return max(1, v_.C / v_.K); }  // of x for one vector of outputs
+  // Input channels of a vector of outputs: the first, and how many.
+  int64_t input(int64_t vec) const { return vec * VL / v_.K * v_.C; }
+  int64_t inputs(int64_t vec) const { return min(VL, channels() - vec * VL) / v_.K * v_.C; }
+  // The last row of x that a row of the batch needs.
+  const S* row_of(int64_t unit) const {
+    const int64_t h = unit % v_.P * v_.stride_h - v_.pad_h + (v_.R - 1) * v_.dilation_h;
+    return x_ + unit / v_.P * v_.x_n + max(0, min(v_.H - 1, h)) * v_.x_h;
+  }
+  // Elements of the strip for `rows` output rows, and from one output row to the next.
+  int64_t strip_elements(int64_t rows) const {
+    if (direct_ || !taps()) return 0;
+    return (((rows - 1) * v_.stride_h + (v_.R - 1) * v_.dilation_h) / step_h_ + 1) * columns_ * pitch_;
+  }
+  int64_t strip_row() const { return v_.P == 1 ? 0 : v_.stride_h / step_h_ * columns_ * pitch_; }
+
   // One vector's bias, then its weights [tap][q][lane].
   void pack(int64_t vec, T* out) {
     const int64_t channel = vec * VL, lanes = min(VL, channels() - channel);
@@ -179,54 +214,62 @@ class Worker {
     for (int l = 0; l < VL; ++l) finite_ &= check[l] == T(0);
   }
 
-  void run_row(int64_t vec, const T* packed, int64_t n, int64_t p) {
+  // The rows of x that output rows [p, p + rows) of image n need.
+  void copy_rows(int64_t vec, int64_t n, int64_t p, int64_t rows, T* strip) {
+    const int64_t strip_rows = strip_elements(rows) / max(1, columns_ * pitch_);
+    for (int64_t i = 0; i < strip_rows; ++i, strip += columns_ * pitch_) {
+      const int64_t h = p * v_.stride_h - v_.pad_h + i * step_h_;
+      const bool inside = h >= 0 && h < v_.H;
+      copy_row(strip, x_ + n * v_.x_n + (inside ? h : 0) * v_.x_h + input(vec), columns_, -v_.pad_w, step_w_,
+               inside ? v_.W : 0, v_.x_w, inputs(vec), pitch_);
+    }
+  }
+
+  void run_row(int64_t vec, const T* packed, int64_t n, int64_t p, const T* strip) {
     const int64_t channel = vec * VL, lanes = min(VL, channels() - channel), tiles = ceil_div(v_.Q, kMaxRows);
-    const int64_t h0 = p * v_.stride_h - v_.pad_h;
-    const bool rows_inside = h0 >= 0 && h0 + (v_.R - 1) * v_.dilation_h < v_.H;
-    const int64_t inputs = lanes / v_.K * v_.C;
-    const S* x = x_ + n * v_.x_n + channel / v_.K * v_.C;
     S* y = y_ + n * v_.y_n + p * v_.y_h + channel;
     TileArgs<T> args;
     args.bias = packed, args.w = packed + VL;
     args.R = v_.R, args.S = v_.S;
     args.flush_rows = max(1, kChain / max(1, v_.S * v_.C));
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t q = v_.Q * t / tiles, pixels = v_.Q * (t + 1) / tiles - q, w0 = q * v_.stride_w - v_.pad_w;
-      const bool inside =
-          rows_inside && w0 >= 0 && w0 + (pixels - 1) * v_.stride_w + (v_.S - 1) * v_.dilation_w < v_.W && lanes == VL;
-      bool direct = false;
-      if constexpr (kSame<S, T>) {
-        if (inside && taps()) {
-          direct = true;
-          args.x = x + h0 * v_.x_h + w0 * v_.x_w;
-          args.pixel = v_.stride_w * v_.x_w, args.row = v_.dilation_h * v_.x_h, args.column = v_.dilation_w * v_.x_w;
-        }
+    args.pixel = v_.Q == 1 ? 0 : v_.stride_w / step_w_ * pitch_;
+    args.row = v_.R == 1 ? 0 : v_.dilation_h / step_h_ * columns_ * pitch_;
+    args.column = v_.S == 1 ? 0 : v_.dilation_w / step_w_ * pitch_;
+    args.x = strip;
+    if constexpr (kSame<S, T>)
+      if (direct_) {
+        args.x = x_ + n * v_.x_n + (p * v_.stride_h - v_.pad_h) * v_.x_h - v_.pad_w * v_.x_w + input(vec);
+        args.pixel = v_.stride_w * v_.x_w;
+        if (lanes < VL) return run_partial(args, vec, n, p, y, lanes);
       }
-      if (!direct) copy_window(x, h0, w0, pixels, inputs, args);
-      const S* r = epilogue_ ? epilogue_->residual_at(n, p, q) : nullptr;
-      run_tile(args, y + q * v_.y_w, pixels, lanes, r, channel);
+    const T* first = args.x;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t q = v_.Q * t / tiles, pixels = v_.Q * (t + 1) / tiles - q;
+      args.x = first + q * args.pixel;
+      prefetch(q, pixels);
+      run_tile(args, y + q * v_.y_w, pixels, lanes, residual(n, p, q), channel);
     }
   }
 
-  // The window of one tile: every tap's pixels beside each other, or where taps share pixels the columns just once.
-  void copy_window(const S* x, int64_t h0, int64_t w0, int64_t pixels, int64_t inputs, TileArgs<T>& args) {
-    const int64_t pixel = pixel_vecs() * VL;
-    const bool shared = v_.dilation_w == 1 && v_.stride_w <= v_.S;
-    const int64_t columns = shared ? (pixels - 1) * v_.stride_w + v_.S : pixels * v_.S;
-    args.x = window_;
-    args.pixel = (shared ? v_.stride_w : v_.S) * pixel, args.row = columns * pixel, args.column = pixel;
-    T* out = window_;
-    for (int64_t r = 0; r < v_.R; ++r) {
-      const int64_t h = h0 + r * v_.dilation_h;
-      const bool inside = h >= 0 && h < v_.H;
-      for (int64_t i = 0; i < columns; ++i, out += pixel) {
-        const int64_t w = w0 + (shared ? i : i / v_.S * v_.stride_w + i % v_.S * v_.dilation_w);
-        if (!inside || w < 0 || w >= v_.W)
-          zero_channels(out, inputs);
-        else
-          copy_channels(out, x + h * v_.x_h + w * v_.x_w, inputs);
-      }
+  // A row of x itself whose vectors aren't whole, pixel by pixel.
+  void run_partial(TileArgs<T>& args, int64_t vec, int64_t n, int64_t p, S* y, int64_t lanes) {
+    const T* x = args.x;
+    args.x = strip_;
+    for (int64_t q = 0; q < v_.Q; ++q, x += args.pixel) {
+      copy_channels(strip_, x, inputs(vec));
+      run_tile(args, y + q * v_.y_w, 1, lanes, residual(n, p, q), vec * VL);
     }
+  }
+
+  // The pixels of the next block that lie where these `pixels` do in this one.
+  void prefetch(int64_t q, int64_t pixels) const {
+    if (!next_) return;
+    const int64_t end = min(v_.W, (q + pixels) * v_.stride_w);
+    for (int64_t w = q * v_.stride_w; w < end; ++w) __builtin_prefetch(next_ + w * v_.x_w, 0, 2);
+  }
+
+  const S* residual(int64_t n, int64_t p, int64_t q) const {
+    return epilogue_ ? epilogue_->residual_at(n, p, q) : nullptr;
   }
 
   // r: the first pixel's residual; channel: the first lane's.
@@ -260,8 +303,11 @@ class Worker {
   const S *x_, *w_, *bias_;
   S* y_;
   const Epilogue<S>* epilogue_;
-  int64_t weights_ = 0;  // vectors of one packed vector of channels
-  T *packed_ = nullptr, *tile_ = nullptr, *window_ = nullptr;
+  int64_t weights_ = 0;                                        // vectors of one packed vector of channels
+  int64_t step_h_ = 1, step_w_ = 1, columns_ = 0, pitch_ = 0;  // of the strip
+  const S* next_ = nullptr;                                    // a row of x that is needed soon
+  bool direct_ = false;                                        // x is read where it lies
+  T *packed_ = nullptr, *tile_ = nullptr, *strip_ = nullptr;
   bool finite_ = true;
 };
 
@@ -319,13 +365,19 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   S* dx = static_cast<S*>(l.operands[0]);
   const S *w = static_cast<const S*>(l.operands[1]), *g = static_cast<const S*>(l.operands[3]);
   const int threads = useful_threads(p, l.threads);
+  const int64_t image = p.P * p.Q * p.K * static_cast<int64_t>(sizeof(S));
+  const int64_t images = p.stride_h * p.stride_w == 1 ? p.N : max(1, kImageBytes / max(1, image));
   Outcome outcome;
   parallel_for(
       threads, threads,
       [&](int64_t task) {
-        for_each_dgrad_view(p, [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
-          run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads, task, outcome, nullptr);
-        });
+        // All classes of a few images before the next ones, so that g comes from memory once.
+        for (int64_t n = 0; n < p.N; n += images)
+          for_each_dgrad_view(p, [&](Conv2dView v, int64_t w_offset, int64_t dx_offset) {
+            v.N = min(images, p.N - n);
+            run_view<S>(v, g + n * p.y_n, w + w_offset, nullptr, dx + n * p.x_n + dx_offset, threads, task, outcome,
+                        nullptr);
+          });
       },
       kDenormals<S>);
   if (outcome.no_memory) return kNoMemory;

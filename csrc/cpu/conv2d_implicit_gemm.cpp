@@ -449,7 +449,7 @@ const char* launch_pack(const void* params, const Launch& l) {
   *head = true;
   parallel_for(l.threads, packed_panels(v, plan) * max(1, ceil_div(v.C, max(1, plan.chunk))), [&](int64_t task) {
     Worker<T, S> worker(v, plan, nullptr, static_cast<const S*>(l.operands[1]), static_cast<const S*>(l.operands[2]),
-                        nullptr, nullptr);
+                        nullptr, nullptr, nullptr);
     worker.pack_task(task, reinterpret_cast<T*>(head + kPackedHead));
     if (!worker.finite()) __atomic_store_n(head, false, __ATOMIC_RELAXED);
   });
