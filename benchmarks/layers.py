@@ -185,7 +185,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, nargs="+", help="default: 1; with --memory 1 and 8")
     parser.add_argument("--direction", choices=["forward", "backward", "dgrad", "wgrad"], default="forward")
-    parser.add_argument("--kind", nargs="+", default=[], help="only layers of these kinds: grouped, stem, 1x1, 3x3, ...")
+    parser.add_argument(
+        "--kind", nargs="+", default=[], help="only layers of these kinds: grouped, stem, 1x1, 3x3, ..."
+    )
     parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=15, help="interleaved samples of each")
     parser.add_argument("--threads", type=int, default=2)

@@ -101,7 +101,7 @@ def _conversions(p: Problem) -> float:
 def _grouped_cost(p: Problem, isa: str) -> float:
     # one vector multiply-add a cycle, every lane used; two where a group is a whole vector and nothing is shuffled
     lanes = _lanes(isa, p.dtype)
-    rate = 2 if p.direction == "wgrad" and p.C // p.G == lanes else 1
+    rate = 2 if p.direction == "wgrad" and lanes == p.C // p.G else 1
     return _seconds(p.flops / 2 / (rate * lanes)) + _conversions(p)
 
 

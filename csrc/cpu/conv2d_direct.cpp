@@ -111,10 +111,13 @@ template <class S>
 void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, int threads) {
   const int64_t pixels = v.N * v.P * v.Q, parts = ceil_div(v.K, kTaskChannels);
   threads = useful_threads(threads, pixels * v.G * v.K * max(1, v.C * v.R * v.S));
-  parallel_for(threads, v.G * parts * pixels, [&](int64_t task) {
-    const int64_t part = task / pixels, k = part % parts * kTaskChannels;
-    pixel(v, x, w, bias, y, task % pixels, part / parts, k, min(v.K, k + kTaskChannels));
-  }, kDenormals<S>);
+  parallel_for(
+      threads, v.G * parts * pixels,
+      [&](int64_t task) {
+        const int64_t part = task / pixels, k = part % parts * kTaskChannels;
+        pixel(v, x, w, bias, y, task % pixels, part / parts, k, min(v.K, k + kTaskChannels));
+      },
+      kDenormals<S>);
 }
 
 // The outputs whose tap lies inside the input: [first, last).
@@ -145,32 +148,35 @@ void direct_wgrad(const Conv2dParams& p, const S* x, S* dw, const S* g, int thre
   using T = Compute<S>;
   const int64_t channels = p.C / p.G, taps = p.R * p.S, tasks = p.K * taps;
   threads = useful_threads(threads, p.N * p.P * p.Q * tasks * channels);
-  parallel_for(threads, tasks, [&](int64_t task) {
-    const int64_t k = task / taps, r = task / p.S % p.R, s = task % p.S, group = k / (p.K / p.G);
-    const int64_t h0 = r * p.dilation_h - p.pad_h, w0 = s * p.dilation_w - p.pad_w;
-    const Range rows = valid_outputs(p.P, p.H, p.stride_h, h0), columns = valid_outputs(p.Q, p.W, p.stride_w, w0);
-    for (int64_t c = 0; c < channels; c += kBlock) {
-      const int64_t block = min(kBlock, channels - c);
-      T sums[kBlock] = {};
-      for (int64_t n = 0; n < p.N; ++n) {
-        T image[kBlock] = {};
-        for (int64_t i = rows.first; i < rows.last; ++i) {
-          const S* gp = g + n * p.y_n + i * p.y_h + k * p.y_c;
-          const S* xp = x + n * p.x_n + (i * p.stride_h + h0) * p.x_h + w0 * p.x_w + (group * channels + c) * p.x_c;
-          T row[kBlock] = {};
-          for (int64_t q = columns.first; q < columns.last; ++q) {
-            const T value = widen_one(gp[q * p.y_w]);
-            const S* xq = xp + q * p.stride_w * p.x_w;
-            for (int64_t j = 0; j < block; ++j) row[j] += value * widen_one(xq[j * p.x_c]);
+  parallel_for(
+      threads, tasks,
+      [&](int64_t task) {
+        const int64_t k = task / taps, r = task / p.S % p.R, s = task % p.S, group = k / (p.K / p.G);
+        const int64_t h0 = r * p.dilation_h - p.pad_h, w0 = s * p.dilation_w - p.pad_w;
+        const Range rows = valid_outputs(p.P, p.H, p.stride_h, h0), columns = valid_outputs(p.Q, p.W, p.stride_w, w0);
+        for (int64_t c = 0; c < channels; c += kBlock) {
+          const int64_t block = min(kBlock, channels - c);
+          T sums[kBlock] = {};
+          for (int64_t n = 0; n < p.N; ++n) {
+            T image[kBlock] = {};
+            for (int64_t i = rows.first; i < rows.last; ++i) {
+              const S* gp = g + n * p.y_n + i * p.y_h + k * p.y_c;
+              const S* xp = x + n * p.x_n + (i * p.stride_h + h0) * p.x_h + w0 * p.x_w + (group * channels + c) * p.x_c;
+              T row[kBlock] = {};
+              for (int64_t q = columns.first; q < columns.last; ++q) {
+                const T value = widen_one(gp[q * p.y_w]);
+                const S* xq = xp + q * p.stride_w * p.x_w;
+                for (int64_t j = 0; j < block; ++j) row[j] += value * widen_one(xq[j * p.x_c]);
+              }
+              for (int64_t j = 0; j < block; ++j) image[j] += row[j];
+            }
+            for (int64_t j = 0; j < block; ++j) sums[j] += image[j];
           }
-          for (int64_t j = 0; j < block; ++j) image[j] += row[j];
+          S* out = dw + k * p.w_k + c * p.w_c + r * p.w_r + s * p.w_s;
+          for (int64_t j = 0; j < block; ++j) narrow_one(out + j * p.w_c, sums[j]);
         }
-        for (int64_t j = 0; j < block; ++j) sums[j] += image[j];
-      }
-      S* out = dw + k * p.w_k + c * p.w_c + r * p.w_r + s * p.w_s;
-      for (int64_t j = 0; j < block; ++j) narrow_one(out + j * p.w_c, sums[j]);
-    }
-  }, kDenormals<S>);
+      },
+      kDenormals<S>);
 }
 
 namespace {

@@ -12,10 +12,10 @@
 // A tile's pixels are those for which all its taps lie inside the image: nothing is copied, no zeros stand for the
 // padding, and an Inf or a NaN goes where it should. A border pixel's tap is a tile of its own.
 //
-// A task owns a range of vectors and one of a few fixed parts of the pixels, and walks a few rows at a time, all vectors
-// over each. The sums of several parts wait in the workspace and are added in the order of the parts: the same bit for
-// bit in every run, whatever the thread count. Sums are in float for float, bf16 and fp16, in double for double; one
-// rounding at the end.
+// A task owns a range of vectors and one of a few fixed parts of the pixels, and walks a few rows at a time, all
+// vectors over each. The sums of several parts wait in the workspace and are added in the order of the parts: the same
+// bit for bit in every run, whatever the thread count. Sums are in float for float, bf16 and fp16, in double for
+// double; one rounding at the end.
 #include "../common/kernel_table.h"
 #include "conv2d_direct.h"
 #include "conv2d_view.h"
@@ -108,7 +108,7 @@ constexpr TileFn<T, S> tile_or_null() {
     return nullptr;
 }
 #define CNNFAST_TILES(NR, NS) \
-  { tile_or_null<T, S, kIn, kOut, NR, NS, false>(), tile_or_null<T, S, kIn, kOut, NR, NS, true>() }
+  {tile_or_null<T, S, kIn, kOut, NR, NS, false>(), tile_or_null<T, S, kIn, kOut, NR, NS, true>()}
 template <class T, class S, int kIn, int kOut>
 constexpr Tiles<T, S> kTiles = {{{CNNFAST_TILES(1, 1), CNNFAST_TILES(1, 2), CNNFAST_TILES(1, 3)},
                                  {CNNFAST_TILES(2, 1), CNNFAST_TILES(2, 2), CNNFAST_TILES(2, 3)},
@@ -281,26 +281,33 @@ const char* launch_wgrad(const void* params, const Launch& l) {
   T* partials = static_cast<T*>(l.workspace);
   const int64_t all = vecs * v.R * v.S * v.C * VL;
   bool memory = true;  // only ever set to false
-  parallel_for(threads, parts * shares, [&](int64_t task) {
-    const int64_t part = task / shares, share = task % shares;
-    const int64_t vec = vecs * share / shares, last_vec = vecs * (share + 1) / shares;
-    Worker<T, S> worker(v, *tiles, x, dw, g);
-    T* sums = partials ? partials + part * all + vec * worker.sum()
-                       : static_cast<T*>(thread_scratch((last_vec - vec) * worker.sum() * sizeof(T)));
-    if (!sums) return __atomic_store_n(&memory, false, __ATOMIC_RELAXED);
-    worker.run(vec, last_vec, units * part / parts, units * (part + 1) / parts, sums);
-    if (!partials)
-      for (int64_t j = vec; j < last_vec; ++j) worker.write(j, sums + (j - vec) * worker.sum());
-  }, kDenormals<S>);
+  parallel_for(
+      threads, parts * shares,
+      [&](int64_t task) {
+        const int64_t part = task / shares, share = task % shares;
+        const int64_t vec = vecs * share / shares, last_vec = vecs * (share + 1) / shares;
+        Worker<T, S> worker(v, *tiles, x, dw, g);
+        T* sums = partials ? partials + part * all + vec * worker.sum()
+                           : static_cast<T*>(thread_scratch((last_vec - vec) * worker.sum() * sizeof(T)));
+        if (!sums) return __atomic_store_n(&memory, false, __ATOMIC_RELAXED);
+        worker.run(vec, last_vec, units * part / parts, units * (part + 1) / parts, sums);
+        if (!partials)
+          for (int64_t j = vec; j < last_vec; ++j) worker.write(j, sums + (j - vec) * worker.sum());
+      },
+      kDenormals<S>);
   if (!memory) return "out of memory";
   if (partials)
-    parallel_for(threads, vecs, [&](int64_t vec) {
-      Worker<T, S> worker(v, *tiles, x, dw, g);
-      T* sums = partials + vec * worker.sum();
-      for (int64_t part = 1; part < parts; ++part)
-        for (int64_t i = 0; i < worker.sum(); i += VL) store(sums + i, load(sums + i) + load(sums + part * all + i));
-      worker.write(vec, sums);
-    }, kDenormals<S>);
+    parallel_for(
+        threads, vecs,
+        [&](int64_t vec) {
+          Worker<T, S> worker(v, *tiles, x, dw, g);
+          T* sums = partials + vec * worker.sum();
+          for (int64_t part = 1; part < parts; ++part)
+            for (int64_t i = 0; i < worker.sum(); i += VL)
+              store(sums + i, load(sums + i) + load(sums + part * all + i));
+          worker.write(vec, sums);
+        },
+        kDenormals<S>);
   return nullptr;
 }
 

@@ -364,8 +364,9 @@ const char* launch_fprop(const void* params, const Launch& l) {
   S* y = static_cast<S*>(l.operands[3]);
   const int threads = useful_threads(p, l.threads);
   Outcome outcome;
-  parallel_for(threads, threads, [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, threads, task, outcome); },
-               kDenormals<S>);
+  parallel_for(
+      threads, threads, [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, threads, task, outcome); },
+      kDenormals<S>);
   if (outcome.no_memory) return kNoMemory;
   if (outcome.not_finite) direct_fprop(p, x, w, bias, y, l.threads);
   return nullptr;
@@ -379,11 +380,14 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   const int threads = useful_threads(p, l.threads);
   Outcome outcome;
   // The classes write different pixels: a thread goes through all of them without waiting for the others.
-  parallel_for(threads, threads, [&](int64_t task) {
-    for_each_dgrad_view(p, [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
-      run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads, task, outcome);
-    });
-  }, kDenormals<S>);
+  parallel_for(
+      threads, threads,
+      [&](int64_t task) {
+        for_each_dgrad_view(p, [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
+          run_view<S>(v, g, w + w_offset, nullptr, dx + dx_offset, threads, task, outcome);
+        });
+      },
+      kDenormals<S>);
   if (outcome.no_memory) return kNoMemory;
   if (outcome.not_finite) direct_dgrad(p, dx, w, g, l.threads);
   return nullptr;

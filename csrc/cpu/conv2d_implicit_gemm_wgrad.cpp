@@ -3,10 +3,10 @@
 //   dw[k,c,r,s] = sum_{n,p,q} x[n,c,h,w] * g[n,k,p,q]     h = p*stride_h - pad_h + r*dilation_h, w alike
 //
 // A register tile (gemm_tile.h) computes up to 14 channels c x 2 vectors of channels k of one tap over some hundred
-// pixels. x is read where it lies, if no tap leaves it and nothing is to be widened, else from a strip: rows of x copied
-// with their zero borders and widened to float. With few input channels (stems) the strip's pixels are adjacent, and the
-// S taps of a filter row are one run of S*C rows. g comes from panels [pixel][k] that stay in L1 while all channels and
-// taps pass by; what is needed next is prefetched between the tiles.
+// pixels. x is read where it lies, if no tap leaves it and nothing is to be widened, else from a strip: rows of x
+// copied with their zero borders and widened to float. With few input channels (stems) the strip's pixels are adjacent,
+// and the S taps of a filter row are one run of S*C rows. g comes from panels [pixel][k] that stay in L1 while all
+// channels and taps pass by; what is needed next is prefetched between the tiles.
 //
 // A task owns a block of k, a block of c, a range of filter rows and one of a few fixed parts of the pixels. The blocks
 // are equal, and chosen by the estimated cost of multiplying, reading and copying. Its sums stay in scratch (~0.8 MiB);
@@ -57,7 +57,8 @@ struct Plan {
 inline int64_t parts_of(const Conv2dParams& p) {
   const int64_t bytes = p.K * (p.C / p.G) * p.R * p.S * 8;
   int64_t parts = kMostParts;
-  while (parts > 1 && (parts * kPartPixels > p.N * p.P * p.Q || parts > p.N * p.P || parts * bytes > kPartsBytes)) parts /= 2;
+  while (parts > 1 && (parts * kPartPixels > p.N * p.P * p.Q || parts > p.N * p.P || parts * bytes > kPartsBytes))
+    parts /= 2;
   return parts;
 }
 
@@ -127,8 +128,8 @@ Plan make_plan(const Conv2dView& v, int64_t parts, int threads) {
         p.filter_rows = ceil_div(v.R, p.tasks_r);
         p.sums = p.vecs * VL * p.channels * p.filter_rows * p.S;
         const double tasks = static_cast<double>(ceil_div(v.G * p.tasks_k * p.tasks_c * p.tasks_r * parts, threads));
-        const double x_bytes = static_cast<double>((p.fold ? v.C : p.channels) * (v.stride_h / p.step_h) *
-                                                   (v.stride_w / p.step_w) * size);
+        const double x_bytes =
+            static_cast<double>((p.fold ? v.C : p.channels) * (v.stride_h / p.step_h) * (v.stride_w / p.step_w) * size);
         const double g_bytes = static_cast<double>(p.vecs * VL * size);
         double cost = static_cast<double>(p.filter_rows * p.S) * tile_cycles(p.channels, p.vecs) +
                       x_bytes / (p.direct ? 24 : 12) + g_bytes / 12;
@@ -150,8 +151,8 @@ class Worker {
 
   bool finite() const { return finite_; }
 
-  // Adds up one part of the pixels; in `partials` (all_sums elements for each part), or, where they are null, in scratch,
-  // and writes the weights. False: out of memory.
+  // Adds up one part of the pixels; in `partials` (all_sums elements for each part), or, where they are null, in
+  // scratch, and writes the weights. False: out of memory.
   bool run(int64_t task, int64_t part, T* partials) {
     const int64_t images = plan_.rows >= v_.P ? plan_.rows / v_.P : 1, block = images * min(plan_.rows, v_.P);
     set_task(task);
@@ -400,15 +401,17 @@ const char* launch_wgrad(const void* params, const Launch& l) {
   const int64_t tasks = v.G * plan.tasks_k * plan.tasks_c * plan.tasks_r;
   T* partials = static_cast<T*>(l.workspace);
   bool finite = true, memory = true;  // only ever set to false, so that the threads may race
-  parallel_for(threads, tasks * parts, [&](int64_t i) {
-    Worker<T, S> worker(v, plan, x, dw, g);
-    if (!worker.run(i % tasks, i / tasks, partials)) __atomic_store_n(&memory, false, __ATOMIC_RELAXED);
-    if (!worker.finite()) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
-  }, kDenormals<S>);
+  parallel_for(
+      threads, tasks * parts,
+      [&](int64_t i) {
+        Worker<T, S> worker(v, plan, x, dw, g);
+        if (!worker.run(i % tasks, i / tasks, partials)) __atomic_store_n(&memory, false, __ATOMIC_RELAXED);
+        if (!worker.finite()) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+      },
+      kDenormals<S>);
   if (partials && memory)
-    parallel_for(threads, tasks, [&](int64_t task) {
-      Worker<T, S>(v, plan, x, dw, g).reduce(task, partials);
-    }, kDenormals<S>);
+    parallel_for(
+        threads, tasks, [&](int64_t task) { Worker<T, S>(v, plan, x, dw, g).reduce(task, partials); }, kDenormals<S>);
   if (!memory) return "out of memory";
   if (!finite && reaches_padding(v)) direct_wgrad(p, x, dw, g, l.threads);
   return nullptr;

@@ -14,8 +14,8 @@
 namespace cnnfast {
 namespace CNNFAST_ISA {
 
-// What denormals are in a convolution of this storage type. Those of fp16 are normal floats, and some processors convert
-// them by way of denormal floats.
+// What denormals are in a convolution of this storage type. Those of fp16 are normal floats, and some processors
+// convert them by way of denormal floats.
 template <class S>
 constexpr Denormals kDenormals = kSame<S, Float16> ? Denormals::kKeep : Denormals::kFlush;
 

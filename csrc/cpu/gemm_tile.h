@@ -66,9 +66,9 @@ struct TileArgs {
   int64_t a_row, a_step;  // bytes; see above which one is used
   const Tap* taps;
   int64_t ntaps;
-  const T* b;     // as many rows of NV vectors as the taps have steps
+  const T* b;      // as many rows of NV vectors as the taps have steps
   int64_t b_step;  // elements between them (wgrad; the packed rows of fprop and dgrad lie beside each other)
-  const T* init;  // added at the end: rows of NV vectors, `init_row` elements apart
+  const T* init;   // added at the end: rows of NV vectors, `init_row` elements apart
   int64_t init_row;
   T* chains;  // room for MR rows of NV vectors
   T* out;     // rows `out_row` elements apart

@@ -12,8 +12,8 @@ namespace CNNFAST_ISA {
 
 // The sizes that a vector can hold: equal ones, depthwise with 2 or 4 outputs a channel, and the reverse (its dgrad).
 template <class T, int kIn, int kOut>
-constexpr bool kGroupFits = kIn <= kLanes<T> && kOut <= kLanes<T> &&
-                            (kIn == kOut || (kIn == 1 && kOut <= 4) || (kOut == 1 && kIn == 2));
+constexpr bool kGroupFits =
+    kIn <= kLanes<T> && kOut <= kLanes<T> && (kIn == kOut || (kIn == 1 && kOut <= 4) || (kOut == 1 && kIn == 2));
 
 template <class T, int kIn, int kOut>
 struct GroupLanes {
