@@ -29,6 +29,7 @@ namespace cnnfast {
 namespace CNNFAST_ISA {
 namespace {
 
+constexpr int kKnownSteps = 2;                  // pixels from output to output that tiles are compiled for
 constexpr int kMaxRows = 8;                     // pixels in a tile
 constexpr int64_t kVecs = 4;                    // vectors of channels at a time
 constexpr int64_t kStripBytes = 64 << 10;       // copied rows of one vector
@@ -58,9 +59,11 @@ CNNFAST_INLINE void multiply(Vec<T>& acc, const GroupLanes<T, kIn, kOut>& x, con
   }
 }
 
-template <class T, int kIn, int kOut, int MR>
+// kStep: pixels of the strip from one of the tile's pixels to the next, known so that no address is computed; 0: any.
+template <class T, int kIn, int kOut, int kStep, int MR>
 void tile(const TileArgs<T>& args) {
   constexpr int VL = kLanes<T>;
+  const int64_t pixel = kStep ? kStep * GroupLanes<T, kIn, kOut>::kVectors * VL : args.pixel;
   Vec<T> total[MR], acc[MR];
 #pragma GCC unroll 8
   for (int i = 0; i < MR; ++i) total[i] = load(args.bias);
@@ -77,7 +80,7 @@ void tile(const TileArgs<T>& args) {
         for (int q = 0; q < kIn; ++q) weights[q] = load(w + q * VL);
 #pragma GCC unroll 8
         for (int i = 0; i < MR; ++i)
-          multiply<T, kIn, kOut>(acc[i], GroupLanes<T, kIn, kOut>::template read<true>(x + i * args.pixel, 0), weights);
+          multiply<T, kIn, kOut>(acc[i], GroupLanes<T, kIn, kOut>::template read<true>(x + i * pixel, 0), weights);
       }
     }
 #pragma GCC unroll 8
@@ -87,27 +90,34 @@ void tile(const TileArgs<T>& args) {
   for (int i = 0; i < MR; ++i) store(args.out + i * args.out_step, total[i]);
 }
 
+template <class T>
+struct Tiles {
+  TileFn<T> function[kKnownSteps + 1][kMaxRows + 1];  // by step and pixels
+};
+#define CNNFAST_TILES(step)     \
+  {nullptr,                     \
+   tile<T, kIn, kOut, step, 1>, \
+   tile<T, kIn, kOut, step, 2>, \
+   tile<T, kIn, kOut, step, 3>, \
+   tile<T, kIn, kOut, step, 4>, \
+   tile<T, kIn, kOut, step, 5>, \
+   tile<T, kIn, kOut, step, 6>, \
+   tile<T, kIn, kOut, step, 7>, \
+   tile<T, kIn, kOut, step, 8>}
 template <class T, int kIn, int kOut>
-constexpr TileFn<T> kTiles[kMaxRows + 1] = {nullptr,
-                                            tile<T, kIn, kOut, 1>,
-                                            tile<T, kIn, kOut, 2>,
-                                            tile<T, kIn, kOut, 3>,
-                                            tile<T, kIn, kOut, 4>,
-                                            tile<T, kIn, kOut, 5>,
-                                            tile<T, kIn, kOut, 6>,
-                                            tile<T, kIn, kOut, 7>,
-                                            tile<T, kIn, kOut, 8>};
+constexpr Tiles<T> kTiles = {{CNNFAST_TILES(0), CNNFAST_TILES(1), CNNFAST_TILES(2)}};
+#undef CNNFAST_TILES
 
 template <class T, int kIn, int kOut>
-const TileFn<T>* tiles_or_null() {
+const Tiles<T>* tiles_or_null() {
   if constexpr (kGroupFits<T, kIn, kOut>)
-    return kTiles<T, kIn, kOut>;
+    return &kTiles<T, kIn, kOut>;
   else
     return nullptr;
 }
 // Null where a vector can't hold the groups.
 template <class T>
-const TileFn<T>* tiles_for(int64_t in, int64_t out) {
+const Tiles<T>* tiles_for(int64_t in, int64_t out) {
   if (in == 1 && out == 2) return tiles_or_null<T, 1, 2>();
   if (in == 1 && out == 4) return tiles_or_null<T, 1, 4>();
   if (in == 2 && out == 1) return tiles_or_null<T, 2, 1>();
@@ -123,7 +133,7 @@ const TileFn<T>* tiles_for(int64_t in, int64_t out) {
 template <class T, class S>
 class Worker {
  public:
-  Worker(const Conv2dView& v, const TileFn<T>* tiles, const S* x, const S* w, const S* bias, S* y,
+  Worker(const Conv2dView& v, const Tiles<T>& tiles, const S* x, const S* w, const S* bias, S* y,
          const Epilogue<S>* epilogue)
       : v_(v), tiles_(tiles), x_(x), w_(w), bias_(bias), y_(y), epilogue_(epilogue) {}
 
@@ -232,7 +242,9 @@ class Worker {
     args.bias = packed, args.w = packed + VL;
     args.R = v_.R, args.S = v_.S;
     args.flush_rows = max(1, kChain / max(1, v_.S * v_.C));
-    args.pixel = v_.Q == 1 ? 0 : v_.stride_w / step_w_ * pitch_;
+    const int64_t step = v_.Q == 1 || direct_ ? 0 : v_.stride_w / step_w_;
+    step_tiles_ = tiles_.function[step <= kKnownSteps ? step : 0];
+    args.pixel = step * pitch_;
     args.row = v_.R == 1 ? 0 : v_.dilation_h / step_h_ * columns_ * pitch_;
     args.column = v_.S == 1 ? 0 : v_.dilation_w / step_w_ * pitch_;
     args.x = strip;
@@ -277,12 +289,12 @@ class Worker {
     if constexpr (kSame<S, T>) {
       if (lanes == VL && !epilogue_) {
         args.out = y, args.out_step = v_.y_w;
-        tiles_[pixels](args);
+        step_tiles_[pixels](args);
         return;
       }
     }
     args.out = tile_, args.out_step = VL;
-    tiles_[pixels](args);
+    step_tiles_[pixels](args);
     if (epilogue_) {
       const auto factors = epilogue_->factors(channel, lanes);
       if (r) r += channel;
@@ -299,7 +311,8 @@ class Worker {
   }
 
   const Conv2dView& v_;
-  const TileFn<T>* tiles_;
+  const Tiles<T>& tiles_;
+  const TileFn<T>* step_tiles_ = nullptr;  // those of the row's step
   const S *x_, *w_, *bias_;
   S* y_;
   const Epilogue<S>* epilogue_;
@@ -323,12 +336,12 @@ void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, 
               Outcome& outcome, const Epilogue<S>* epilogue) {
   using T = Compute<S>;
   const int64_t vecs = ceil_div(v.G * v.K, kLanes<T>), units = v.N * v.P;
-  const TileFn<T>* tiles = tiles_for<T>(v.C, v.K);
+  const Tiles<T>* tiles = tiles_for<T>(v.C, v.K);
   if (vecs * units * v.Q == 0 || !tiles) return;
   // Vectors are the better half to share: no weights are packed and no rows copied twice.
   const int64_t threads_v = vecs % threads == 0 || vecs >= 4 * threads ? threads : gcd(vecs, threads);
   const int64_t threads_u = threads / threads_v, tv = task / threads_u, tu = task % threads_u;
-  Worker<T, S> worker(v, tiles, x, w, bias, y, epilogue);
+  Worker<T, S> worker(v, *tiles, x, w, bias, y, epilogue);
   if (!worker.run(vecs * tv / threads_v, vecs * (tv + 1) / threads_v, units * tu / threads_u,
                   units * (tu + 1) / threads_u))
     __atomic_store_n(&outcome.no_memory, true, __ATOMIC_RELAXED);
