@@ -2,6 +2,7 @@
 
     python benchmarks/layers.py                 medians of interleaved runs, geometric mean, lowest ratio
     python benchmarks/layers.py --batch 16      at another batch size
+    python benchmarks/layers.py --packed        ours as a plan of one node whose weights were packed beforehand
     python benchmarks/layers.py --memory        peak resident memory, each in a process of its own, batch 1 and 8
     python benchmarks/layers.py --overhead      a call of almost no work: what reaching the kernel costs
 
@@ -17,24 +18,41 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from providers import CHANNELS_LAST, NCHW, OURS, geometric_mean, providers
+from providers import CHANNELS_LAST, NCHW, OURS, TOLERANCE, geometric_mean, providers
 from tables import render
-from workloads import NETWORKS, distinct
+from workloads import NETWORKS, Layer, distinct
 
 import cnnfast
 from cnnfast import settings
+from cnnfast.graph import Plan
+from cnnfast.ops.conv2d import problem
 from cnnfast.report import timing
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def layers(networks: Sequence[str], batch: int, rounds: int, nchw: bool) -> dict[str, Any]:
+def packed(layer: Layer, batch: int) -> tuple[Callable[[], Any], str]:
+    """A layer as a plan runs it, and the kernel that it chose."""
+    x, w, b = layer.tensors(batch)
+    assert x is not None
+    assert w is not None
+    y = (batch, layer.K, *layer.output)
+    pads = (layer.pad_h, layer.pad_h, layer.pad_w, layer.pad_w)
+    params = ((layer.stride, layer.stride), pads, (1, 1), layer.groups, "fp32")
+    plan = Plan(x.device)
+    operands = {"x": plan.input(tuple(x.shape), x.dtype), "w": plan.constant(w, frozen=True)}
+    operands["b"] = None if b is None else plan.constant(b, frozen=True)  # type: ignore[assignment]
+    plan.finish(plan.node(problem("fprop", x.shape, w.shape, y, x.dtype, x.device, params), operands, {"y": y}))
+    return lambda: plan(x)[0], plan.kernels[0]
+
+
+def layers(networks: Sequence[str], batch: int, rounds: int, nchw: bool, beforehand: bool) -> dict[str, Any]:
     """Times every distinct layer; prints the table."""
     rows = []
     machine = timing.machine()
@@ -46,6 +64,11 @@ def layers(networks: Sequence[str], batch: int, rounds: int, nchw: bool) -> dict
             functions.pop(NCHW, None)
         with settings.observe() as events:
             functions[OURS]()
+        if beforehand:
+            expected = functions[OURS]()
+            functions[OURS], name = packed(layer, batch)
+            error = float((functions[OURS]() - expected).norm() / expected.norm())
+            assert error < TOLERANCE[torch.float32], f"packed, {layer}: off by {error:.2g} of the result's norm"
         found_kernels = [getattr(getattr(e, "selection", None), "implementation", None) for e in events]
         timings = timing.interleaved(functions, rounds=rounds)
         ratio = timings[CHANNELS_LAST].median / timings[OURS].median
@@ -53,7 +76,7 @@ def layers(networks: Sequence[str], batch: int, rounds: int, nchw: bool) -> dict
             "group": f"forward, batch {batch}, float32: {layer.kind}", "layer": str(layer), "networks": where,
             "ms": {n: t.ms for n, t in timings.items()}, "timings": {n: t.to_dict() for n, t in timings.items()},
             "ratio": ratio, "gflops": layer.flops(batch) / timings[OURS].median / 1e9, "missing": missing,
-            "kernel": ", ".join(dict.fromkeys(i.name for i in found_kernels if i is not None)),
+            "kernel": name if beforehand else ", ".join(dict.fromkeys(i.name for i in found_kernels if i is not None)),
         })  # fmt: skip
         seconds = time.perf_counter() - begin
         line = f"{number}/{len(found)} layers, {seconds:.0f} s, {layer}: {ratio:.2f}"
@@ -185,6 +208,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="interleaved samples of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--nchw", action="store_true", help="time torch with NCHW tensors, too")
+    parser.add_argument("--packed", action="store_true", help="pack our weights beforehand, as plans do")
     parser.add_argument("--json", type=Path, help="where the JSON goes (default: benchmarks/results/)")
     parser.add_argument("--memory", action="store_true", help="peak resident memory instead of time")
     parser.add_argument("--overhead", action="store_true", help="the time of a call that computes almost nothing")
@@ -200,7 +224,8 @@ def main() -> None:
         name, found = "overhead", overhead(options.rounds)
     else:
         batch = (options.batch or [1])[0]
-        name, found = f"layers-batch{batch}", layers(options.network, batch, options.rounds, options.nchw)
+        name = f"layers-batch{batch}" + ("-packed" if options.packed else "")
+        found = layers(options.network, batch, options.rounds, options.nchw, options.packed)
     isa = next((i for i in found["machine"]["isa"]), "cpu")
     path = options.json or RESULTS / f"{name}-{isa}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
