@@ -3,6 +3,7 @@
     python benchmarks/layers.py                 medians of interleaved runs, geometric mean, lowest ratio
     python benchmarks/layers.py --batch 16      at another batch size
     python benchmarks/layers.py --direction dgrad --batch 8     the gradient of the input (or wgrad: of the weight) alone
+    python benchmarks/layers.py --packed        ours as a plan of one node whose weights were packed beforehand
     python benchmarks/layers.py --memory        peak memory above what an import takes, in fresh processes, batch 1 and 8
     python benchmarks/layers.py --overhead      a call of almost no work: what reaching the kernel costs
 
@@ -27,20 +28,38 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from providers import CHANNELS_LAST, NCHW, OURS, geometric_mean, providers
+from providers import CHANNELS_LAST, NCHW, OURS, TOLERANCE, geometric_mean, providers
 from tables import render
-from workloads import NETWORKS, distinct
+from workloads import NETWORKS, Layer, distinct
 
 import cnnfast
 from cnnfast import _render, settings
+from cnnfast.graph import Plan
+from cnnfast.ops.conv2d import problem
 from cnnfast.report import timing
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+def packed(layer: Layer, batch: int) -> tuple[Callable[[], Any], str]:
+    """A layer as a plan runs it, and the kernel that it chose."""
+    x, w, b = layer.tensors(batch)
+    assert x is not None
+    assert w is not None
+    y = (batch, layer.K, *layer.output)
+    pads = (layer.pad_h, layer.pad_h, layer.pad_w, layer.pad_w)
+    params = ((layer.stride, layer.stride), pads, (1, 1), layer.groups, "fp32")
+    plan = Plan(x.device)
+    operands = {"x": plan.input(tuple(x.shape), x.dtype), "w": plan.constant(w, frozen=True)}
+    operands["b"] = None if b is None else plan.constant(b, frozen=True)  # type: ignore[assignment]
+    plan.finish(plan.node(problem("fprop", x.shape, w.shape, y, x.dtype, x.device, params), operands, {"y": y}))
+    return lambda: plan(x)[0], plan.kernels[0]
+
+
 def layers(
-    networks: Sequence[str], batch: int, rounds: int, nchw: bool, direction: str = "forward", kinds: Sequence[str] = ()
-) -> dict[str, Any]:
+    networks: Sequence[str], batch: int, rounds: int, nchw: bool, direction: str = "forward", kinds: Sequence[str] = (),
+    beforehand: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Times every distinct layer; prints the table."""
     rows = []
     machine = timing.machine()
@@ -52,6 +71,11 @@ def layers(
             functions.pop(NCHW, None)
         with settings.observe() as events:
             functions[OURS]()
+        if beforehand:
+            expected = functions[OURS]()
+            functions[OURS], name = packed(layer, batch)
+            error = float((functions[OURS]() - expected).norm() / expected.norm())
+            assert error < TOLERANCE[torch.float32], f"packed, {layer}: off by {error:.2g} of the result's norm"
         found_kernels = [getattr(getattr(e, "selection", None), "implementation", None) for e in events]
         timings = timing.interleaved(functions, rounds=rounds)
         ratio = timings[CHANNELS_LAST].median / timings[OURS].median
@@ -59,7 +83,7 @@ def layers(
             "group": f"{direction}, batch {batch}, float32: {layer.kind}", "layer": str(layer), "networks": where,
             "ms": {n: t.ms for n, t in timings.items()}, "timings": {n: t.to_dict() for n, t in timings.items()},
             "ratio": ratio, "gflops": layer.flops(batch) / timings[OURS].median / 1e9, "missing": missing,
-            "kernel": ", ".join(dict.fromkeys(i.name for i in found_kernels if i is not None)),
+            "kernel": name if beforehand else ", ".join(dict.fromkeys(i.name for i in found_kernels if i is not None)),
         })  # fmt: skip
         seconds = time.perf_counter() - begin
         line = f"{number}/{len(found)} layers, {seconds:.0f} s, {layer}: {ratio:.2f}"
@@ -221,6 +245,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="interleaved samples of each; default: 15")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--nchw", action="store_true", help="time torch with NCHW tensors, too")
+    parser.add_argument("--packed", action="store_true", help="pack our weights beforehand, as plans do")
     parser.add_argument("--json", type=Path, help="where the JSON goes (default: benchmarks/results/)")
     parser.add_argument(
         "--memory",
@@ -250,8 +275,11 @@ def main() -> None:
         name, found = "overhead", overhead(options.rounds)
     else:
         batch = (options.batch or [1])[0]
-        found = layers(options.network, batch, options.rounds, options.nchw, options.direction, options.kind)
+        found = layers(
+            options.network, batch, options.rounds, options.nchw, options.direction, options.kind, options.packed
+        )
         name = f"layers-batch{batch}" if options.direction == "forward" else f"layers-{options.direction}-batch{batch}"
+        name += "-packed" if options.packed else ""
     isa = next((i for i in found["machine"]["isa"]), "cpu")
     path = options.json or RESULTS / f"{name}-{isa}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -141,16 +141,26 @@ def _grouped_cost(p: Problem, isa: str) -> float:
 def _implicit_gemm_cost(p: Problem, isa: str) -> float:
     lanes, columns = _lanes(isa, p.dtype), (p.K if p.direction != "dgrad" else p.C) // p.G
     used = min(1.0, columns / lanes) if p.G > 1 else 1.0
-    return _seconds(p.flops / 2 / (2 * lanes * used)) + _conversions(p)  # two a cycle, on the lanes that a group fills
+    multiply = p.flops / 2 / (2 * lanes * used)  # two a cycle, on the lanes that a group fills
+    vectors = p.R * p.S * p.C // p.G * p.K / (lanes * used) if p.direction != "wgrad" else 0.0
+    return _seconds(_with_weights(p, isa, multiply, vectors, 12 * vectors)) + _conversions(p)
+
+
+def _with_weights(p: Problem, isa: str, multiply: float, vectors: float, pack: float) -> float:
+    """Products and vectors of weights: packed first, or, packed beforehand, read from where they lie beyond the caches."""
+    if not p.packed:
+        return multiply + pack
+    bytes = LANE_BYTES[isa] * vectors
+    return max(multiply, 0.2 * bytes) if bytes > 2**20 else multiply
 
 
 def _winograd_cost(p: Problem, isa: str, m: int) -> float:
     lanes, products = _lanes(isa, p.dtype), (m + 2) ** 2
     c, k, h, w = (p.C, p.K, p.P, p.Q) if p.direction == "fprop" else (p.K, p.C, p.H, p.W)
     tiles, vectors = p.N * -(-h // m) * -(-w // m), -(-k // lanes)
-    multiply = products * tiles * c * vectors / 2
-    transforms = 4 * products * tiles * (-(-c // lanes) + vectors) + (3 * products + 20) * c * vectors
-    return _seconds(multiply + transforms) + _conversions(p)
+    transforms = (6 if m == 4 else 3.6) * products * tiles * (-(-c // lanes) + vectors)
+    multiply, pack = products * tiles * c * vectors / 2, (3 * products + 75) * c * vectors
+    return _seconds(transforms + _with_weights(p, isa, multiply, products * c * vectors, pack)) + _conversions(p)
 
 
 def _direct_cost(p: Problem, isa: str) -> float:

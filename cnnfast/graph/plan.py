@@ -191,6 +191,11 @@ class Plan:
         self._native.run(buffers, base + self.arena_bytes, self._owner.stream(self.device), threads)
         return results
 
+    @property
+    def kernels(self) -> list[str]:
+        """The implementations of the nodes, in their order."""
+        return [node.selection.implementation.name for node in self._nodes]
+
     def __len__(self) -> int:
         return len(self._nodes)
 

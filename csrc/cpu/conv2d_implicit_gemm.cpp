@@ -404,7 +404,7 @@ void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, 
               int64_t task, Outcome& outcome, const Epilogue<S>* epilogue) {
   using T = Compute<S>;
   if (v.N * v.P * v.Q * v.K * v.G == 0) return;
-  const Plan plan = make_plan<T, S>(v, threads);
+  const Plan plan = make_plan<T, S>(v, threads, packed != nullptr);
   const char* head = static_cast<const char*>(packed);
   Worker<T, S> worker(v, plan, x, w, bias, y, head ? reinterpret_cast<const T*>(head + kPackedHead) : nullptr,
                       epilogue);
@@ -444,7 +444,7 @@ template <class S>
 const char* launch_pack(const void* params, const Launch& l) {
   using T = Compute<S>;
   const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
-  const Plan plan = make_plan<T, S>(v, 1);
+  const Plan plan = make_plan<T, S>(v, 1, true);
   char* head = static_cast<char*>(l.workspace);
   *head = true;
   parallel_for(l.threads, packed_panels(v, plan) * max(1, ceil_div(v.C, max(1, plan.chunk))), [&](int64_t task) {
@@ -460,7 +460,7 @@ template <class S>
 int64_t packed_bytes(const void* params) {
   using T = Compute<S>;
   const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
-  const Plan plan = make_plan<T, S>(v, 1);
+  const Plan plan = make_plan<T, S>(v, 1, true);
   return kPackedHead + packed_panels(v, plan) * max(1, ceil_div(v.C, max(1, plan.chunk))) *
                            packed_panel_elements<T>(v, plan) * static_cast<int64_t>(sizeof(T));
 }

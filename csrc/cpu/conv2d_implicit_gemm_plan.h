@@ -55,8 +55,9 @@ bool direct_fits(const Conv2dView& v) {
   return v.stride_w * v.x_w * static_cast<int64_t>(sizeof(T)) % 2048 || v.K <= 2 * kLanes<T> || v.Q == 1;
 }
 
+// `packed`: the panels are packed already and can't be cut anew; all but the split over threads is the same.
 template <class T, class S>
-Plan make_plan(const Conv2dView& v, int threads) {
+Plan make_plan(const Conv2dView& v, int threads, bool packed) {
   constexpr int64_t VL = kLanes<T>;
   Plan plan{};
   const int64_t taps = v.R * v.S, reduction = taps * v.C;
@@ -100,11 +101,13 @@ Plan make_plan(const Conv2dView& v, int threads) {
   for (int tk = 1; tk <= threads; ++tk) {
     if (threads % tk) continue;
     const int tu = threads / tk;
-    const double vecs = static_cast<double>(ceil_div(plan.vecs, tk)),
+    const int64_t panels = v.G * ceil_div(plan.group_vecs, kMaxTileVecs);
+    const double vecs = static_cast<double>(packed ? min(plan.vecs, ceil_div(panels, tk) * kMaxTileVecs)
+                                                   : ceil_div(plan.vecs, tk)),
                  units = static_cast<double>(ceil_div(plan.units, tu));
     const double pixels = units * static_cast<double>(unit_pixels), sum = static_cast<double>(reduction);
     const double groups = max(1, static_cast<int64_t>(vecs) / max(1, plan.group_vecs));
-    const double multiply = vecs * pixels * sum / 2, pack = vecs * sum * static_cast<double>(VL) / 4;
+    const double multiply = vecs * pixels * sum / 2, pack = packed ? 0 : vecs * sum * static_cast<double>(VL) / 4;
     // Elements read for a pixel; those of one filter window overlap in a strip.
     const double read = plan.source == Source::kWindows
                             ? sum

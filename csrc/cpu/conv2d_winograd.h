@@ -46,7 +46,7 @@ constexpr int64_t kSlice = 16;                  // input channels whose taps are
 constexpr int64_t kHotWeightBytes = 1 << 20;    // transformed weights that stay in L2 beside a block
 constexpr int64_t kKeptWeightBytes = 5 << 19;   // transformed weights that are kept from block to block
 constexpr int64_t kHotInputBytes = 720 << 10;   // transformed inputs of a block, in L2
-constexpr int64_t kInputBytes = 4 << 20;        // and where the weights pass by only once
+constexpr int64_t kInputBytes = 8 << 20;        // and where the weights pass by only once
 constexpr int64_t kMostTiles = 128;             // in a block
 constexpr int64_t kMacsWorthThreads = 1 << 18;  // below, one thread
 
@@ -299,9 +299,17 @@ class Worker {
         args.a = v + i * plan_.v_pitch;
         args.out = m + i * width;
         args.init = chunk ? args.out : nullptr;
+        if (packed_) fetch(args.b + plan_.u_product, channels * width, g, groups);
         tile_function<T, true>(rows, vecs)(args);
       }
     }
+  }
+
+  // Asks for part `part` of `parts` of the next product's weights, which were packed far from the caches.
+  CNNFAST_INLINE void fetch(const T* u, int64_t elements, int64_t part, int64_t parts) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t i = elements * part / parts / kLine; i < elements * (part + 1) / parts / kLine; ++i)
+      __builtin_prefetch(u + i * kLine, 0, 2);
   }
 
   // One tile of a panel: products to pixels.
