@@ -46,7 +46,7 @@ constexpr int64_t kSlice = 16;                  // input channels whose taps are
 constexpr int64_t kHotWeightBytes = 1 << 20;    // transformed weights that stay in L2 beside a block
 constexpr int64_t kKeptWeightBytes = 5 << 19;   // transformed weights that are kept from block to block
 constexpr int64_t kHotInputBytes = 720 << 10;   // transformed inputs of a block, in L2
-constexpr int64_t kInputBytes = 8 << 20;        // and where the weights pass by only once
+constexpr int64_t kInputBytes = 3 << 20;        // and where the weights pass by only once
 constexpr int64_t kMostTiles = 128;             // in a block
 constexpr int64_t kMacsWorthThreads = 1 << 18;  // below, one thread
 
