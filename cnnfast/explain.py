@@ -198,7 +198,7 @@ class Explanation(Sequence[Row]):
             label = "limit: the least time for the FLOPs and bytes on this machine"
             handles.append(axes.scatter([], [], marker="|", color="black", label=label))
         figure.legend(handles=handles, fontsize=8, loc="outside lower left", frameon=False)
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.15)  # long labels may not be cut
 
 
 _COLOURS = ("#2a78b5", "#e0812b", "#3f9b52", "#8d6cab", "#c6453e", "#7f7f7f", "#17a2b0", "#b5a642")
@@ -422,9 +422,13 @@ def _row(event: dispatch.Event, name: str, seconds: float, limits: bool) -> Row:
 def describe(problem: dispatch.Problem) -> str:
     """A problem as one reads it: ``1x64x56x56 -> 128x28x28, 3x3 /2 pad 1, f32 nhwc`` (batch x channels x map)."""
     sizes: Mapping[str, int] = dict(problem.sizes)
-    if not {"N", "C", "H", "W", "P", "Q", "R", "S"} <= sizes.keys():
+    if not {"N", "C", "H", "W"} <= sizes.keys():
         return ", ".join([*(f"{k}={v}" for k, v in sizes.items()), problem.dtype])
     n = sizes
+    if not {"P", "Q", "R", "S"} <= sizes.keys():  # no filter: the map, the result's if it has another, what isn't 0
+        text = f"{n['N']}x{n['C']}x{n['H']}x{n['W']}" + (f" -> {n['C']}x{n['P']}x{n['Q']}" if "P" in n else "")
+        rest = [f"{k} {v}" for k, v in n.items() if v and k not in "NCHWPQ" and not k.endswith("_bits")]
+        return ", ".join([text, *rest, problem.dtype])
     text = f"{n['N']}x{n['C']}x{n['H']}x{n['W']} -> {n.get('K', n['C'])}x{n['P']}x{n['Q']}, {n['R']}x{n['S']}"
     for prefix, name, plain in (("stride", "/", 1), ("pad", " pad ", 0), ("dilation", " dilation ", 1)):
         h, w = n.get(f"{prefix}_h", plain), n.get(f"{prefix}_w", plain)
