@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all test-oldest check format demo bench gpu emulation sanitize static matrix clean
+.PHONY: help env test test-all test-oldest check format demo bench gpu emulation fuzz sanitize static matrix clean
 
 help: ## this list
 	@echo "cnnfast: make TARGET"
@@ -59,6 +59,9 @@ build/oldest.stamp: $(STAMP)
 
 test-oldest: build/oldest.stamp ## operator, compile and export tests with the oldest supported torch, in .venv-oldest
 	@$(OLDEST) tests/run.py --oldest
+
+fuzz: $(STAMP) ## 100,000 random calls, valid and not, beside torch's: verdict, shape, strides, values, gradients (minutes)
+	CNNFAST_FUZZ_CALLS=14300 $(PY) -m pytest -q tests -k test_fuzz -m "not gpu and not emulated and not interpreter"
 
 sanitize: $(STAMP) ## the CPU kernels' tests under the address, undefined-behaviour and thread sanitizers (half an hour)
 	@$(PY) tests/sanitize.py

@@ -342,7 +342,7 @@ def _random_call(r: random.Random) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def test_fuzz() -> None:
     """Random calls, valid and not: torch's verdict, torch's shape, strides and values."""
-    count, accepted = (3000 if process.FULL else 300), 0
+    count, accepted = process.FUZZ_CALLS, 0
     for number in range(count):
         seed = process.SEED * count + number
         args, kwargs = _random_call(random.Random(seed))

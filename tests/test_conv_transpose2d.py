@@ -79,7 +79,7 @@ def test_rejects_what_torch_rejects(name: str) -> None:
 
 def test_fuzz() -> None:
     """Random calls: torch's verdict, shape, strides and values, and those of the gradients."""
-    count, accepted = (2000 if process.FULL else 200), 0
+    count, accepted = process.FUZZ_CALLS, 0
     for number in range(count):
         seed = process.SEED * count + number
         r, generator = random.Random(seed), torch.Generator().manual_seed(seed)
