@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fnmatch
+import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -58,6 +59,25 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     for namespace in (torch.nn.functional, torch)
     if hasattr(namespace, function) and getattr(namespace, function) not in _OTHERWISE
 }
+
+
+def _with_indices(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A pooling as torch's dispatch by ``return_indices`` calls it where that is True."""
+    position = list(inspect.signature(function).parameters).index("return_indices")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args[:position], **{**kwargs, "return_indices": True})
+
+    return call
+
+
+FUNCTIONS.update(
+    {
+        getattr(torch.nn.functional, f"{name}_with_indices"): _with_indices(getattr(functional, name))
+        for _, name in _PRESENT
+        if hasattr(torch.nn.functional, f"{name}_with_indices")
+    }
+)
 _BACK = {ours: theirs for theirs, ours in MODULES.items()}
 _ORIGINAL = "_cnnfast_original"  # class attribute of the classes made here: the class that they stand for
 _REDIRECTS = "_cnnfast_redirects"

@@ -478,3 +478,21 @@ def test_networks(name):
     assert [n for n, _ in converted.named_modules()] == [n for n, _ in model.named_modules()]
     assert not [r for r in conversion_report(converted).left if "Conv2d" in r.cls]
     assert classes(revert(converted)) == classes(model)
+
+
+@pytest.mark.parametrize("name", ["max_pool2d", "adaptive_max_pool2d"])
+def test_redirected_poolings_with_indices(name):
+    """torch calls another function where return_indices is set: it is ours, too."""
+
+    class Pooling(getattr(torch.nn, {"max_pool2d": "MaxPool2d", "adaptive_max_pool2d": "AdaptiveMaxPool2d"}[name])):
+        def forward(self, x):
+            return getattr(torch.nn.functional, name)(x, 2, return_indices=True)
+
+    theirs = Pooling(2)
+    ours = convert(theirs)
+    x = torch.randn(1, 3, 6, 6)
+    with settings.observe() as events:
+        results = ours(x)
+    assert [type(e).__name__ for e in events] == ["Event"]
+    for a, b in zip(results, theirs(x), strict=True):
+        torch.testing.assert_close(a, b)
