@@ -170,6 +170,15 @@ def implementations(op: str | None = None) -> list[Implementation]:
     return [i for b in backends().values() for i in b.implementations if op is None or i.op == op]
 
 
+def served(op: str, device: str) -> bool:
+    """Whether any kernel of ours for an operation runs on a kind of device, whatever it supports there."""
+    problem = Problem(op, "", "", device, "", ())
+    return any(
+        backend.name != "aten" and not backend.unavailable(problem) and any(i.op == op for i in backend.implementations)
+        for backend in backends().values()
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """What serves a problem, and why the others don't."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import cnnfast
-from cnnfast import functional
+from cnnfast import dispatch, functional, settings
 from cnnfast.functional import add_act, batch_norm, batch_norm_act, conv_bn_act
 
 pytestmark = pytest.mark.skipif(
@@ -406,3 +406,16 @@ def test_add_act_module() -> None:
     assert torch.equal(cnnfast.AddAct()(X, X * 2), torch.relu(X * 3))
     assert repr(cnnfast.AddAct("relu6")) == "AddAct(relu6)"
     assert functional.add_act(X, X, "none").equal(X + X)
+
+
+def test_torchs_kernel_where_there_is_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device without a kernel of ours torch's batch norm serves, not a composition of elementwise operators."""
+    assert dispatch.served("batch_norm", "cpu")
+    monkeypatch.setattr(dispatch, "served", lambda op, device: False)
+    x, mean, var = torch.randn(2, 3, 4, 4), torch.zeros(3), torch.ones(3)
+    theirs = [mean.clone(), var.clone()]
+    with settings.observe() as events:
+        out = functional.batch_norm_act(x, None, None, mean, var, None, "relu", True)
+    assert [(type(e), e.reason) for e in events] == [(dispatch.Unserved, "no kernel of ours on cpu")]
+    torch.testing.assert_close(out, torch.relu(torch.nn.functional.batch_norm(x, *theirs, training=True)))
+    torch.testing.assert_close([mean, var], theirs)

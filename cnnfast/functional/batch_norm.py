@@ -144,6 +144,15 @@ def _batch_norm(
         )
     dims = input.dim()
     reason = not_ours(input)
+    device = input.device.type
+    if (
+        not reason
+        and backend == settings.AUTO
+        and not strict
+        and device != "meta"
+        and not dispatch.served("batch_norm", device)
+    ):
+        reason = f"no kernel of ours on {device}"  # torch has one; ATen behind our operator would be several
     if not reason and (dims > 5 or input.shape[1] == 0):
         reason = "more than 5 dimensions" if dims > 5 else "no channels"
     if reason:
