@@ -210,7 +210,12 @@ def _ddp(rank: int, port: int, compiled: bool) -> None:
             parallel(x[2 * rank : 2 * rank + 2]).square().mean().backward()
         for p, q in zip(net.parameters(), reference.parameters(), strict=True):
             assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4, check_stride=False)
+    del parallel
     torch.distributed.destroy_process_group()
+    # On a loaded machine torch's own threads sometimes outlive what they belong to, and the interpreter's last steps abort
+    # ("terminate called without an active exception"). All that is asked here has been checked by now.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

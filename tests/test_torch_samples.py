@@ -94,7 +94,7 @@ def test_there_are_samples() -> None:
     assert {"Conv1d", "Conv2d", "ConvTranspose2d", "MaxPool2d"} <= set(MODULES)
 
 
-@pytest.mark.parametrize(("name", "dtype"), _cases())
+@pytest.mark.parametrize(("name", "dtype"), list(_cases()))
 def test_samples(name: str, dtype: torch.dtype) -> None:
     op = OPERATORS[name]
     ours, theirs = getattr(functional, name), getattr(torch.nn.functional, name)
