@@ -26,6 +26,8 @@ OPERATIONS: dict[str, ModuleType] = {module.OP: module for module in cases.MODUL
 PRECISIONS = ("fp32", "ieee", "high")
 # Of the combinations (variant, dtype, precision) of a kernel, so many a case and direction: what a budget allows.
 SHARE = 1 if process.INTERPRETED or process.CHECKED else 6 if process.EMULATED else 2
+# What a minute buys in Triton's interpreter: cases made for kernels of the CPU are left to make test-all there.
+INTERPRETED_FLOPS = 4e6
 
 
 def _combinations(op: str, direction: str, case: Any) -> Iterator[tuple[Implementation, str, str]]:
@@ -44,6 +46,11 @@ def _combinations(op: str, direction: str, case: Any) -> Iterator[tuple[Implemen
                 i, adapter.problem(case, direction, TORCH_DTYPES[dtype], precision, process.device(i))
             )
         ]
+        if process.INTERPRETED and not process.FULL and fitting:
+            i, dtype, precision = fitting[0]
+            p = adapter.problem(case, direction, TORCH_DTYPES[dtype], precision, process.device(i))
+            if p.flops > INTERPRETED_FLOPS:
+                continue
         if process.FULL or len(fitting) <= SHARE:
             yield from fitting
             continue
