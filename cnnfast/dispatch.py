@@ -24,7 +24,7 @@ ACCUMULATORS = {torch.float64: torch.float64}  # every other dtype's sums are fl
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
-PACKED_OPERAND = 7  # kernel_table.h's kPackedOperand
+PACKED_OPERAND = 11  # kernel_table.h's kPackedOperand
 
 
 @dataclasses.dataclass(frozen=True)

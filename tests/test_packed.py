@@ -89,3 +89,15 @@ def test_only_frozen_constants_are_packed() -> None:
         first = plan(t["x"])[0]
         t["w"].neg_(), t["b"].neg_()
         assert torch.equal(plan(t["x"])[0], -first)
+
+
+@pytest.mark.parametrize("implementation", [i for i in KERNELS if i.op == conv2d.OP], ids=lambda i: i.name)
+def test_the_packed_form_is_what_the_kernel_reads(implementation: Implementation) -> None:
+    """Equal bits alone would also come of a kernel that ignores what was packed: here the weights are gone."""
+    case = conv2d.Case("", 1, 64, 27, 25, 35, 3, 3, padding=(1, 1), bias=True)
+    t = {r: g.tensor for r, g in conv2d.inputs(case, "fprop", torch.float32).items()}
+    plan = _plan(implementation, case, torch.float32, t, True)
+    before = plan(t["x"])[0].clone()
+    t["w"].zero_()
+    assert torch.equal(plan(t["x"])[0], before)
+    assert bool(before.any())
