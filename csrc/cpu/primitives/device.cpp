@@ -1,6 +1,8 @@
 // What this processor can run, found at run time. Compiled with no ISA flags.
 #include "../../common/device.h"
 
+#include <cstdint>
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
