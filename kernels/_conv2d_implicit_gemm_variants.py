@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ._common import Variant
-from ._tiles import Config, candidates
+from ._tiles import INPUT_PRECISION, Config, candidates
 from .conv2d_implicit_gemm import (
     BGRAD_BLOCK_M,
     BGRAD_BLOCK_N,
@@ -65,13 +65,15 @@ KINDS: tuple[Kind, ...] = (
     Kind("bgrad", _bgrad_partial, {"SPLIT": True}, ()),
     Kind("sum_splits", _sum_splits, {}, ("w_c",)),
 )
+# How fp32 is multiplied -> the precision mode that asks for it.
+PRECISIONS = {how: mode for mode, how in INPUT_PRECISION.items()}
 _FLAGS = ("TRANSPOSED", "LINEAR", "PACKED", "EVEN_K", "HAS_BIAS", "INT64", "SPLIT", "BY_HAND")
 
 
 def _variant(kind: Kind, mode: str, arch: int, tile: Config) -> Variant:
-    element = {"bf16": "bf16", "fp16": "fp16", "tf32": "fp32", "ieee": "fp32"}[mode]
+    element = mode if mode in ("bf16", "fp16") else "fp32"
     constants: dict[str, Any] = {flag: kind.flags.get(flag, False) for flag in _FLAGS}
-    constants |= {"INPUT_PRECISION": "ieee" if mode == "ieee" else "tf32", "GROUP_M": tile.group_m}
+    constants |= {"INPUT_PRECISION": "tf32" if mode in ("bf16", "fp16") else mode, "GROUP_M": tile.group_m}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK": REDUCE_BLOCK}
     constants |= dict.fromkeys(kind.ones, 1)
     if not kind.flags.get("HAS_BIAS"):
@@ -94,10 +96,10 @@ def _variant(kind: Kind, mode: str, arch: int, tile: Config) -> Variant:
     )  # fmt: skip
 
 
-def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", "tf32", "ieee")) -> Iterator[Variant]:
+def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", *PRECISIONS)) -> Iterator[Variant]:
     """Every kind of call with every tile that config() may select for sm_<arch>."""
     for mode in modes:
-        precision, itemsize = ("ieee" if mode == "ieee" else "high"), (2 if mode in ("bf16", "fp16") else 4)
+        precision, itemsize = PRECISIONS.get(mode, "high"), (2 if mode in ("bf16", "fp16") else 4)
         for kind in KINDS:
             if kind.fn is _bgrad_partial:
                 yield _variant(kind, mode, arch, Config(BGRAD_BLOCK_M, BGRAD_BLOCK_N, 1, 4, 1))

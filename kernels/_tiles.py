@@ -58,10 +58,14 @@ TF32_CONFIGS: tuple[Config, ...] = (
     Config(64, 32, 32, 4, 4),
     Config(64, 16, 32, 4, 4),
 )
+# fp32 of three tf32 terms holds both halves of each operand in registers; sm_90 reads one operand from shared memory.
+SPLIT_CONFIGS: dict[int, tuple[Config, ...]] = {
+    80: (Config(128, 128, 16, 8, 3), Config(64, 64, 16, 4, 3), Config(64, 32, 32, 4, 3), Config(64, 16, 32, 4, 4)),
+    90: (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 3), Config(64, 32, 32, 4, 4), Config(64, 16, 32, 4, 4)),
+}
 # Full fp32 runs on the FMA pipes: small tiles, since operands come through registers.
 IEEE_CONFIGS: tuple[Config, ...] = (
-    Config(128, 128, 16, 8, 3),
-    Config(64, 64, 16, 4, 3),
+    Config(64, 64, 16, 8, 3),
     Config(64, 32, 16, 4, 3),
     Config(64, 16, 16, 4, 3),
 )
@@ -72,22 +76,29 @@ CAREFUL_CONFIGS: tuple[Config, ...] = (
     Config(64, 32, 32, 4, 3),
     Config(64, 16, 32, 4, 3),
 )
-CAREFUL_IEEE_CONFIGS: tuple[Config, ...] = (
+CAREFUL_SPLIT_CONFIGS: tuple[Config, ...] = (
     Config(64, 64, 16, 4, 3),
     Config(64, 32, 16, 4, 3),
-    Config(64, 16, 16, 4, 2),
+    Config(128, 16, 16, 4, 3),
+)
+CAREFUL_IEEE_CONFIGS: tuple[Config, ...] = (
+    Config(64, 64, 16, 8, 3),
+    Config(64, 32, 16, 4, 3),
+    Config(64, 16, 16, 4, 3),
 )
 # The interpreter pays by the program and by the operation: few, and tiles that small problems still cut.
 INTERPRETER_CONFIGS: tuple[Config, ...] = (Config(64, 64, 64, 4, 1), Config(64, 16, 64, 4, 1))
 
-# How tl.dot multiplies fp32, by precision mode. An "fp32" of three tf32 terms can take its place here.
-INPUT_PRECISION = {"ieee": "ieee", "fp32": "ieee", "high": "tf32"}
+# How tl.dot multiplies fp32, by precision mode: "fp32" by three tf32 products of each operand's two halves.
+INPUT_PRECISION = {"ieee": "ieee", "fp32": "tf32x3", "high": "tf32"}
 
 
 def candidates(precision: str, itemsize: int, vectors: bool, arch: int) -> tuple[Config, ...]:
     """What config() selects from."""
     if itemsize == 4 and INPUT_PRECISION[precision] == "ieee":
         return IEEE_CONFIGS if vectors else CAREFUL_IEEE_CONFIGS
+    if itemsize == 4 and INPUT_PRECISION[precision] == "tf32x3":
+        return SPLIT_CONFIGS[table_arch(arch)] if vectors else CAREFUL_SPLIT_CONFIGS
     if not vectors:
         return CAREFUL_CONFIGS
     return HALF_CONFIGS[table_arch(arch)] if itemsize == 2 else TF32_CONFIGS

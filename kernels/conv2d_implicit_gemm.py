@@ -36,6 +36,7 @@ from ._common import (
     Conv2dProblem,
     capability,
     ceil_div,
+    launch,
     narrow,
     needs_int64,
     on_device,
@@ -67,6 +68,20 @@ def _tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
     first = pid // in_group * GROUP_M
     height = tl.minimum(num_m - first, GROUP_M)
     return first + (pid % in_group) % height, (pid % in_group) // height
+
+
+@triton.jit
+def _accumulate(a, b, acc, INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr):
+    """acc + a b. In fp32 grade each block's products are summed apart, so that no chain of additions is long.
+
+    The compiler would fold that addition into the product's own chain; of a product with imprecise sums it doesn't.
+    """
+    a = widen(a, BY_HAND)
+    b = widen(b, BY_HAND)
+    if INPUT_PRECISION == "tf32":
+        return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+    else:
+        return acc + tl.dot(a, b, input_precision=INPUT_PRECISION, max_num_imprecise_acc=1)
 
 
 @triton.jit
@@ -187,7 +202,7 @@ def _gather_gemm(
             b = tl.load(
                 weight + (w_offset[:, None] + w_channel[None, :]), mask=in_k[:, None] & in_n[None, :], other=0.0
             )
-            acc = tl.dot(widen(a, BY_HAND), widen(b, BY_HAND), acc, input_precision=INPUT_PRECISION)
+            acc = _accumulate(a, b, acc, INPUT_PRECISION, BY_HAND)
     else:
         # One loop over taps and channels, so that loads are in flight across the change of the tap.
         blocks = tl.cdiv(c_src, BLOCK_K)
@@ -212,7 +227,7 @@ def _gather_gemm(
                 in_k = c0 + lane < c_src
                 a = tl.load(a_ptrs, mask=valid[:, None] & in_k[None, :], other=0.0)
                 b = tl.load(b_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
-            acc = tl.dot(widen(a, BY_HAND), widen(b, BY_HAND), acc, input_precision=INPUT_PRECISION)
+            acc = _accumulate(a, b, acc, INPUT_PRECISION, BY_HAND)
             c0 += BLOCK_K
             tap_done = c0 >= c_src
             c0 = tl.where(tap_done, 0, c0)
@@ -316,7 +331,7 @@ def _wgrad_gemm(
                 valid = ((i >= 0) & (i < src_h) & (j >= 0) & (j < src_w) & in_k)[:, None] & in_n[None, :]
         a = tl.load(grad + (k[:, None] + g_pixel[None, :]), mask=in_m[:, None] & in_k[None, :], other=0.0)
         b = tl.load(x + (x_pixel[:, None] + x_column[None, :]), mask=valid, other=0.0)
-        acc = tl.dot(widen(a, BY_HAND), widen(b, BY_HAND), acc, input_precision=INPUT_PRECISION)
+        acc = _accumulate(a, b, acc, INPUT_PRECISION, BY_HAND)
 
     inside_tile = in_m[:, None] & in_n[None, :]
     if SPLIT:
@@ -450,9 +465,10 @@ def _gather(
         vectors = not packed and _vectors(p, src, w, out, unit=w_out if transposed else w_src)
         tile = config(pixels * launches, c_out, depth, p.precision, src.element_size(), vectors, capability(src))
     gcd_h, gcd_w = math.gcd(p.stride_h, p.dilation_h), math.gcd(p.stride_w, p.dilation_w)
-    grid = (ceil_div(pixels, tile.block_m) * ceil_div(c_out, tile.block_n) * launches,)
+    grid = ceil_div(pixels, tile.block_m) * ceil_div(c_out, tile.block_n) * launches
     with on_device(src):
-        _gather_gemm[grid](
+        launch(
+            _gather_gemm, grid,
             src, w, b, out,
             p.N, out_h, out_w, src_h, src_w, c_src, c_out, p.G, p.R, p.S,
             p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w, gcd_h, gcd_w,
@@ -531,9 +547,10 @@ def wgrad(
         tile = config(m, columns, 0, p.precision, x.element_size(), vectors, capability(x))
     packed = p.R * p.S > 1 and c_src % tile.block_n != 0  # a tile then crosses taps, and wastes no column
     num_n = ceil_div(columns, tile.block_n) if packed else p.R * p.S * ceil_div(c_src, tile.block_n)
-    grid = (ceil_div(c_out, tile.block_m) * num_n * p.G * splits,)
+    grid = ceil_div(c_out, tile.block_m) * num_n * p.G * splits
     with on_device(x):
-        _wgrad_gemm[grid](
+        launch(
+            _wgrad_gemm, grid,
             x, y, w, chunks,
             p.N, p.P, p.Q, p.H, p.W, c_src, c_out, p.G, p.R, p.S,
             p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w,
@@ -546,7 +563,8 @@ def wgrad(
         )  # fmt: skip
         if splits > 1:
             total = p.K * columns
-            _sum_splits[(ceil_div(total, REDUCE_BLOCK),)](
+            launch(
+                _sum_splits, ceil_div(total, REDUCE_BLOCK),
                 chunks, w, splits, total, columns, c_src, p.S, p.w_k, p.w_c, p.w_r, p.w_s,
                 INT64=_int64(p), BY_HAND=_by_hand(w.dtype), BLOCK=REDUCE_BLOCK,
                 num_warps=4,
@@ -564,13 +582,15 @@ def bgrad(
     chunks = _chunks(workspace, bgrad_workspace(p))
     pixels = p.N * p.P * p.Q
     with on_device(y):
-        _bgrad_partial[(ceil_div(p.K, BGRAD_BLOCK_N) * splits,)](
+        launch(
+            _bgrad_partial, ceil_div(p.K, BGRAD_BLOCK_N) * splits,
             y, b, chunks, pixels, p.P * p.Q, p.Q, p.K, splits, ceil_div(pixels, splits), p.y_n, p.y_h, p.y_w,
             SPLIT=splits > 1, INT64=_y_int64(p), BY_HAND=_by_hand(y.dtype),
             BLOCK_M=BGRAD_BLOCK_M, BLOCK_N=BGRAD_BLOCK_N, num_warps=4,
         )  # fmt: skip
         if splits > 1:
-            _sum_splits[(ceil_div(p.K, REDUCE_BLOCK),)](
+            launch(
+                _sum_splits, ceil_div(p.K, REDUCE_BLOCK),
                 chunks, b, splits, p.K, 1, 1, 1, 1, 0, 0, 0,
                 INT64=False, BY_HAND=_by_hand(b.dtype), BLOCK=REDUCE_BLOCK, num_warps=4,
             )  # fmt: skip

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED, ceil_div, narrow, needs_int64, next_power_of_2, on_device, widen
+from ._common import INTERPRETED, ceil_div, launch, narrow, needs_int64, next_power_of_2, on_device, widen
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -363,7 +363,8 @@ def _forward(
     channels = block_c(p.C)
     pixels_a_program = ELEMENTS // channels
     with on_device(x):
-        _pool[(ceil_div(pixels, pixels_a_program) * ceil_div(p.C, channels),)](
+        launch(
+            _pool, ceil_div(pixels, pixels_a_program) * ceil_div(p.C, channels),
             x, y, i, t,
             p.N, p.C, h.out, w.out, h.size, w.size, h.taps, w.taps,
             h.stride, w.stride, h.pad, w.pad, h.dilation, w.dilation,
@@ -411,7 +412,8 @@ def dgrad(
     cells = block_cells(phases, channels)
     grid = ceil_div(p.N * cells_h * cells_w, cells) * ceil_div(rows * cols, phases) * ceil_div(p.C, channels)
     with on_device(x):
-        _pool_gradient[(grid,)](
+        launch(
+            _pool_gradient, grid,
             x, y, t,
             p.N, p.C, h.out, w.out, h.size, w.size, h.taps, w.taps,
             h.stride, w.stride, h.pad, w.pad, h.dilation, w.dilation,

@@ -143,7 +143,7 @@ def test_tiles_fit() -> None:
     from cnnfast.kernels import _tiles
 
     for architecture in ARCHITECTURES:
-        for precision, itemsize in (("ieee", 4), ("high", 4), ("high", 2)):
+        for precision, itemsize in (("ieee", 4), ("fp32", 4), ("high", 4), ("high", 2)):
             for vectors in (False, True):
                 for tile in _tiles.candidates(precision, itemsize, vectors, architecture):
                     assert tile.shared_bytes(itemsize) <= _tiles.SHARED_BYTES[architecture], tile

@@ -1,0 +1,95 @@
+"""Repeated launches of Triton kernels: the arguments of the first call, with the tensors of this one."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from cnnfast.backends import triton as backend
+from cnnfast.kernels import _common
+
+
+class _Kernel:
+    """Stands for a JIT function and for what it compiles to: remembers how it was launched."""
+
+    arg_names = ("x", "y", "n", "BLOCK")
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*arguments: Any, **meta: Any) -> _Kernel:
+            self.calls.append((grid, arguments, meta))
+            return self
+
+        return run
+
+
+def _launcher(kernel: _Kernel) -> Any:
+    def launcher(p: Any, x: torch.Tensor, y: torch.Tensor, workspace: torch.Tensor | None = None) -> None:
+        _common.launch(
+            kernel, 7, x, y if workspace is None else workspace.view(torch.float32), 5, BLOCK=64, num_warps=4
+        )
+
+    return launcher
+
+
+def _bound(kernel: _Kernel, monkeypatch: pytest.MonkeyPatch, workspace: int = 0) -> Any:
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    problem = type("P", (), {"precision": "fp32", "capability": (9, 0)})()
+    return backend._binder(_launcher(kernel), (lambda p: workspace) if workspace else None)(problem, {"N": 1})
+
+
+def test_second_call_repeats_the_first_with_its_own_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = _Kernel()
+    call = _bound(kernel, monkeypatch)
+    x, y, x2, y2 = (torch.zeros(64) for _ in range(4))
+    call([x, y])
+    call([x2, y2])
+    (grid, first, meta), (again, second, _) = kernel.calls
+    assert grid == (7,)
+    assert meta == {"BLOCK": 64, "num_warps": 4}
+    assert again == (7, 1, 1)
+    assert first[0] is x
+    assert first[1] is y
+    assert second[0] is x2
+    assert second[1] is y2
+    assert second[2:] == (5, 64)  # every argument of the kernel, constants too, but no launch option
+    dead = weakref.ref(x)
+    del x, y, first
+    kernel.calls.clear()
+    gc.collect()
+    assert dead() is None, "a recorded launch keeps the first call's tensors alive"
+
+
+def test_workspace_is_this_calls_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = _Kernel()
+    call = _bound(kernel, monkeypatch, workspace=256)
+    for _ in range(2):
+        call([torch.zeros(64), torch.zeros(64)])
+    sizes = [arguments[1].numel() * arguments[1].element_size() for _, arguments, _ in kernel.calls]
+    assert sizes == [256, 256]
+
+
+def test_what_triton_specialises_on_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = _Kernel()
+    call = _bound(kernel, monkeypatch)
+    call([torch.zeros(64), torch.zeros(64)])
+    call([torch.zeros(65)[1:], torch.zeros(64)])  # no longer 16-byte aligned: another compilation
+    assert [grid for grid, _, _ in kernel.calls] == [(7,), (7,)]
+
+
+def test_one_tensor_in_two_places_isn_t_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = _Kernel()
+    call = _bound(kernel, monkeypatch)
+    x, y = torch.zeros(64), torch.zeros(64)
+    call([x, x])
+    call([x, y])
+    assert kernel.calls[1][1][1] is y
+    assert [grid for grid, _, _ in kernel.calls] == [(7,), (7,)]
