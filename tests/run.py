@@ -210,6 +210,27 @@ def call(command: list[str], log: Path, what: str) -> None:
             sys.exit(f"{what} failed: {' '.join(command[:3])} ...")
 
 
+def build(folder: Path, what: str, *definitions: str) -> None:
+    """Builds csrc into ``folder`` with these definitions of CMake's, quietly; ends with what it printed where it fails."""
+    try:
+        import pybind11
+    except ImportError:
+        sys.exit(f"{what} needs pybind11, cmake and ninja: make env, or pip install pybind11 cmake ninja")
+    scripts = sysconfig.get_path("scripts")
+    cmake = shutil.which("cmake", path=scripts) or shutil.which("cmake")
+    ninja = shutil.which("ninja", path=scripts) or shutil.which("ninja")
+    if not cmake:
+        sys.exit("cmake is missing: pip install cmake ninja")
+    configure = [
+        cmake, "-S", str(ROOT / "csrc"), "-B", str(folder / "cmake"), f"-DCNNFAST_OUTPUT={folder}", *definitions,
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
+    ]  # fmt: skip
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    call(configure, folder / "configure.log", f"configuring {what}")
+    call([cmake, "--build", str(folder / "cmake"), "--parallel", jobs], folder / "build.log", f"building {what}")
+
+
 def headers(requirement: str) -> str:
     """CNNFAST_CUDA_INCLUDE where this machine has no CUDA toolkit: PyPI's headers in build/; empty where it has one."""
     given = os.environ.get("CNNFAST_CUDA_INCLUDE", "")
@@ -239,30 +260,15 @@ def headers(requirement: str) -> str:
 def build_emulation(requirement: str) -> float:
     """Builds _emulated and _emulated_check into build/emulation; returns the seconds it took."""
     begin = time.monotonic()
-    try:
-        import pybind11
-    except ImportError:
-        sys.exit("the emulation needs pybind11, cmake and ninja: make env, or pip install pybind11 cmake ninja")
-    scripts = sysconfig.get_path("scripts")
-    cmake = shutil.which("cmake", path=scripts) or shutil.which("cmake")
-    ninja = shutil.which("ninja", path=scripts) or shutil.which("ninja")
-    if not cmake:
-        sys.exit("cmake is missing: pip install cmake ninja")
     folder = BUILD / "emulation"
     include = headers(requirement)
     if include:
         os.environ["CNNFAST_CUDA_INCLUDE"] = include
-    configure = [
-        cmake, "-S", str(ROOT / "csrc"), "-B", str(folder / "cmake"), "-DCMAKE_BUILD_TYPE=Release",
-        "-DCNNFAST_CPU=OFF", "-DCNNFAST_EMULATION=ON", f"-DCNNFAST_OUTPUT={folder}",
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        *([f"-DCNNFAST_CUDA_INCLUDE={include}"] if include else []),
-        *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
-    ]  # fmt: skip
-    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
     print(f"==== emulation: building into {folder.relative_to(ROOT)}", flush=True)
-    call(configure, folder / "configure.log", "configuring the emulation")
-    call([cmake, "--build", str(folder / "cmake"), "--parallel", jobs], folder / "build.log", "building the emulation")
+    build(
+        folder, "the emulation", "-DCMAKE_BUILD_TYPE=Release", "-DCNNFAST_CPU=OFF", "-DCNNFAST_EMULATION=ON",
+        *([f"-DCNNFAST_CUDA_INCLUDE={include}"] if include else []),
+    )  # fmt: skip
     return time.monotonic() - begin
 
 
@@ -308,7 +314,10 @@ def gpu() -> int:
     if not list((ROOT / "cnnfast").glob("_cuda.*.so")):
         print("WARNING: no nvcc on this system: the CUDA kernels are not built, only Triton's are tested")
     steps = {"build": time.monotonic() - begin}
-    results = run(GPU)
+    # Compiling Triton's kernels and computing the references is the CPU's work: with pytest-xdist on all its cores.
+    workers = min(16, len(os.sched_getaffinity(0)))
+    spread = ("-n", str(workers), "--dist", "worksteal") if importlib.util.find_spec("xdist") and workers > 2 else ()
+    results = run(tuple(dataclasses.replace(part, options=(*part.options, *spread)) for part in GPU))
     card = "-".join(torch.cuda.get_device_name().lower().replace("nvidia", "").split())
     target = ROOT / "benchmarks" / "results" / f"{card}.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,10 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from pathlib import Path
+
+from run import build
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = {"address": "libasan.so", "thread": "libtsan.so"}
@@ -32,26 +33,6 @@ SUPPRESSIONS = "\n".join([
 ])  # fmt: skip
 
 
-def build(sanitizer: str) -> Path:
-    """The module built with a sanitizer."""
-    import pybind11
-
-    scripts = sysconfig.get_path("scripts")
-    cmake = shutil.which("cmake", path=scripts) or shutil.which("cmake")
-    if not cmake:
-        sys.exit("cmake is missing: pip install cmake ninja")
-    folder = ROOT / "build" / "sanitize" / sanitizer
-    configure = [
-        cmake, "-S", str(ROOT / "csrc"), "-B", str(folder / "cmake"), "-DCMAKE_BUILD_TYPE=None",
-        f"-DCNNFAST_SANITIZE={sanitizer}", f"-DCNNFAST_OUTPUT={folder}", f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]  # fmt: skip
-    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-    subprocess.run([cmake, "--build", str(folder / "cmake"), "--parallel", jobs], check=True, stdout=subprocess.DEVNULL)
-    return next(iter(folder.glob("_cpu*.so")))
-
-
 def runtime(name: str) -> str:
     """A library of the compiler's, by name."""
     compiler = os.environ.get("CXX", "g++")
@@ -62,11 +43,12 @@ def run(sanitizer: str, arguments: list[str]) -> int:
     """Builds, tests; the exit code of pytest."""
     begin = time.monotonic()
     print(f"==== {sanitizer}: building", flush=True)
-    module = build(sanitizer)
+    folder = ROOT / "build" / "sanitize" / sanitizer
+    build(folder, "the sanitized module", "-DCMAKE_BUILD_TYPE=None", f"-DCNNFAST_SANITIZE={sanitizer}")
+    module = next(iter(folder.glob("_cpu*.so")))
     print(f"==== {sanitizer}: built in {time.monotonic() - begin:.0f} s, testing", flush=True)
     # Python is not instrumented: the runtime comes first, and libstdc++ beside it, whose exceptions it intercepts
     preload = f"{runtime(LIBRARY[sanitizer])} {runtime('libstdc++.so')}"
-    folder = module.parent
     for old in folder.glob("report*"):
         old.unlink()
     (folder / "suppressions").write_text(SUPPRESSIONS + "\n")

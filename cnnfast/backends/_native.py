@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
@@ -10,6 +12,18 @@ from typing import Any
 import torch
 
 from cnnfast.dispatch import Implementation, Kernel, Problem
+
+
+def load(name: str, path: str = "") -> ModuleType:
+    """The native module ``cnnfast.<name>``, or the one built at ``path``; ImportError where it can't be loaded."""
+    if not path:
+        return importlib.import_module(f"cnnfast.{name}")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no extension module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class Table:

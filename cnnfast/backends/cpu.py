@@ -5,8 +5,6 @@ A kernel exists once for each ISA; the best that the processor has comes first, 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -14,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cnnfast.backends._native import Table, addresses, implementation
+from cnnfast.backends._native import Table, addresses, implementation, load
 from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
 
 _threads = torch.get_num_threads
@@ -23,14 +21,7 @@ _threads = torch.get_num_threads
 def _load() -> tuple[ModuleType | None, str]:
     built = os.environ.get("CNNFAST_CPU_MODULE", "")  # another build of it: the sanitizers' (make sanitize)
     try:
-        if built:
-            spec = importlib.util.spec_from_file_location("_cpu", built)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            return module, ""
-        return importlib.import_module("cnnfast._cpu"), ""
+        return load("_cpu", built), ""
     except ImportError as error:
         return None, f"the native module cnnfast._cpu can't be imported: {error}"
 

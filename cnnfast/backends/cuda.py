@@ -6,8 +6,6 @@ With ``CNNFAST_EMULATE_CUDA=1`` the emulation (built by ``make test``, never ins
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 
 from cnnfast.backends import _gpu
-from cnnfast.backends._native import Table, addresses, implementation
+from cnnfast.backends._native import Table, addresses, implementation, load
 from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
 
 EMULATED = os.environ.get("CNNFAST_EMULATE_CUDA", "") not in ("", "0")
@@ -27,7 +25,7 @@ def _load() -> tuple[ModuleType | None, str]:
     if EMULATED:
         return _load_emulation()
     try:
-        return importlib.import_module("cnnfast._cuda"), ""
+        return load("_cuda"), ""
     except ImportError as error:
         return None, f"the native module cnnfast._cuda can't be imported: {error}"
 
@@ -40,12 +38,7 @@ def _load_emulation() -> tuple[ModuleType | None, str]:
     found = sorted(folder.glob(f"{name}.*so")) + sorted(folder.glob(f"{name}.so"))
     if not found:
         return None, f"CNNFAST_EMULATE_CUDA is set, but {folder} has no {name} module: run make emulation"
-    spec = importlib.util.spec_from_file_location(name, found[0])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module, ""
+    return load(name, str(found[0])), ""
 
 
 MODULE, ABSENT = _load()

@@ -73,7 +73,7 @@ CNNFAST_PARAMS(Conv2dParams, CNNFAST_CONV2D_FIELDS)
 CNNFAST_PARAMS(MaxPool2dParams, CNNFAST_MAX_POOL2D_FIELDS)
 
 // y[n,c,p,q] = sum_{h,w} x[n,c,h,w] / divisor       h = p*stride_h - pad_h + r, w = q*stride_w - pad_w + s, inside the
-// image The divisor is divisor_override where that isn't 0; else the number of the window's taps inside the image and,
+// image. The divisor is divisor_override where that isn't 0; else the number of the window's taps inside the image and,
 // with count_include_pad, in its padding. Operands, in order: x, y. Directions: fprop writes y, dgrad x, from y's
 // gradient; the strides describe the tensor of that name.
 // clang-format off
