@@ -137,13 +137,18 @@ def _batch_norm(
     if input.dim() < 2 and residual is None:
         torch_args = (input, weight, bias, running_mean, running_var, residual, activation, training, momentum, eps)
         return torch_serves(op, f"{input.dim()} dimensions (ours: 2 to 5)", _torch_batch_norm, *torch_args)
-    check_batch_norm(op, input, tuple(input.shape), vectors, training, momentum, eps)
+    reason = not_ours(input)
+    try:
+        check_batch_norm(op, input, tuple(input.shape), vectors, training, momentum, eps)
+    except (ShapeError, DtypeError):
+        if input.dim() < 2 or input.numel():
+            raise
+        reason = reason or "an empty input, of which torch checks no vectors"
     if residual is not None and residual.shape != input.shape:
         raise ShapeError(
             f"{op}: expected a residual of the input's shape {tuple(input.shape)}, got {tuple(residual.shape)}"
         )
     dims = input.dim()
-    reason = not_ours(input)
     device = input.device.type
     if (
         not reason
