@@ -86,6 +86,11 @@ def _direct(p: Problem) -> list[str]:
     return [f"{name} = {n} doesn't fit 32-bit coordinates" for name, n in extents.items() if n >= _COORDINATE]
 
 
+def _batch_norm(p: Problem) -> list[str]:
+    pixels = p.N * p.H * p.W
+    return [f"N * H * W = {pixels} doesn't fit 32-bit coordinates"] if pixels >= _COORDINATE else []
+
+
 def _implicit_gemm(p: Problem) -> list[str]:
     return _direct(p) + [
         reason
@@ -106,6 +111,8 @@ RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], 
     ),
     "conv2d_direct": ("conv2d", _direct, lambda p: 4e-6 + p.flops / 2e12, {}),
     "max_pool2d": ("max_pool2d", _direct, lambda p: 4e-6 + p.bytes / 1.5e12, {}),
+    "batch_norm": ("batch_norm", _batch_norm, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
+    "add_act": ("add_act", lambda p: [], lambda p: 4e-6 + p.bytes / 2.5e12, {"layouts": dict.fromkeys("xrygt", "any")}),
 }  # fmt: skip
 
 
