@@ -86,9 +86,15 @@ def _direct(p: Problem) -> list[str]:
     return [f"{name} = {n} doesn't fit 32-bit coordinates" for name, n in extents.items() if n >= _COORDINATE]
 
 
-def _batch_norm(p: Problem) -> list[str]:
-    pixels = p.N * p.H * p.W
-    return [f"N * H * W = {pixels} doesn't fit 32-bit coordinates"] if pixels >= _COORDINATE else []
+def _pixels(p: Problem) -> list[str]:
+    """What the kernels need that count the pixels of all images."""
+    counts = {"N * H * W": p.N * p.H * p.W, "N * P * Q": p.N * getattr(p, "P", 0) * getattr(p, "Q", 0)}
+    return [f"{name} = {n} doesn't fit 32-bit coordinates" for name, n in counts.items() if n >= _COORDINATE]
+
+
+def _avg_pool2d(p: Problem) -> list[str]:
+    reach = max(p.P * p.stride_h + p.R, p.Q * p.stride_w + p.S, p.pad_h + p.R, p.pad_w + p.S, abs(p.divisor_override))
+    return _pixels(p) + [f"a coordinate or divisor of {reach} doesn't fit 32 bits"] * (reach >= _COORDINATE)
 
 
 def _implicit_gemm(p: Problem) -> list[str]:
@@ -111,7 +117,10 @@ RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], 
     ),
     "conv2d_direct": ("conv2d", _direct, lambda p: 4e-6 + p.flops / 2e12, {}),
     "max_pool2d": ("max_pool2d", _direct, lambda p: 4e-6 + p.bytes / 1.5e12, {}),
-    "batch_norm": ("batch_norm", _batch_norm, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
+    "avg_pool2d": ("avg_pool2d", _avg_pool2d, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
+    "adaptive_avg_pool2d": ("adaptive_avg_pool2d", _pixels, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
+    "adaptive_max_pool2d": ("adaptive_max_pool2d", _pixels, lambda p: 4e-6 + p.bytes / 1.5e12, {}),
+    "batch_norm": ("batch_norm", _pixels, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
     "add_act": ("add_act", lambda p: [], lambda p: 4e-6 + p.bytes / 2.5e12, {"layouts": dict.fromkeys("xrygt", "any")}),
 }  # fmt: skip
 

@@ -93,19 +93,6 @@ struct Factors {
   __device__ __forceinline__ Acc normalised(Acc centred, int e) const { return centred * scale.v[e] + bias.v[e]; }
 };
 
-// Joins what the rows of a block have, in an order that the sizes decide: merge(other) takes in what thread `other` has
-// in shared memory, where this thread's own lies, too.
-template <class Merge>
-__device__ __forceinline__ void join_rows(int rows, int lanes, int row, const Merge& merge) {
-  __syncthreads();
-  for (int left = rows; left > 1;) {
-    const int half = (left + 1) / 2;
-    if (row + half < left) merge(static_cast<int>(threadIdx.x) + half * lanes);
-    __syncthreads();
-    left = half;
-  }
-}
-
 // The shares of a reduction, and of a map.
 inline Shares sum_shares(int64_t pixels, int64_t packs, int64_t rows_at_once) {
   return Shares(pixels, packs, kThreads, rows_at_once, INT64_MAX / kThreads, kSumBlocks);

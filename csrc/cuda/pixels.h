@@ -77,4 +77,17 @@ struct Share {
   }
 };
 
+// Joins what the rows of a block have, in an order that the sizes decide: merge(other) takes in what thread `other` has
+// in shared memory, where this thread's own lies, too.
+template <class Merge>
+__device__ __forceinline__ void join_rows(int rows, int lanes, int row, const Merge& merge) {
+  __syncthreads();
+  for (int left = rows; left > 1;) {
+    const int half = (left + 1) / 2;
+    if (row + half < left) merge(static_cast<int>(threadIdx.x) + half * lanes);
+    __syncthreads();
+    left = half;
+  }
+}
+
 }  // namespace cnnfast::cuda
