@@ -97,6 +97,22 @@ def _avg_pool2d(p: Problem) -> list[str]:
     return _pixels(p) + [f"a coordinate or divisor of {reach} doesn't fit 32 bits"] * (reach >= _COORDINATE)
 
 
+def _depthwise(p: Problem) -> list[str]:
+    taps = p.R * p.S
+    return (
+        _direct(p)
+        + _pixels(p)
+        + [
+            reason
+            for wrong, reason in (
+                (p.G != p.C or p.K != p.C, f"needs a group and a filter a channel, not {p.C}, {p.G} and {p.K}"),
+                (taps > 3072, f"holds 3072 taps in shared memory, not {taps}"),
+            )
+            if wrong
+        ]
+    )
+
+
 def _implicit_gemm(p: Problem) -> list[str]:
     return _direct(p) + [
         reason
@@ -115,6 +131,7 @@ RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], 
         "conv2d", _implicit_gemm, lambda p: 4e-6 + p.flops / 1e14,
         {"layouts": {"x": "nhwc", "w": "nhwc", "y": "nhwc"}, "alignment": 16},
     ),
+    "conv2d_depthwise": ("conv2d", _depthwise, lambda p: 4e-6 + p.flops / 1e13, {}),
     "conv2d_direct": ("conv2d", _direct, lambda p: 4e-6 + p.flops / 2e12, {}),
     "max_pool2d": ("max_pool2d", _direct, lambda p: 4e-6 + p.bytes / 1.5e12, {}),
     "avg_pool2d": ("avg_pool2d", _avg_pool2d, lambda p: 4e-6 + p.bytes / 2.5e12, {}),

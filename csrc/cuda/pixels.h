@@ -47,8 +47,8 @@ struct Shares {
   int64_t tiles, chunks, length;
 
   // `walk`: pixels a thread takes, at least and at most; between them so many that there are about `blocks` blocks.
-  Shares(int64_t pixels, int64_t packs, int threads, int64_t least, int64_t most, int64_t blocks) {
-    constexpr int64_t most_lanes = 32;  // packs that lie together: 512 bytes
+  Shares(int64_t pixels, int64_t packs, int threads, int64_t least, int64_t most, int64_t blocks,
+         int64_t most_lanes = 32) {  // packs that lie together: 512 bytes
     tiles = ceil_div(packs, most_lanes);
     lanes = static_cast<int>(ceil_div(packs, tiles));
     tiles = ceil_div(packs, lanes);
