@@ -79,6 +79,33 @@ def _direct(p: Problem) -> list[str]:
     return [f"{name} = {n} doesn't fit 32-bit coordinates" for name, n in extents.items() if n >= _COORDINATE]
 
 
+def _pixels(p: Problem) -> list[str]:
+    """What the kernels need that count the pixels of all images."""
+    counts = {"N * H * W": p.N * p.H * p.W, "N * P * Q": p.N * getattr(p, "P", 0) * getattr(p, "Q", 0)}
+    return [f"{name} = {n} doesn't fit 32-bit coordinates" for name, n in counts.items() if n >= _COORDINATE]
+
+
+def _avg_pool2d(p: Problem) -> list[str]:
+    reach = max(p.P * p.stride_h + p.R, p.Q * p.stride_w + p.S, p.pad_h + p.R, p.pad_w + p.S, abs(p.divisor_override))
+    return _pixels(p) + [f"a coordinate or divisor of {reach} doesn't fit 32 bits"] * (reach >= _COORDINATE)
+
+
+def _depthwise(p: Problem) -> list[str]:
+    taps = p.R * p.S
+    return (
+        _direct(p)
+        + _pixels(p)
+        + [
+            reason
+            for wrong, reason in (
+                (p.G != p.C or p.K != p.C, f"needs a group and a filter a channel, not {p.C}, {p.G} and {p.K}"),
+                (taps > 3072, f"holds 3072 taps in shared memory, not {taps}"),
+            )
+            if wrong
+        ]
+    )
+
+
 def _implicit_gemm(p: Problem) -> list[str]:
     return _direct(p) + [
         reason
@@ -97,8 +124,14 @@ RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], 
         "conv2d", _implicit_gemm, lambda p: 4e-6 + p.flops / 1e14,
         {"layouts": {"x": "nhwc", "w": "nhwc", "y": "nhwc"}, "alignment": 16},
     ),
+    "conv2d_depthwise": ("conv2d", _depthwise, lambda p: 4e-6 + p.flops / 1e13, {}),
     "conv2d_direct": ("conv2d", _direct, lambda p: 4e-6 + p.flops / 2e12, {}),
     "max_pool2d": ("max_pool2d", _direct, lambda p: 4e-6 + p.bytes / 1.5e12, {}),
+    "avg_pool2d": ("avg_pool2d", _avg_pool2d, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
+    "adaptive_avg_pool2d": ("adaptive_avg_pool2d", _pixels, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
+    "adaptive_max_pool2d": ("adaptive_max_pool2d", _pixels, lambda p: 4e-6 + p.bytes / 1.5e12, {}),
+    "batch_norm": ("batch_norm", _pixels, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
+    "add_act": ("add_act", lambda p: [], lambda p: 4e-6 + p.bytes / 2.5e12, {"layouts": dict.fromkeys("xrygt", "any")}),
 }  # fmt: skip
 
 
