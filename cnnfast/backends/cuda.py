@@ -71,6 +71,7 @@ def _caller(call: Any, problem: Problem) -> Kernel:
 
 
 _COORDINATE = 2**30  # the kernels hold coordinates in 32 bits (memory offsets in 64), with room for a tile
+_PIXELS = 2**31 - 2**24  # or number those of all images, with room for the last tile
 
 
 def _direct(p: Problem) -> list[str]:
@@ -87,21 +88,30 @@ def _direct(p: Problem) -> list[str]:
 
 
 def _implicit_gemm(p: Problem) -> list[str]:
+    weights = (p.K + 128) * (p.C // p.G) * p.R * p.S
     return _direct(p) + [
         reason
         for wrong, reason in (
-            (p.G != 1, f"needs groups = 1, not {p.G}"),
-            (p.C % 8 != 0, f"needs input channels in multiples of 8, not {p.C}"),
-            (p.K % 8 != 0, f"needs output channels in multiples of 8, not {p.K}"),
+            (p.C // p.G % 8 != 0, f"needs input channels of a group in multiples of 8, not {p.C // p.G}"),
+            (p.K // p.G % 8 != 0, f"needs output channels of a group in multiples of 8, not {p.K // p.G}"),
+            (weights >= 2**31, "numbers the weights, and a tile's more, in 32 bits"),
+            (p.N * max(p.H * p.W, p.P * p.Q) >= _PIXELS, "numbers the pixels of the batch in 32 bits"),
         )
         if wrong
     ]
 
 
+def _implicit_gemm_cost(p: Problem) -> float:
+    # a tile has at least 64 of both: what a group doesn't fill is computed in vain
+    rows, columns = (p.K, p.C) if p.direction == "wgrad" else (64 * p.G, p.K if p.direction == "fprop" else p.C)
+    used = min(1.0, columns / p.G / 64) * min(1.0, rows / p.G / 64)
+    return 4e-6 + p.flops / (2e14 * used)
+
+
 # stem -> (operation, capability, predicted seconds, options); in the order of preference
 RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float], dict[str, Any]]] = {
     "conv2d_implicit_gemm": (
-        "conv2d", _implicit_gemm, lambda p: 4e-6 + p.flops / 1e14,
+        "conv2d", _implicit_gemm, _implicit_gemm_cost,
         {"layouts": {"x": "nhwc", "w": "nhwc", "y": "nhwc"}, "alignment": 16},
     ),
     "conv2d_direct": ("conv2d", _direct, lambda p: 4e-6 + p.flops / 2e12, {}),

@@ -13,6 +13,7 @@
 // activations NHWC, weights with any strides. Accumulator f32 (f64 for f64), in two levels; one rounding at the end.
 // Memory offsets are 64-bit, coordinates within an image 32-bit.
 #include "../common/kernel_table.h"
+#include "conv2d_axes.h"
 #include "conv2d_tile.h"
 #include "primitives/cuda.h"
 #include "primitives/launch.h"
@@ -28,72 +29,17 @@ using tile::kThreads;
 
 constexpr int kStepsATerm = 2;  // sums of 2 * kDepth products are added to the total as one term: less rounding error
 
-enum class Direction { fprop, dgrad };
-
-__host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// One spatial axis of a correlation. Position i of the output lies at out_first + i * out_step; tap t of it reads the
-// input at in_first + i * in_step + t * in_tap, and the weight at tap_first + t * tap_step.
-struct Axis {
-  int positions, out_first, out_step;
-  int in_size, in_first, in_step, in_tap;
-  int taps, tap_first, tap_step;
-};
-
-__device__ __forceinline__ Axis fprop_axis(int64_t out, int64_t in, int64_t filter, int64_t stride, int64_t pad,
-                                           int64_t dilation) {
-  Axis axis;
-  axis.positions = static_cast<int>(out);
-  axis.out_first = 0;
-  axis.out_step = 1;
-  axis.in_size = static_cast<int>(in);
-  axis.in_first = static_cast<int>(-pad);
-  axis.in_step = static_cast<int>(stride);
-  axis.in_tap = static_cast<int>(dilation);
-  axis.taps = static_cast<int>(filter);
-  axis.tap_first = 0;
-  axis.tap_step = 1;
-  return axis;
-}
-
-// The class of the positions h = parity, parity + stride, ... of dx. Tap r meets them where h + pad - r * dilation is a
-// multiple of the stride: for every step-th r, step = stride / gcd(stride, dilation), from the first, if any, that
-// does.
-__device__ __forceinline__ Axis dgrad_axis(int parity, int64_t in, int64_t out, int64_t filter_, int64_t stride_,
-                                           int64_t pad_, int64_t dilation_) {
-  const int stride = static_cast<int>(stride_), pad = static_cast<int>(pad_), dilation = static_cast<int>(dilation_);
-  const int filter = static_cast<int>(filter_);
-  int step = 1;
-  while (step * dilation % stride != 0) ++step;
-  int first = 0;
-  while (first < filter && first < step && (parity + pad - first * dilation) % stride != 0) ++first;
-  const bool any = first < filter && first < step;
-  Axis axis;
-  axis.positions = parity < in ? (static_cast<int>(in) - parity + stride - 1) / stride : 0;
-  axis.out_first = parity;
-  axis.out_step = stride;
-  axis.in_size = static_cast<int>(out);
-  axis.in_first = any ? (parity + pad - first * dilation) / stride : 0;
-  axis.in_step = 1;
-  axis.in_tap = -(step * dilation / stride);
-  axis.taps = any ? (filter - first + step - 1) / step : 0;
-  axis.tap_first = any ? first : 0;
-  axis.tap_step = step;
-  return axis;
-}
-
 // How the output is cut into tiles; the same for the launcher and the kernel.
 struct Tiling {
   int classes_h, classes_w;
   int64_t row_tiles, column_tiles;  // of the largest class; of a group
 
   Tiling(const Conv2dParams& p, Direction direction) {
-    const bool forward = direction == Direction::fprop;
-    classes_h = forward ? 1 : static_cast<int>(p.stride_h < p.H ? p.stride_h : p.H);
-    classes_w = forward ? 1 : static_cast<int>(p.stride_w < p.W ? p.stride_w : p.W);
-    const int64_t pixels = forward ? p.P * p.Q : ceil_div(p.H, p.stride_h) * ceil_div(p.W, p.stride_w);
-    row_tiles = ceil_div(p.N * pixels, kRows);
-    column_tiles = ceil_div((forward ? p.K : p.C) / p.G, kColumns);
+    const Classes classes(p, direction);
+    classes_h = classes.h;
+    classes_w = classes.w;
+    row_tiles = ceil_div(p.N * classes.positions, kRows);
+    column_tiles = ceil_div((direction == Direction::fprop ? p.K : p.C) / p.G, kColumns);
   }
   __host__ __device__ int64_t tiles(const Conv2dParams& p) const {
     return row_tiles * column_tiles * p.G * classes_h * classes_w;

@@ -27,6 +27,7 @@ struct Config {
   uint32_t seed = 0;                   // of the random order
   bool lazy_async = false;             // cp.async writes as late as its wait allows; otherwise when issued
   int64_t max_grid = (1LL << 31) - 1;  // what max_grid_x() says: a small one makes kernels loop over their tiles
+  int64_t processors = 132;            // what processors() says: few make kernels choose large tiles
   int64_t max_shared = 227 * 1024;     // bytes a block
 };
 

@@ -25,6 +25,13 @@ const char* launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream, con
 // The largest gridDim.x.
 inline int64_t max_grid_x() { return (int64_t{1} << 31) - 1; }
 
+// The multiprocessors of the current device.
+inline int64_t processors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return std::max(count, 1);
+}
+
 #else
 
 template <auto kernel, class... Args>
@@ -37,6 +44,7 @@ const char* launch(dim3 grid, dim3 block, size_t shared_bytes, void*, const Args
 }
 
 inline int64_t max_grid_x() { return emulation::config().max_grid; }
+inline int64_t processors() { return emulation::config().processors; }
 
 #endif
 
