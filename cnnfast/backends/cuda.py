@@ -88,12 +88,13 @@ def _direct(p: Problem) -> list[str]:
 
 
 def _implicit_gemm(p: Problem) -> list[str]:
+    vector = 16 // {"f32": 4}.get(p.dtype, 2)
     weights = (p.K + 128) * (p.C // p.G) * p.R * p.S
     return _direct(p) + [
         reason
         for wrong, reason in (
-            (p.C // p.G % 8 != 0, f"needs input channels of a group in multiples of 8, not {p.C // p.G}"),
-            (p.K // p.G % 8 != 0, f"needs output channels of a group in multiples of 8, not {p.K // p.G}"),
+            (p.C // p.G % vector != 0, f"needs input channels of a group in multiples of {vector}, not {p.C // p.G}"),
+            (p.K // p.G % vector != 0, f"needs output channels of a group in multiples of {vector}, not {p.K // p.G}"),
             (weights >= 2**31, "numbers the weights, and a tile's more, in 32 bits"),
             (p.N * max(p.H * p.W, p.P * p.Q) >= _PIXELS, "numbers the pixels of the batch in 32 bits"),
         )
@@ -101,33 +102,50 @@ def _implicit_gemm(p: Problem) -> list[str]:
     ]
 
 
-def _implicit_gemm_cost(p: Problem) -> float:
+def _tf32(p: Problem) -> list[str]:
+    return [f"precision {p.precision}: rounds to tf32"] * (p.precision != "high") + _implicit_gemm(p)
+
+
+def _tf32x3(p: Problem) -> list[str]:
+    return ["precision ieee: splits each number in two"] * (p.precision == "ieee") + _implicit_gemm(p)
+
+
+def _implicit_gemm_cost(p: Problem, rate: float) -> float:
     # a tile has at least 64 of both: what a group doesn't fill is computed in vain
     rows, columns = (p.K, p.C) if p.direction == "wgrad" else (64 * p.G, p.K if p.direction == "fprop" else p.C)
     used = min(1.0, columns / p.G / 64) * min(1.0, rows / p.G / 64)
-    return 4e-6 + p.flops / (2e14 * used)
+    return 4e-6 + p.flops / (rate * used)
 
 
-# stem -> (operation, capability, predicted seconds, options); in the order of preference
+_DENSE: dict[str, Any] = {"layouts": dict.fromkeys("xwyr", "nhwc"), "alignment": 16}
+
+# stem, or stem.variant -> (operation, capability, predicted seconds, options); in the order of preference
 RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float], dict[str, Any]]] = {
-    "conv2d_implicit_gemm": (
-        "conv2d", _implicit_gemm, _implicit_gemm_cost,
-        {"layouts": {"x": "nhwc", "w": "nhwc", "y": "nhwc"}, "alignment": 16},
-    ),
+    "conv2d_implicit_gemm": ("conv2d", _implicit_gemm, lambda p: _implicit_gemm_cost(p, 3e14), _DENSE),
+    "conv2d_implicit_gemm.tf32": ("conv2d", _tf32, lambda p: _implicit_gemm_cost(p, 1.5e14), _DENSE),
+    "conv2d_implicit_gemm.tf32x3": ("conv2d", _tf32x3, lambda p: _implicit_gemm_cost(p, 4e13), _DENSE),
     "conv2d_direct": ("conv2d", _direct, lambda p: 4e-6 + p.flops / 2e12, {}),
     "max_pool2d": ("max_pool2d", _direct, lambda p: 4e-6 + p.bytes / 1.5e12, {}),
 }  # fmt: skip
+
+# stem -> operations that are its fprop with an epilogue: the same kernels under the same rules
+EPILOGUES = dict.fromkeys(("conv2d_implicit_gemm", "conv2d_direct"), ("conv_bn_act",))
 
 
 def _implementations() -> list[Implementation]:
     if MODULE is None:
         return []
     table = Table(MODULE)
-    return [
-        implementation(table, "cuda", op, stem, direction, "", unsupported, _caller, cost=cost, **options)
-        for stem, (op, unsupported, cost, options) in RULES.items()
-        for direction in table.directions(stem)
-    ]
+    found = []
+    for name, (op, unsupported, cost, options) in RULES.items():
+        stem, _, variant = name.partition(".")
+        found += [
+            implementation(table, "cuda", served, stem, direction, variant, unsupported, _caller, cost=cost, **options)
+            for direction in table.directions(stem)
+            if table.dtypes(stem, direction, variant)
+            for served in (op, *(EPILOGUES.get(stem, ()) if direction == "fprop" else ()))
+        ]
+    return found
 
 
 def _unavailable(problem: Problem) -> list[str]:

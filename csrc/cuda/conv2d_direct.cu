@@ -10,11 +10,13 @@
 //
 // Mapping: a block computes 64 positions x 32 channels of one group (and class), 4 x 4 a thread, over taps and channels
 // in steps of 16 through shared memory; where the grid would be too large blocks take several tiles. Layout:
-// activations NHWC, weights with any strides. Accumulator f32 (f64 for f64), in two levels; one rounding at the end.
+// activations NHWC, weights with any strides. Accumulator f32 (f64 for f64), in two levels; the epilogue (conv_bn_act)
+// is applied to it, one rounding at the end.
 // Memory offsets are 64-bit, coordinates within an image 32-bit.
 #include "../common/kernel_table.h"
 #include "conv2d_axes.h"
 #include "conv2d_tile.h"
+#include "epilogue.h"
 #include "primitives/cuda.h"
 #include "primitives/launch.h"
 #include "primitives/numeric.h"
@@ -48,7 +50,7 @@ struct Tiling {
 
 // An output position of the tile: what its first tap reads, and where the result goes.
 struct Row {
-  int64_t in, out;
+  int64_t in, out, residual;
   int h, w;  // of the first tap, perhaps outside of the input
   bool present;
 };
@@ -76,7 +78,7 @@ constexpr int kBlocksPerProcessor = sizeof(T) == 8 ? 3 : 4;
 template <class T, Direction direction>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     correlate(const Conv2dParams p, const Tiling tiling, const T* __restrict__ input, const T* __restrict__ weight,
-              const T* __restrict__ bias, T* __restrict__ output) {
+              const T* __restrict__ bias, T* __restrict__ output, const Epilogue<T> epilogue) {
   using Acc = Accumulator<T>;
   constexpr bool forward = direction == Direction::fprop;
   CNNFAST_SHARED(tile::SharedA<Acc>, a, );
@@ -109,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
 
     if (t < kRows) {
       const int64_t pixel = row0 + t;
-      Row row{0, 0, 0, 0, pixel < pixels};
+      Row row{0, 0, 0, 0, 0, pixel < pixels};
       if (row.present) {
         const int j = static_cast<int>(pixel % aw.positions);
         const int64_t line = pixel / aw.positions;
@@ -120,6 +122,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
         row.in = n * in_n + row.h * in_h + row.w * in_w;
         row.out = n * out_n + (ah.out_first + int64_t{i} * ah.out_step) * out_h +
                   (aw.out_first + int64_t{j} * aw.out_step) * out_w;
+        row.residual = n * p.r_n + i * p.r_h + j * p.r_w;
       }
       rows[t] = row;
     }
@@ -178,7 +181,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
         if (!to.present || column >= columns) continue;
         const int64_t channel = int64_t{group} * columns + column;
         Acc result = total.v[i][j];
-        if (forward && bias) result += Numeric<T>::widen(bias[channel]);
+        if constexpr (forward) {
+          if (bias) result += Numeric<T>::widen(bias[channel]);
+          if (epilogue.scale) result *= epilogue.scale[channel];
+          if (epilogue.shift) result += epilogue.shift[channel];
+          if (epilogue.residual) result += Numeric<T>::widen(epilogue.residual[to.residual + channel]);
+          result = activate(result, epilogue.act);
+        }
         output[to.out + channel] = Numeric<T>::narrow(result);
       }
     }
@@ -198,7 +207,8 @@ const char* launch_correlate(const void* params, const Launch& run) {
   const T* b = static_cast<const T*>(run.operands[2]);
   const T* y = static_cast<const T*>(run.operands[3]);
   return launch<correlate<T, direction>>(grid_for(tiles), dim3(kThreads, 1, 1), 0, run.stream, p, tiling,
-                                         forward ? x : y, w, forward ? b : nullptr, const_cast<T*>(forward ? y : x));
+                                         forward ? x : y, w, forward ? b : nullptr, const_cast<T*>(forward ? y : x),
+                                         Epilogue<T>(p, run));
 }
 
 }  // namespace

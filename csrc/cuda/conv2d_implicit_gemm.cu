@@ -1,22 +1,25 @@
-// 2-D convolution as an implicit GEMM on tensor cores (sm_80 mma.sync), bf16 and f16; forward and the input's gradient.
+// 2-D convolution as an implicit GEMM on tensor cores (sm_80 mma.sync), bf16, f16, and f32 in tf32 or as three products
+// of tf32 (tf32x3); forward and the input's gradient.
 // (The weight's gradient is in conv2d_implicit_gemm_weights.cu.)
 //
 //   fprop  y[m, k]  = b[k] + sum_j A[m, j] w[k, j]     m = (n, p, q) over pixels, j = (r, s, c) over taps and channels
 //   dgrad  dx[m, c] =        sum_j A[m, j] w[k, c, j]  m = (n, h, w) of a parity class, j = (r, s, k) over its taps
 //
 // Both directions are one kernel, a correlation (conv2d_axes.h). A is gathered from x or dy on the way into shared
-// memory (nothing is materialised), 16 bytes, 8 channels of one tap, at a time: hence channels of a group in multiples
-// of 8. Weights KRSC, everything dense and 16-byte aligned.
+// memory (nothing is materialised), 16 bytes, 8 (f32: 4) channels of one tap, at a time: hence channels of a group in
+// multiples of that. Weights KRSC, everything dense and 16-byte aligned.
 //
 // Mapping: a block computes a tile of pixels x channels of one group (and class) over j in steps of 64 bytes, through
 // four stages of shared memory (conv2d_implicit_gemm.h); blocks that share pixels follow each other. For fprop the
 // weights lie along the depth, for dgrad across it. Which tile: conv2d_implicit_gemm_plan.h; every tile adds in the
-// same order and gives the same bits. Accumulator f32, bias added to it, one rounding at the end. Memory offsets are
+// same order and gives the same bits. Accumulator f32, bias and epilogue (conv_bn_act) applied to it,
+// one rounding at the end. Memory offsets are
 // 64-bit, coordinates within an image 32-bit.
 #include "../common/kernel_table.h"
 #include "conv2d_axes.h"
 #include "conv2d_implicit_gemm.h"
 #include "conv2d_implicit_gemm_plan.h"
+#include "epilogue.h"
 #include "primitives/launch.h"
 
 namespace cnnfast::cuda {
@@ -72,7 +75,7 @@ template <class Math, class Tile, Direction direction>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     correlate(const Conv2dParams p, const Tiling tiling, const typename Math::Element* __restrict__ input,
               const typename Math::Element* __restrict__ weight, const typename Math::Element* __restrict__ bias,
-              typename Math::Element* __restrict__ output) {
+              typename Math::Element* __restrict__ output, const Epilogue<typename Math::Element> epilogue) {
   using T = typename Math::Element;
   constexpr bool forward = direction == Direction::fprop;
   constexpr int kVector = Math::kVector;
@@ -133,7 +136,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   // ---- staging B: along the depth a vector of some filters, across it a vector of channels of some filters
   constexpr int kWidthB = Tile::kColumns / kVector, kDepthsAtOnce = Tile::kThreads / kWidthB;
   constexpr int kRowsB = forward ? Tile::kColumns / kRowsAtOnce : Math::kDepth / kDepthsAtOnce;
-  static_assert(kRowsAtOnce % 8 == 0 && kDepthsAtOnce % 8 == 0 && kVector <= 8, "rows staged together share a swizzle");
+  static_assert(kRowsAtOnce % 8 == 0 && kDepthsAtOnce % kVector == 0, "rows staged together share a swizzle");
   const int vector_b = forward ? vector : t % kWidthB, first_b = forward ? first : t / kWidthB;
   const int column_b = column0 + (forward ? first_b : vector_b * kVector);
   int filter_at = forward ? (group * columns + column_b) * filter + vector * kVector
@@ -144,7 +147,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   Position at_b;                   // of this thread's first filter, dgrad
   const int taps_b = column_b < columns ? ah.taps : 0;
   if (!forward) at_b.advance(first_b / kVector, channel_vectors, aw.taps);
-  const int place_b = forward ? along(first_b, vector) : across<kWidthB>(first_b, vector_b);
+  const int place_b = forward ? along(first_b, vector) : Math::template across<kWidthB>(first_b, vector_b);
 
   auto stage_next = [&](Vector* tile_a, Vector* tile_b) {
     Vector *to_a = tile_a + along(first, vector), *to_b = tile_b + place_b;
@@ -169,7 +172,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     } else {
 #pragma unroll
       for (int i = 0; i < kRowsB; ++i) {
-        copy_async_16(to_b + i * kDepthsAtOnce * kWidthB,
+        copy_async_16(to_b + Math::template across<kWidthB>(i * kDepthsAtOnce, 0),
                       weight + (filter_at + at_b.c * kVector * filter + at_b.r * tap_r + at_b.s * tap_s),
                       at_b.r < taps_b);
         at_b.advance(kDepthsAtOnce / kVector, channel_vectors, aw.taps);
@@ -180,16 +183,27 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   Sums<Tile> sums;
   sums.clear();
   const int depth_vectors = ah.taps * aw.taps * channel_vectors;
-  multiply<Math, Tile, false, !forward>(sums, shared, (depth_vectors + kRowVectors - 1) / kRowVectors, stage_next);
+  accumulate<Math, Tile, false, !forward>(sums, shared, (depth_vectors + kRowVectors - 1) / kRowVectors, stage_next);
 
-  const int column = column0 + first_column<Tile>();
-  Four bias_of{};
-  if (forward && bias && column < columns) bias_of = load_four(bias + group * columns + column);
+  const int column = column0 + first_column<Tile>(), channel = group * columns + column;
+  Four bias_of{}, scale{{1, 1, 1, 1}}, shift{};
+  if constexpr (forward) {
+    if (column < columns) {
+      if (bias) bias_of = load_four(bias + channel);
+      if (epilogue.scale) scale = load_four(epilogue.scale + channel);
+      if (epilogue.shift) shift = load_four(epilogue.shift + channel);
+    }
+  }
   results<Tile>(sums, shared, [&](int row, Four values) {
     const int64_t target = targets[row];
     if (target < 0 || column >= columns) return;
+    if constexpr (forward) {
+      Four residual{};
+      if (epilogue.residual) residual = load_four(epilogue.residual + target + column);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) values.v[e] += bias_of.v[e];
+      for (int e = 0; e < 4; ++e)
+        values.v[e] = activate(scale.v[e] * (values.v[e] + bias_of.v[e]) + shift.v[e] + residual.v[e], epilogue.act);
+    }
     store_four(output + target + column, values);
   });
 }
@@ -201,9 +215,9 @@ const char* launch_tile(const Conv2dParams& p, const Tiling& tiling, const Launc
   const T* x = static_cast<const T*>(run.operands[0]);
   const T* y = static_cast<const T*>(run.operands[3]);
   return launch<correlate<Math, Tile, direction>>(
-      dim3(static_cast<unsigned>(tiling.blocks()), 1, 1), dim3(Tile::kThreads, 1, 1), Tile::kBytes, run.stream, p,
-      tiling, forward ? x : y, static_cast<const T*>(run.operands[1]),
-      forward ? static_cast<const T*>(run.operands[2]) : nullptr, const_cast<T*>(forward ? y : x));
+      dim3(static_cast<unsigned>(tiling.blocks()), 1, 1), dim3(Tile::kThreads, 1, 1), kSharedBytes<Math, Tile>,
+      run.stream, p, tiling, forward ? x : y, static_cast<const T*>(run.operands[1]),
+      forward ? static_cast<const T*>(run.operands[2]) : nullptr, const_cast<T*>(forward ? y : x), Epilogue<T>(p, run));
 }
 
 template <class Math, Direction direction>
@@ -218,11 +232,11 @@ const char* launch_correlate(const void* params, const Launch& run) {
   if (tiling.blocks() == 0) return nullptr;
   switch (tile) {
     case k128x128:
-      return launch_tile<Math, Tile<128, 128, 64, 64, 2>, direction>(p, tiling, run);
+      return launch_tile<Math, typename Math::Large, direction>(p, tiling, run);
     case k128x64:
-      return launch_tile<Math, Tile<128, 64, 64, 32, 3>, direction>(p, tiling, run);
+      return launch_tile<Math, typename Math::Middle, direction>(p, tiling, run);
     default:
-      return launch_tile<Math, Tile<64, 64, 32, 32, 4>, direction>(p, tiling, run);
+      return launch_tile<Math, typename Math::Small, direction>(p, tiling, run);
   }
 }
 
@@ -232,9 +246,15 @@ CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.bf16", Conv2dParams,
                (launch_correlate<Half<__nv_bfloat16>, Direction::fprop>), nullptr)
 CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f16", Conv2dParams, (launch_correlate<Half<__half>, Direction::fprop>),
                nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.tf32", Conv2dParams, (launch_correlate<Tf32, Direction::fprop>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.tf32x3", Conv2dParams, (launch_correlate<Tf32x3, Direction::fprop>),
+               nullptr)
 CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.bf16", Conv2dParams,
                (launch_correlate<Half<__nv_bfloat16>, Direction::dgrad>), nullptr)
 CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f16", Conv2dParams, (launch_correlate<Half<__half>, Direction::dgrad>),
+               nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f32.tf32", Conv2dParams, (launch_correlate<Tf32, Direction::dgrad>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f32.tf32x3", Conv2dParams, (launch_correlate<Tf32x3, Direction::dgrad>),
                nullptr)
 
 }  // namespace cnnfast::cuda

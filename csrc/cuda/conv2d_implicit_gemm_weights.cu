@@ -1,17 +1,18 @@
-// 2-D convolution's weight gradient as an implicit GEMM on tensor cores (sm_80 mma.sync), bf16 and f16.
+// 2-D convolution's weight gradient as an implicit GEMM on tensor cores (sm_80 mma.sync), bf16, f16, and f32 in tf32 or
+// as three products of tf32 (tf32x3).
 //
 //   dw[k, j] = sum_m dy[m, k] A[m, j]     m = (n, p, q) over pixels, j = (r, s, c) over taps and channels
 //
-// A is gathered from x as in conv2d_implicit_gemm.cu, 8 channels of one tap at a time: hence channels of a group in
-// multiples of 8. Both operands lie across the depth, which is the pixels. Layout KRSC for dw, everything dense and
-// 16-byte aligned.
+// A is gathered from x as in conv2d_implicit_gemm.cu, 8 (f32: 4) channels of one tap at a time: hence channels of
+// a group in multiples of that. Both operands lie across the depth, which is the pixels. Layout KRSC for dw, everything
+// dense and 16-byte aligned.
 //
 // Deterministic, without atomics: where dw alone gives too few blocks, the pixels are cut into slices, each with its
 // own sums in the workspace, and a second kernel adds them in order. The number of slices depends on sizes only.
 //
-// Mapping: a block computes a tile of filters x (r, s, c) of one group and slice, over pixels in steps of 32 through
-// four stages of shared memory (conv2d_implicit_gemm.h). A thread stages the same (r, s, c) in every step, for some
-// pixels. Accumulator f32, one rounding at the end. Memory offsets are 64-bit, pixels are numbered in 32 bits.
+// Mapping: a block computes a tile of filters x (r, s, c) of one group and slice, over pixels in steps of 64 bytes
+// through four stages of shared memory (conv2d_implicit_gemm.h). A thread stages the same (r, s, c) in every step, for
+// some pixels. Accumulator f32, one rounding at the end. Memory offsets are 64-bit, pixels are numbered in 32 bits.
 #include "../common/kernel_table.h"
 #include "conv2d_axes.h"
 #include "conv2d_implicit_gemm.h"
@@ -110,13 +111,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   }
   const int step_columns = Math::kDepth % Q, step_rows = Math::kDepth / Q % P, step_images = Math::kDepth / Q / P;
 
-  static_assert(kPixelsA % 8 == 0 && kPixelsB % 8 == 0, "rows staged together share a swizzle");
+  static_assert(kPixelsA % kVector == 0 && kPixelsB % kVector == 0, "rows staged together share a swizzle");
 
   auto stage_next = [&](Vector* tile_a, Vector* tile_b) {
-    Vector *to_a = tile_a + across<kWidthA>(first_a, vector_a), *to_b = tile_b + across<kWidthB>(first_b, vector_b);
+    Vector *to_a = tile_a + Math::template across<kWidthA>(first_a, vector_a),
+           *to_b = tile_b + Math::template across<kWidthB>(first_b, vector_b);
 #pragma unroll
     for (int i = 0; i < Math::kDepth / kPixelsA; ++i)
-      copy_async_16(to_a + i * kPixelsA * kWidthA, filter_at + int64_t{i * kPixelsA} * K,
+      copy_async_16(to_a + Math::template across<kWidthA>(i * kPixelsA, 0), filter_at + int64_t{i * kPixelsA} * K,
                     filter_inside && pixel_a + i * kPixelsA < end);
     pixel_a += Math::kDepth;
     filter_at += int64_t{Math::kDepth} * K;
@@ -125,7 +127,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       const int h = pixel[i].row * stride_h + tap_h, w_ = pixel[i].column * stride_w + tap_w;
       const bool valid = pixel_b + i * kPixelsB < end && static_cast<unsigned>(h) < static_cast<unsigned>(H) &&
                          static_cast<unsigned>(w_) < static_cast<unsigned>(W);
-      copy_async_16(to_b + i * kPixelsB * kWidthB, channel_at + int64_t{(pixel[i].n * H + h) * W + w_} * C, valid);
+      copy_async_16(to_b + Math::template across<kWidthB>(i * kPixelsB, 0),
+                    channel_at + int64_t{(pixel[i].n * H + h) * W + w_} * C, valid);
       pixel[i].advance(step_images, step_rows, step_columns, P, Q);
     }
     pixel_b += Math::kDepth;
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   Sums<Tile> sums;
   sums.clear();
   const int steps = (end - begin + Math::kDepth - 1) / Math::kDepth;
-  multiply<Math, Tile, true, true>(sums, shared, steps, stage_next);
+  accumulate<Math, Tile, true, true>(sums, shared, steps, stage_next);
 
   const int out_column = column0 + first_column<Tile>();
   results<Tile>(sums, shared, [&](int row, const Four& values) {
@@ -172,10 +175,10 @@ int64_t wgrad_workspace(const void* params) {
 template <class Math, class Tile>
 const char* launch_tile(const Conv2dParams& p, const Tiling& tiling, const Launch& run) {
   using T = typename Math::Element;
-  return launch<wgrad<Math, Tile>>(dim3(static_cast<unsigned>(tiling.blocks()), 1, 1), dim3(Tile::kThreads, 1, 1),
-                                   Tile::kBytes, run.stream, p, tiling, static_cast<const T*>(run.operands[0]),
-                                   static_cast<const T*>(run.operands[3]), static_cast<T*>(run.operands[1]),
-                                   static_cast<float*>(tiling.slices == 1 ? nullptr : run.workspace));
+  return launch<wgrad<Math, Tile>>(
+      dim3(static_cast<unsigned>(tiling.blocks()), 1, 1), dim3(Tile::kThreads, 1, 1), kSharedBytes<Math, Tile>,
+      run.stream, p, tiling, static_cast<const T*>(run.operands[0]), static_cast<const T*>(run.operands[3]),
+      static_cast<T*>(run.operands[1]), static_cast<float*>(tiling.slices == 1 ? nullptr : run.workspace));
 }
 
 template <class Math>
@@ -188,13 +191,13 @@ const char* launch_wgrad(const void* params, const Launch& run) {
   const char* error = nullptr;
   switch (split.tile) {
     case k128x128:
-      error = launch_tile<Math, Tile<128, 128, 64, 64, 2>>(p, tiling, run);
+      error = launch_tile<Math, typename Math::Large>(p, tiling, run);
       break;
     case k128x64:
-      error = launch_tile<Math, Tile<128, 64, 64, 32, 3>>(p, tiling, run);
+      error = launch_tile<Math, typename Math::Middle>(p, tiling, run);
       break;
     default:
-      error = launch_tile<Math, Tile<64, 64, 32, 32, 4>>(p, tiling, run);
+      error = launch_tile<Math, typename Math::Small>(p, tiling, run);
       break;
   }
   if (error || split.slices == 1) return error;
@@ -207,5 +210,7 @@ const char* launch_wgrad(const void* params, const Launch& run) {
 
 CNNFAST_KERNEL("conv2d_implicit_gemm.wgrad.bf16", Conv2dParams, launch_wgrad<Half<__nv_bfloat16>>, wgrad_workspace)
 CNNFAST_KERNEL("conv2d_implicit_gemm.wgrad.f16", Conv2dParams, launch_wgrad<Half<__half>>, wgrad_workspace)
+CNNFAST_KERNEL("conv2d_implicit_gemm.wgrad.f32.tf32", Conv2dParams, launch_wgrad<Tf32>, wgrad_workspace)
+CNNFAST_KERNEL("conv2d_implicit_gemm.wgrad.f32.tf32x3", Conv2dParams, launch_wgrad<Tf32x3>, wgrad_workspace)
 
 }  // namespace cnnfast::cuda
