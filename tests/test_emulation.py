@@ -294,6 +294,34 @@ def test_mma_fragments(plain: Library, kind: str) -> None:
     np.testing.assert_allclose(d, c + to_float(a).astype(np.float64) @ to_float(b), rtol=1e-5, atol=1e-5)
 
 
+def fragment_tf32(lane: int, element: int, matrix: str) -> tuple[int, int]:
+    """The same of mma.m16n8k8 with tf32."""
+    group_id, thread_id_in_group = lane >> 2, lane % 4
+    if matrix == "a":
+        return group_id if element in (0, 2) else group_id + 8, thread_id_in_group + (0 if element < 2 else 4)
+    return thread_id_in_group + (0 if element == 0 else 4), group_id
+
+
+def test_mma_tf32_fragments(plain: Library) -> None:
+    rng = np.random.default_rng(1)
+    a, b, c = (rng.standard_normal(s).astype(np.float32) for s in ((16, 8), (8, 8), (16, 8)))
+    registers_a, registers_b, registers_d = (np.zeros((32, n), np.float32) for n in (4, 2, 4))
+    for lane in range(32):
+        registers_a[lane] = [a[fragment_tf32(lane, i, "a")] for i in range(4)]
+        registers_b[lane] = [b[fragment_tf32(lane, i, "b")] for i in range(2)]
+        registers_d[lane] = [c[fragment(lane, i, "c")] for i in range(4)]
+    assert plain.probe("mma_tf32", registers_a, registers_b, registers_d) is None
+    d = np.full((16, 8), np.nan)
+    for lane in range(32):
+        for i in range(4):
+            d[fragment(lane, i, "c")] = registers_d[lane, i]
+    rounded_a, rounded_b = (  # to 10 bits of mantissa, ties away from zero
+        ((v.view(np.uint32) + 0x1000) & ~np.uint32(0x1FFF)).view(np.float32).astype(np.float64) for v in (a, b)
+    )
+    np.testing.assert_allclose(d, c + rounded_a @ rounded_b, rtol=1e-5, atol=1e-5)
+    assert np.abs(d - (c + a.astype(np.float64) @ b)).max() > 1e-5, "nothing was rounded"
+
+
 def test_f16_subnormals_and_infinities(plain: Library) -> None:
     a, b, d = np.zeros((32, 8), np.uint16), np.zeros((32, 4), np.uint16), np.zeros((32, 4), np.float32)
     a[0, 0], a[4, 0] = 0x0001, 0xFC00  # 2^-24 in row 0, -inf in row 1

@@ -227,7 +227,7 @@ def test_result_in_a_slice(
                 dtype=torch.int64 if integer else wide if role.dtype == "acc" else torch_dtype,
                 device=device,
             )
-            if role.is_activation and layout != "any":
+            if layout == "nhwc" or (role.is_activation and layout != "any"):
                 base = base.to(memory_format=torch.channels_last)
             operands.append(base[:, first : first + shape[1]] if free else base)
             results.append((operands[-1], base))

@@ -64,6 +64,7 @@ def _caller(call: Any, problem: Problem) -> Kernel:
 
 
 _COORDINATE = 2**30  # the kernels hold coordinates in 32 bits (memory offsets in 64), with room for a tile
+_PIXELS = 2**31 - 2**24  # or number those of all images, with room for the last tile
 
 
 def _direct(p: Problem) -> list[str]:
@@ -107,23 +108,42 @@ def _depthwise(p: Problem) -> list[str]:
 
 
 def _implicit_gemm(p: Problem) -> list[str]:
+    vector = 16 // {"f32": 4}.get(p.dtype, 2)
+    weights = (p.K + 128) * (p.C // p.G) * p.R * p.S
     return _direct(p) + [
         reason
         for wrong, reason in (
-            (p.G != 1, f"needs groups = 1, not {p.G}"),
-            (p.C % 8 != 0, f"needs input channels in multiples of 8, not {p.C}"),
-            (p.K % 8 != 0, f"needs output channels in multiples of 8, not {p.K}"),
+            (p.C // p.G % vector != 0, f"needs input channels of a group in multiples of {vector}, not {p.C // p.G}"),
+            (p.K // p.G % vector != 0, f"needs output channels of a group in multiples of {vector}, not {p.K // p.G}"),
+            (weights >= 2**31, "numbers the weights, and a tile's more, in 32 bits"),
+            (p.N * max(p.H * p.W, p.P * p.Q) >= _PIXELS, "numbers the pixels of the batch in 32 bits"),
         )
         if wrong
     ]
 
 
-# stem -> (operation, capability, predicted seconds, options); in the order of preference
+def _tf32(p: Problem) -> list[str]:
+    return [f"precision {p.precision}: rounds to tf32"] * (p.precision != "high") + _implicit_gemm(p)
+
+
+def _tf32x3(p: Problem) -> list[str]:
+    return ["precision ieee: splits each number in two"] * (p.precision == "ieee") + _implicit_gemm(p)
+
+
+def _implicit_gemm_cost(p: Problem, rate: float) -> float:
+    # a tile has at least 64 of both: what a group doesn't fill is computed in vain
+    rows, columns = (p.K, p.C) if p.direction == "wgrad" else (64 * p.G, p.K if p.direction == "fprop" else p.C)
+    used = min(1.0, columns / p.G / 64) * min(1.0, rows / p.G / 64)
+    return 4e-6 + p.flops / (rate * used)
+
+
+_DENSE: dict[str, Any] = {"layouts": dict.fromkeys("xwyr", "nhwc"), "alignment": 16}
+
+# stem, or stem.variant -> (operation, capability, predicted seconds, options); in the order of preference
 RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float], dict[str, Any]]] = {
-    "conv2d_implicit_gemm": (
-        "conv2d", _implicit_gemm, lambda p: 4e-6 + p.flops / 1e14,
-        {"layouts": {"x": "nhwc", "w": "nhwc", "y": "nhwc"}, "alignment": 16},
-    ),
+    "conv2d_implicit_gemm": ("conv2d", _implicit_gemm, lambda p: _implicit_gemm_cost(p, 3e14), _DENSE),
+    "conv2d_implicit_gemm.tf32": ("conv2d", _tf32, lambda p: _implicit_gemm_cost(p, 1.5e14), _DENSE),
+    "conv2d_implicit_gemm.tf32x3": ("conv2d", _tf32x3, lambda p: _implicit_gemm_cost(p, 4e13), _DENSE),
     "conv2d_depthwise": ("conv2d", _depthwise, lambda p: 4e-6 + p.flops / 1e13, {}),
     "conv2d_direct": ("conv2d", _direct, lambda p: 4e-6 + p.flops / 2e12, {}),
     "max_pool2d": ("max_pool2d", _direct, lambda p: 4e-6 + p.bytes / 1.5e12, {}),
@@ -134,16 +154,24 @@ RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], 
     "add_act": ("add_act", lambda p: [], lambda p: 4e-6 + p.bytes / 2.5e12, {"layouts": dict.fromkeys("xrygt", "any")}),
 }  # fmt: skip
 
+# stem -> operations that are its fprop with an epilogue: the same kernels under the same rules
+EPILOGUES = dict.fromkeys(("conv2d_implicit_gemm", "conv2d_direct"), ("conv_bn_act",))
+
 
 def _implementations() -> list[Implementation]:
     if MODULE is None:
         return []
     table = Table(MODULE)
-    return [
-        implementation(table, "cuda", op, stem, direction, "", unsupported, _caller, cost=cost, **options)
-        for stem, (op, unsupported, cost, options) in RULES.items()
-        for direction in table.directions(stem)
-    ]
+    found = []
+    for name, (op, unsupported, cost, options) in RULES.items():
+        stem, _, variant = name.partition(".")
+        found += [
+            implementation(table, "cuda", served, stem, direction, variant, unsupported, _caller, cost=cost, **options)
+            for direction in table.directions(stem)
+            if table.dtypes(stem, direction, variant)
+            for served in (op, *(EPILOGUES.get(stem, ()) if direction == "fprop" else ()))
+        ]
+    return found
 
 
 def _unavailable(problem: Problem) -> list[str]:

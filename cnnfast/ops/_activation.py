@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu")  # in the order of Activation in csrc/cpu/epilogue.h
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu")  # in the order of Activation in csrc/common/activation.h
 LEAKY_SLOPE = 0.01
 
 

@@ -45,9 +45,9 @@ struct StructInfo {
 // bgrad b; the strides always describe the tensor of that name (for dgrad x_* are dx's, for wgrad w_* are dw's).
 // Operands, in order: x, w, b, y; those a direction doesn't use, and an absent bias, are null. x_c and y_c are 1 for
 // every kernel but those that ask for operands in any layout.
-// On a CPU fprop also serves conv_bn_act, with three more operands, each of which may be null: scale and shift (vectors
+// fprop also serves conv_bn_act, with three more operands, each of which may be null: scale and shift (vectors
 // of K in the type that sums have: double for f64, else float) and the residual r:
-//   y = act(scale[k] * (what conv2d gives) + shift[k] + r[n,k,p,q]),     act: the Activation of cpu/epilogue.h
+//   y = act(scale[k] * (what conv2d gives) + shift[k] + r[n,k,p,q]),     act: an Activation (activation.h)
 // conv2d itself is the same kernel with these null and act and r_* 0.
 // clang-format off
 #define CNNFAST_CONV2D_FIELDS(F)                                                        \
@@ -112,7 +112,7 @@ CNNFAST_PARAMS(AdaptiveMaxPool2dParams, CNNFAST_ADAPTIVE_MAX_POOL2D_FIELDS)
 // Operands, in order: x, w, b, m, v, r, y, s, dw, db, t, u. w, b, m, v, r may be null (1, 0, 0, 1, 0). Vectors are
 // of the type that sums have. Without training v is a variance, and 1 / sqrt(v + eps) is meant. In the gradient's
 // directions y is the result's gradient, and r, where given, the result itself, which act' is then read from (else from
-// what fprop computes). eps_bits are the bits of eps, a double; act is the Activation of cpu/epilogue.h.
+// what fprop computes). eps_bits are the bits of eps, a double; act is an Activation (activation.h).
 // clang-format off
 #define CNNFAST_BATCH_NORM_FIELDS(F)                                                    \
   F(N) F(C) F(H) F(W) F(act) F(training) F(eps_bits)                                    \

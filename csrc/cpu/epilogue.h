@@ -3,16 +3,12 @@
 // scale and shift are vectors of the sums' own type, so that batch norm's statistics lose nothing beside 16-bit
 // activations; each operand may be absent. NaN passes through every activation, as in torch.
 #pragma once
+#include "../common/activation.h"
 #include "../common/kernel_table.h"
 #include "primitives/vec.h"
 
 namespace cnnfast {
 namespace CNNFAST_ISA {
-
-// In the order of ACTIVATIONS in cnnfast/ops/_activation.py.
-enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu };
-
-constexpr double kLeakySlope = 0.01;
 
 // The comparisons are false for a NaN, which therefore stays.
 template <class T>

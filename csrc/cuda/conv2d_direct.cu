@@ -10,10 +10,13 @@
 //
 // Mapping: a block computes 64 positions x 32 channels of one group (and class), 4 x 4 a thread, over taps and channels
 // in steps of 16 through shared memory; where the grid would be too large blocks take several tiles. Layout:
-// activations NHWC, weights with any strides. Accumulator f32 (f64 for f64), in two levels; one rounding at the end.
+// activations NHWC, weights with any strides. Accumulator f32 (f64 for f64), in two levels; the epilogue (conv_bn_act)
+// is applied to it, one rounding at the end.
 // Memory offsets are 64-bit, coordinates within an image 32-bit.
 #include "../common/kernel_table.h"
+#include "conv2d_axes.h"
 #include "conv2d_tile.h"
+#include "epilogue.h"
 #include "primitives/cuda.h"
 #include "primitives/launch.h"
 #include "primitives/numeric.h"
@@ -28,72 +31,17 @@ using tile::kThreads;
 
 constexpr int kStepsATerm = 2;  // sums of 2 * kDepth products are added to the total as one term: less rounding error
 
-enum class Direction { fprop, dgrad };
-
-__host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// One spatial axis of a correlation. Position i of the output lies at out_first + i * out_step; tap t of it reads the
-// input at in_first + i * in_step + t * in_tap, and the weight at tap_first + t * tap_step.
-struct Axis {
-  int positions, out_first, out_step;
-  int in_size, in_first, in_step, in_tap;
-  int taps, tap_first, tap_step;
-};
-
-__device__ __forceinline__ Axis fprop_axis(int64_t out, int64_t in, int64_t filter, int64_t stride, int64_t pad,
-                                           int64_t dilation) {
-  Axis axis;
-  axis.positions = static_cast<int>(out);
-  axis.out_first = 0;
-  axis.out_step = 1;
-  axis.in_size = static_cast<int>(in);
-  axis.in_first = static_cast<int>(-pad);
-  axis.in_step = static_cast<int>(stride);
-  axis.in_tap = static_cast<int>(dilation);
-  axis.taps = static_cast<int>(filter);
-  axis.tap_first = 0;
-  axis.tap_step = 1;
-  return axis;
-}
-
-// The class of the positions h = parity, parity + stride, ... of dx. Tap r meets them where h + pad - r * dilation is a
-// multiple of the stride: for every step-th r, step = stride / gcd(stride, dilation), from the first, if any, that
-// does.
-__device__ __forceinline__ Axis dgrad_axis(int parity, int64_t in, int64_t out, int64_t filter_, int64_t stride_,
-                                           int64_t pad_, int64_t dilation_) {
-  const int stride = static_cast<int>(stride_), pad = static_cast<int>(pad_), dilation = static_cast<int>(dilation_);
-  const int filter = static_cast<int>(filter_);
-  int step = 1;
-  while (step * dilation % stride != 0) ++step;
-  int first = 0;
-  while (first < filter && first < step && (parity + pad - first * dilation) % stride != 0) ++first;
-  const bool any = first < filter && first < step;
-  Axis axis;
-  axis.positions = parity < in ? (static_cast<int>(in) - parity + stride - 1) / stride : 0;
-  axis.out_first = parity;
-  axis.out_step = stride;
-  axis.in_size = static_cast<int>(out);
-  axis.in_first = any ? (parity + pad - first * dilation) / stride : 0;
-  axis.in_step = 1;
-  axis.in_tap = -(step * dilation / stride);
-  axis.taps = any ? (filter - first + step - 1) / step : 0;
-  axis.tap_first = any ? first : 0;
-  axis.tap_step = step;
-  return axis;
-}
-
 // How the output is cut into tiles; the same for the launcher and the kernel.
 struct Tiling {
   int classes_h, classes_w;
   int64_t row_tiles, column_tiles;  // of the largest class; of a group
 
   Tiling(const Conv2dParams& p, Direction direction) {
-    const bool forward = direction == Direction::fprop;
-    classes_h = forward ? 1 : static_cast<int>(p.stride_h < p.H ? p.stride_h : p.H);
-    classes_w = forward ? 1 : static_cast<int>(p.stride_w < p.W ? p.stride_w : p.W);
-    const int64_t pixels = forward ? p.P * p.Q : ceil_div(p.H, p.stride_h) * ceil_div(p.W, p.stride_w);
-    row_tiles = ceil_div(p.N * pixels, kRows);
-    column_tiles = ceil_div((forward ? p.K : p.C) / p.G, kColumns);
+    const Classes classes(p, direction);
+    classes_h = classes.h;
+    classes_w = classes.w;
+    row_tiles = ceil_div(p.N * classes.positions, kRows);
+    column_tiles = ceil_div((direction == Direction::fprop ? p.K : p.C) / p.G, kColumns);
   }
   __host__ __device__ int64_t tiles(const Conv2dParams& p) const {
     return row_tiles * column_tiles * p.G * classes_h * classes_w;
@@ -102,7 +50,7 @@ struct Tiling {
 
 // An output position of the tile: what its first tap reads, and where the result goes.
 struct Row {
-  int64_t in, out;
+  int64_t in, out, residual;
   int h, w;  // of the first tap, perhaps outside of the input
   bool present;
 };
@@ -130,7 +78,7 @@ constexpr int kBlocksPerProcessor = sizeof(T) == 8 ? 3 : 4;
 template <class T, Direction direction>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
     correlate(const Conv2dParams p, const Tiling tiling, const T* __restrict__ input, const T* __restrict__ weight,
-              const T* __restrict__ bias, T* __restrict__ output) {
+              const T* __restrict__ bias, T* __restrict__ output, const Epilogue<T> epilogue) {
   using Acc = Accumulator<T>;
   constexpr bool forward = direction == Direction::fprop;
   CNNFAST_SHARED(tile::SharedA<Acc>, a, );
@@ -163,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
 
     if (t < kRows) {
       const int64_t pixel = row0 + t;
-      Row row{0, 0, 0, 0, pixel < pixels};
+      Row row{0, 0, 0, 0, 0, pixel < pixels};
       if (row.present) {
         const int j = static_cast<int>(pixel % aw.positions);
         const int64_t line = pixel / aw.positions;
@@ -174,6 +122,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
         row.in = n * in_n + row.h * in_h + row.w * in_w;
         row.out = n * out_n + (ah.out_first + int64_t{i} * ah.out_step) * out_h +
                   (aw.out_first + int64_t{j} * aw.out_step) * out_w;
+        row.residual = n * p.r_n + i * p.r_h + j * p.r_w;
       }
       rows[t] = row;
     }
@@ -232,7 +181,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
         if (!to.present || column >= columns) continue;
         const int64_t channel = int64_t{group} * columns + column;
         Acc result = total.v[i][j];
-        if (forward && bias) result += Numeric<T>::widen(bias[channel]);
+        if constexpr (forward) {
+          if (bias) result += Numeric<T>::widen(bias[channel]);
+          if (epilogue.scale) result *= epilogue.scale[channel];
+          if (epilogue.shift) result += epilogue.shift[channel];
+          if (epilogue.residual) result += Numeric<T>::widen(epilogue.residual[to.residual + channel]);
+          result = activate(result, epilogue.act);
+        }
         output[to.out + channel] = Numeric<T>::narrow(result);
       }
     }
@@ -252,7 +207,8 @@ const char* launch_correlate(const void* params, const Launch& run) {
   const T* b = static_cast<const T*>(run.operands[2]);
   const T* y = static_cast<const T*>(run.operands[3]);
   return launch<correlate<T, direction>>(grid_for(tiles), dim3(kThreads, 1, 1), 0, run.stream, p, tiling,
-                                         forward ? x : y, w, forward ? b : nullptr, const_cast<T*>(forward ? y : x));
+                                         forward ? x : y, w, forward ? b : nullptr, const_cast<T*>(forward ? y : x),
+                                         Epilogue<T>(p, run));
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 // in steps of 16 through shared memory. Sums of 128 pixels are added to the total as one term, which keeps the rounding
 // error of long sums down. Accumulator f32 (f64 for f64), one rounding at the end. Offsets are 64-bit.
 #include "../common/kernel_table.h"
+#include "conv2d_axes.h"
 #include "conv2d_tile.h"
 #include "primitives/cuda.h"
 #include "primitives/launch.h"
@@ -32,8 +33,6 @@ static_assert(kTable == kThreads && kTable % kDepth == 0, "a thread for each pix
 
 constexpr int kBiasChannels = 32;  // bgrad's block: 32 channels x 8 pixels
 constexpr int kBiasPixels = 8;
-
-__host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Elements of dw, and their tiles.
 struct Tiling {

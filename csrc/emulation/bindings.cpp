@@ -16,7 +16,7 @@ void bind_extras(py::module_& m) {
   using namespace emulation;
   m.def(
       "configure",
-      [](const std::string& order, uint32_t seed, bool lazy_async, int64_t max_grid) {
+      [](const std::string& order, uint32_t seed, bool lazy_async, int64_t max_grid, int64_t processors) {
         Config next;
         if (order == "ascending")
           next.order = Order::ascending;
@@ -29,11 +29,13 @@ void bind_extras(py::module_& m) {
         next.seed = seed;
         next.lazy_async = lazy_async;
         if (max_grid > 0) next.max_grid = max_grid;
+        if (processors > 0) next.processors = processors;
         config() = next;
       },
       py::arg("order") = "ascending", py::arg("seed") = 0, py::arg("lazy_async") = false, py::arg("max_grid") = 0,
-      "How launches run: the order of threads and blocks, when asynchronous copies land, and the largest grid a kernel "
-      "may use (0: the GPU's limit).");
+      py::arg("processors") = 0,
+      "How launches run: the order of threads and blocks, when asynchronous copies land, the largest grid a kernel may "
+      "use (0: the GPU's limit), and how many multiprocessors there are (0: an H100's).");
   m.def(
       "statistics",
       [](bool reset) {

@@ -27,6 +27,7 @@ struct Config {
   uint32_t seed = 0;                   // of the random order
   bool lazy_async = false;             // cp.async writes as late as its wait allows; otherwise when issued
   int64_t max_grid = (1LL << 31) - 1;  // what max_grid_x() says: a small one makes kernels loop over their tiles
+  int64_t processors = 132;            // what processors() says: few make kernels choose large tiles
   int64_t max_shared = 227 * 1024;     // bytes a block
 };
 
@@ -68,6 +69,8 @@ uint32_t ballot(uint32_t mask, bool predicate, int line);
 void ldmatrix(uint32_t* result, const void* row, int matrices, bool transposed, int line);
 enum class MmaType { bf16, f16 };
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, MmaType type, int line);
+void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, int line);
+uint32_t round_tf32(float value);
 
 // Copies valid_bytes from global to shared memory and fills the rest of the 16 bytes with zeros.
 void async_copy(void* shared, const void* global, int bytes, int valid_bytes, int line);

@@ -9,9 +9,9 @@ namespace cnnfast::emulation {
 
 namespace {
 
-enum Operation { kSyncWarp = 1, kShuffle, kBallot, kLdmatrix, kLdmatrixTransposed, kMmaBf16, kMmaF16 };
-constexpr const char* kNames[] = {"",         "__syncwarp",     "shuffle",  "__ballot_sync",
-                                  "ldmatrix", "ldmatrix.trans", "mma.sync", "mma.sync"};
+enum Operation { kSyncWarp = 1, kShuffle, kBallot, kLdmatrix, kLdmatrixTransposed, kMmaBf16, kMmaF16, kMmaTf32 };
+constexpr const char* kNames[] = {"",         "__syncwarp", "shuffle", "__ballot_sync", "ldmatrix", "ldmatrix.trans",
+                                  "mma.sync", "mma.sync",   "mma.sync"};
 
 template <class Visit>
 void each_lane(uint32_t mask, Visit visit) {
@@ -126,6 +126,34 @@ void perform_mma(MmaArguments* const* lanes, ToFloat to_float) {
   }
 }
 
+// The same of mma.m16n8k8 in tf32: group = lane / 4, member = lane % 4.
+//   A (16x8): register i holds row group + 8*(i&1), column member + 4*(i>>1)
+//   B (8x8):  register i holds row member + 4*i, column group
+void perform_mma_tf32(MmaArguments* const* lanes) {
+  ++statistics().mma;
+  auto to_float = [](uint32_t bits) {
+    bits &= ~0x1fffu;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  };
+  alignas(32) float a[16][8], b[8][8], c[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const MmaArguments& x = *lanes[lane];
+    const int group = lane / 4, member = lane % 4;
+    for (int i = 0; i < 4; ++i) a[group + 8 * (i & 1)][member + 4 * (i >> 1)] = to_float(x.a[i]);
+    for (int i = 0; i < 2; ++i) b[member + 4 * i][group] = to_float(x.b[i]);
+    for (int i = 0; i < 4; ++i) c[group + 8 * (i >> 1)][member * 2 + (i & 1)] = x.d[i];
+  }
+  for (int m = 0; m < 16; ++m)
+    for (int k = 0; k < 8; ++k)
+      for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int group = lane / 4, member = lane % 4;
+    for (int i = 0; i < 4; ++i) lanes[lane]->d[i] = c[group + 8 * (i >> 1)][member * 2 + (i & 1)];
+  }
+}
+
 }  // namespace
 
 void warp_barrier(uint32_t mask, int line) {
@@ -207,6 +235,21 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, MmaType type, 
     const float* table = f16_table();
     perform_mma(lanes, [table](uint16_t bits) { return table[bits]; });
   });
+}
+
+void mma_m16n8k8_tf32(float* d, const uint32_t* a, const uint32_t* b, int line) {
+  MmaArguments mine{d, a, b};
+  collective(~0u, kMmaTf32, &mine, line, [=](MmaArguments** lanes, uint32_t present) {
+    if (present != ~0u) fail("mma.sync needs a full warp" + at_line(line));
+    perform_mma_tf32(lanes);
+  });
+}
+
+uint32_t round_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const bool finite = (bits >> 23 & 255) != 255;
+  return finite ? (bits + 0x1000u) & ~0x1fffu : bits;
 }
 
 }  // namespace cnnfast::emulation

@@ -24,6 +24,18 @@ __global__ void mma(const uint32_t* a, const uint32_t* b, float* d) {
   for (int i = 0; i < 4; ++i) d[lane * 4 + i] = fd[i];
 }
 
+// The same of mma.m16n8k8, of floats that are rounded to tf32 first.
+__global__ void mma_tf32(const float* a, const float* b, float* d) {
+  const int lane = threadIdx.x;
+  uint32_t fa[4], fb[2];
+  float fd[4];
+  for (int i = 0; i < 4; ++i) fa[i] = cuda::round_tf32(a[lane * 4 + i]);
+  for (int i = 0; i < 2; ++i) fb[i] = cuda::round_tf32(b[lane * 2 + i]);
+  for (int i = 0; i < 4; ++i) fd[i] = d[lane * 4 + i];
+  cuda::mma_m16n8k8_tf32(fd, fa, fb);
+  for (int i = 0; i < 4; ++i) d[lane * 4 + i] = fd[i];
+}
+
 // source: four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 template <bool transposed>
 __global__ void ldmatrix(const uint32_t* source, uint32_t* registers) {
@@ -126,6 +138,9 @@ CNNFAST_TEST_API const char* run_probe(const char* name_, const void* in0, const
       launch<mma<true>>(one, warp, 0, nullptr, words, static_cast<const uint32_t*>(in1), static_cast<float*>(out));
     else if (name == "mma_f16")
       launch<mma<false>>(one, warp, 0, nullptr, words, static_cast<const uint32_t*>(in1), static_cast<float*>(out));
+    else if (name == "mma_tf32")
+      launch<mma_tf32>(one, warp, 0, nullptr, static_cast<const float*>(in0), static_cast<const float*>(in1),
+                       static_cast<float*>(out));
     else if (name == "ldmatrix")
       launch<ldmatrix<false>>(one, warp, 0, nullptr, words, static_cast<uint32_t*>(out));
     else if (name == "ldmatrix_transposed")

@@ -26,6 +26,8 @@ GPU = torch.cuda.is_available()
 CHECKED = EMULATED and cuda.MODULE is not None and cuda.MODULE.device().get("checked") == "yes"
 SCHEDULES = tuple((order, lazy) for order in ("ascending", "descending", "random") for lazy in (False, True))
 
+PROCESSORS = (132, 1)  # with one, kernels choose the tiles that they choose for large problems
+
 
 def not_here(implementation: dispatch.Implementation) -> str:
     """Why this process can't run an implementation; empty where it can."""
@@ -68,10 +70,11 @@ def stable_hash(*parts: object) -> int:
 
 
 def schedule(*parts: object) -> str:
-    """On the emulated GPU: chooses the order of threads and the time of asynchronous copies; returns their name."""
+    """On the emulated GPU: the order of threads, the time of asynchronous copies, the processors; returns their name."""
     if not EMULATED or cuda.MODULE is None:
         return ""
     number = stable_hash(*parts)
     order, lazy = SCHEDULES[number % len(SCHEDULES)]
-    cuda.MODULE.configure(order=order, seed=number % 1000, lazy_async=lazy)
-    return f"{order}, {'late' if lazy else 'early'} copies, seed {number % 1000}"
+    processors = PROCESSORS[number // len(SCHEDULES) % len(PROCESSORS)]
+    cuda.MODULE.configure(order=order, seed=number % 1000, lazy_async=lazy, processors=processors)
+    return f"{order}, {'late' if lazy else 'early'} copies, seed {number % 1000}, {processors} processors"

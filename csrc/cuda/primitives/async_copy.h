@@ -8,7 +8,7 @@ namespace cnnfast::cuda {
 #ifdef __CUDACC__
 
 // cp.async.cg.shared.global (sm_80): 16 bytes, past L1; where `valid` is false zeros are written and nothing is read
-// (the address must be a valid one all the same).
+// (the address may then be any aligned one: CUTLASS's cp_async_zfill relies on it, too).
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
   asm volatile(
       "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),

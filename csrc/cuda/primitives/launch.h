@@ -1,6 +1,7 @@
 // Launching, for launchers: no synchronisation, no allocation, every launch checked.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 
 #include "cuda.h"
@@ -9,12 +10,28 @@ namespace cnnfast::cuda {
 
 #ifdef __CUDACC__
 
-// launch<kernel<float>>(grid, block, dynamic shared bytes, stream, arguments...): null, or the driver's reason.
+// Lets a kernel have that much dynamic shared memory, and asks for as many of its blocks on a multiprocessor as fit:
+// the driver's own choice leaves more to L1. Once for each kernel and device.
+template <auto kernel>
+cudaError_t prepare(size_t shared_bytes) {
+  static std::atomic<uint64_t> prepared{0};  // devices, a bit for each
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = uint64_t{1} << (device & 63);
+  if (error != cudaSuccess || prepared.load(std::memory_order_relaxed) & bit) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error == cudaSuccess)
+    error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess) prepared.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+// launch<kernel<float>>(grid, block, dynamic shared bytes, stream, arguments...): null, or the driver's reason. The
+// bytes are the same in every launch of a kernel.
 template <auto kernel, class... Args>
 const char* launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream, const Args&... arguments) {
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 * 1024)  // more has to be asked for
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  cudaError_t error = shared_bytes ? prepare<kernel>(shared_bytes) : cudaSuccess;
   if (error == cudaSuccess) {
     kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
     error = cudaGetLastError();
@@ -24,6 +41,13 @@ const char* launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream, con
 
 // The largest gridDim.x.
 inline int64_t max_grid_x() { return (int64_t{1} << 31) - 1; }
+
+// The multiprocessors of the current device.
+inline int64_t processors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return std::max(count, 1);
+}
 
 #else
 
@@ -37,6 +61,7 @@ const char* launch(dim3 grid, dim3 block, size_t shared_bytes, void*, const Args
 }
 
 inline int64_t max_grid_x() { return emulation::config().max_grid; }
+inline int64_t processors() { return emulation::config().processors; }
 
 #endif
 

@@ -3,6 +3,9 @@
 //   A (16x16): register i holds row group + 8*(i&1), columns pair + 8*(i>>1) and the next
 //   B (16x8):  register i holds rows pair + 8*i and the next, column group
 //   D (16x8):  element i is row group + 8*(i>>1), column pair + (i&1)
+// and of mma.m16n8k8 in tf32, whose D is the same, with member = lane % 4,
+//   A (16x8):  register i holds row group + 8*(i&1), column member + 4*(i>>1)
+//   B (8x8):   register i holds row member + 4*i, column group
 #pragma once
 #include "cuda.h"
 
@@ -50,6 +53,22 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 (sm_80): d += a b; the low 13 bits of the operands are not read.
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// cvt.rna.tf32.f32 (sm_80): the nearest tf32, ties away from zero, as the bits of a float.
+__device__ __forceinline__ uint32_t round_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
 #else
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, int line = __builtin_LINE()) {
@@ -66,6 +85,11 @@ inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32
                              int line = __builtin_LINE()) {
   emulation::mma_m16n8k16(d, a, b, emulation::MmaType::f16, line);
 }
+inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                             int line = __builtin_LINE()) {
+  emulation::mma_m16n8k8_tf32(d, a, b, line);
+}
+inline uint32_t round_tf32(float value) { return emulation::round_tf32(value); }
 
 #endif
 

@@ -1,5 +1,8 @@
 // Element types: what they accumulate in, and the one rounding on the way out.
 #pragma once
+#include <cmath>
+#include <cstring>
+
 #include "cuda.h"
 
 namespace cnnfast::cuda {
@@ -27,6 +30,15 @@ struct Numeric<__half> {
 
 template <class T>
 using Accumulator = typename Numeric<T>::Accumulator;
+
+__device__ __forceinline__ float float_of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Neither infinite nor NaN.
+__device__ __forceinline__ bool is_finite(float value) { return fabsf(value) <= 3.402823466e38f; }
 
 // Rounds two values into neighbouring 16-bit elements, one 32-bit store.
 template <class T>

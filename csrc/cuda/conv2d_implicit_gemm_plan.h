@@ -1,0 +1,94 @@
+// How an implicit GEMM is cut into blocks: a pure function of its sizes and the number of multiprocessors.
+//
+// Plain C++, compiled by tests without a device. The rates and overheads are of an H100; only ratios between candidates
+// decide, and those are much the same on other cards.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+namespace cnnfast::cuda::implicit_gemm {
+
+// What a block computes, and what it costs. `rate` is the share of the tensor cores' rate that such blocks reach when
+// all processors are busy: large tiles read less from shared memory for each product.
+struct TileShape {
+  int rows, columns;
+  int blocks;  // at once on a processor
+  double rate;
+};
+
+enum TileChoice : int { k128x128, k128x64, k64x64, kTiles };
+constexpr TileShape kShapes[kTiles] = {{128, 128, 2, 1.0}, {128, 64, 3, 0.8}, {64, 64, 4, 0.62}};
+
+constexpr double kProductsASecond = 1.3e12;  // multiply-adds of 16-bit operands, of one processor
+constexpr int64_t kOverhead = 10;            // of a block, in steps of kStepDepth: filling the pipeline, storing
+constexpr int64_t kStepDepth = 32;
+constexpr double kBytesASecond = 2e12;
+
+// wgrad's cut decides how its sums are rounded: it doesn't depend on the card.
+constexpr int64_t kNominalProcessors = 132;
+constexpr int64_t kSliceSteps = 8;  // at least, of a slice
+constexpr int64_t kMaxSlices = 512;
+constexpr int64_t kWorkspaceBytes = int64_t{128} << 20;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Predicted seconds of so many equal blocks.
+inline double seconds(TileChoice tile, int64_t blocks, int64_t depth, int64_t processors) {
+  const TileShape& s = kShapes[tile];
+  const int64_t steps = divide_up(depth, kStepDepth) + kOverhead;
+  // Blocks that share a processor take turns: a processor's time is that of its blocks one after the other, but the
+  // last ones alone reach only a part of the rate.
+  const int64_t full = blocks / (processors * s.blocks), rest = blocks % (processors * s.blocks);
+  const double turns = static_cast<double>(full * s.blocks) +
+                       (rest ? std::max<double>(static_cast<double>(divide_up(rest, processors)), 0.6 * s.blocks) : 0);
+  return turns * static_cast<double>(steps * kStepDepth * s.rows * s.columns) / (kProductsASecond * s.rate);
+}
+
+// The tile for `products` products of rows x columns over that depth.
+inline TileChoice choose_tile(int64_t rows, int64_t columns, int64_t depth, int64_t products, int64_t processors) {
+  TileChoice best = k64x64;
+  double least = -1;
+  for (int i = 0; i < kTiles; ++i) {
+    const TileShape& s = kShapes[i];
+    const int64_t blocks = products * divide_up(rows, s.rows) * divide_up(columns, s.columns);
+    const double predicted = seconds(static_cast<TileChoice>(i), blocks, depth, processors);
+    if (least >= 0 && predicted >= least) continue;
+    least = predicted;
+    best = static_cast<TileChoice>(i);
+  }
+  return best;
+}
+
+struct Split {
+  TileChoice tile;
+  int64_t slices;  // of the depth, equal but for the last
+  int64_t depth;   // of a slice, in whole steps
+};
+
+// The same where the result is small and the depth long: slices of the depth give blocks enough.
+inline Split choose_split(int64_t rows, int64_t columns, int64_t depth, int64_t products) {
+  Split best{k64x64, 1, std::max<int64_t>(depth, 1)};
+  double least = -1;
+  const int64_t steps = std::max<int64_t>(divide_up(depth, kStepDepth), 1);
+  const int64_t bytes = std::max<int64_t>(products * rows * columns * 4, 1);
+  const int64_t most =
+      std::max<int64_t>(1, std::min({steps / kSliceSteps, kMaxSlices, std::max<int64_t>(kWorkspaceBytes / bytes, 1)}));
+  for (int i = 0; i < kTiles; ++i) {
+    const TileShape& s = kShapes[i];
+    const int64_t owners = std::max<int64_t>(products * divide_up(rows, s.rows) * divide_up(columns, s.columns), 1);
+    for (int64_t waves = 0; waves <= 3; ++waves) {  // as many slices as fill so many waves of blocks; 0: one slice
+      const int64_t wanted = waves * kNominalProcessors * s.blocks / owners;
+      const int64_t slice_steps = divide_up(steps, std::max<int64_t>(1, std::min(wanted, most)));
+      const int64_t slices = divide_up(steps, slice_steps);
+      double predicted =
+          seconds(static_cast<TileChoice>(i), owners * slices, slice_steps * kStepDepth, kNominalProcessors);
+      if (slices > 1) predicted += 3e-6 + 2 * static_cast<double>(slices * bytes) / kBytesASecond;
+      if (least >= 0 && predicted >= least) continue;
+      least = predicted;
+      best = {static_cast<TileChoice>(i), slices, slice_steps * kStepDepth};
+    }
+  }
+  return best;
+}
+
+}  // namespace cnnfast::cuda::implicit_gemm

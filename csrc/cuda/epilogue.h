@@ -1,0 +1,36 @@
+// What becomes of a sum before it is stored: y = act(scale[k] * sum + shift[k] + residual).
+//
+// scale and shift are vectors of the sums' own type; each operand may be absent. NaN passes through every activation,
+// as in torch.
+#pragma once
+#include "../common/activation.h"
+#include "../common/kernel_table.h"
+#include "primitives/cuda.h"
+#include "primitives/numeric.h"
+
+namespace cnnfast::cuda {
+
+// The comparisons are false for a NaN, which therefore stays.
+template <class Acc>
+__device__ __forceinline__ Acc activate(Acc v, Activation act) {
+  if (act == Activation::kNone) return v;
+  if (act == Activation::kLeakyRelu) return v > Acc(0) ? v : v * Acc(kLeakySlope);
+  v = Acc(0) > v ? Acc(0) : v;
+  return act == Activation::kRelu ? v : v > Acc(6) ? Acc(6) : v;
+}
+
+template <class T>
+struct Epilogue {
+  const Accumulator<T>*scale, *shift;  // null: 1, 0
+  const T* residual;                   // null: 0
+  Activation act;
+
+  // Of a launch's operands after the convolution's own.
+  Epilogue(const Conv2dParams& p, const Launch& run)
+      : scale(static_cast<const Accumulator<T>*>(run.operands[4])),
+        shift(static_cast<const Accumulator<T>*>(run.operands[5])),
+        residual(static_cast<const T*>(run.operands[6])),
+        act(static_cast<Activation>(p.act)) {}
+};
+
+}  // namespace cnnfast::cuda

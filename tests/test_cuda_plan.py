@@ -1,0 +1,85 @@
+"""How implicit GEMMs are cut into blocks: a pure function, compiled here without a device."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PLAN = REPOSITORY / "csrc" / "cuda" / "conv2d_implicit_gemm_plan.h"
+TILES = ((128, 128), (128, 64), (64, 64))
+PROCESSORS = {"A100": 108, "RTX 4090": 128, "H100": 132, "L4": 58, "a single one": 1}
+
+SOURCE = f"""
+#include "{PLAN}"
+using namespace cnnfast::cuda::implicit_gemm;
+extern "C" int64_t tile(int64_t rows, int64_t columns, int64_t depth, int64_t products, int64_t processors) {{
+  return choose_tile(rows, columns, depth, products, processors);
+}}
+extern "C" void split(int64_t rows, int64_t columns, int64_t depth, int64_t products, int64_t* out) {{
+  const Split s = choose_split(rows, columns, depth, products);
+  out[0] = s.tile, out[1] = s.slices, out[2] = s.depth;
+}}
+extern "C" void shape(int64_t i, int64_t* out) {{ out[0] = kShapes[i].rows, out[1] = kShapes[i].columns; }}
+"""
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if not compiler:
+        pytest.skip("needs g++")
+    folder = tmp_path_factory.mktemp("plan")
+    (folder / "plan.cpp").write_text(SOURCE)
+    library = folder / "plan.so"
+    subprocess.run(
+        [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-o", str(library), str(folder / "plan.cpp")], check=True
+    )
+    return ctypes.CDLL(str(library))
+
+
+def tile(plan: ctypes.CDLL, *sizes: int) -> tuple[int, int]:
+    return TILES[plan.tile(*map(ctypes.c_int64, sizes))]
+
+
+def split(plan: ctypes.CDLL, *sizes: int) -> tuple[tuple[int, int], int, int]:
+    out = (ctypes.c_int64 * 3)()
+    plan.split(*map(ctypes.c_int64, sizes), out)
+    return TILES[out[0]], out[1], out[2]
+
+
+def test_shapes(plan: ctypes.CDLL) -> None:
+    for i, expected in enumerate(TILES):
+        out = (ctypes.c_int64 * 2)()
+        plan.shape(ctypes.c_int64(i), out)
+        assert tuple(out) == expected
+
+
+@pytest.mark.parametrize("card", PROCESSORS)
+def test_tiles(plan: ctypes.CDLL, card: str) -> None:
+    """ResNet-50's 3x3 layers at batch 64 (pixels, filters, depth): large tiles, as far as the filters fill them."""
+    processors = PROCESSORS[card]
+    assert tile(plan, 64 * 56 * 56, 64, 576, 1, processors)[1] == 64
+    assert tile(plan, 64 * 28 * 28, 128, 1152, 1, processors) == (128, 128)
+    assert tile(plan, 64 * 28 * 28, 512, 128, 1, processors) == (128, 128)
+    if processors > 1:  # a single image of 7x7: as many blocks as there can be
+        assert tile(plan, 49, 512, 4608, 1, processors) == (64, 64)
+
+
+def test_splits(plan: ctypes.CDLL) -> None:
+    """Slices cover the depth exactly, in whole steps, and fill the card where the result alone doesn't."""
+    for rows, columns, depth, products in (
+        (64, 576, 64 * 56 * 56, 1), (512, 4608, 64 * 49, 1), (64, 64, 256 * 56 * 56, 1), (2048, 512, 49, 1), (8, 72, 1, 1),
+        (8, 72, 0, 1), (32, 288, 56 * 56, 32),
+    ):  # fmt: skip
+        (tile_rows, tile_columns), slices, slice_depth = split(plan, rows, columns, depth, products)
+        assert slices >= 1
+        assert (slices - 1) * slice_depth < max(depth, 1) <= slices * slice_depth
+        assert slices == 1 or slice_depth % 32 == 0
+        assert slices == 1 or slices * rows * columns * products * 4 <= 2**27
+        blocks = slices * products * -(-rows // tile_rows) * -(-columns // tile_columns)
+        assert blocks >= 100 or depth < 32 * 8 * 100, "a long depth and few blocks"
