@@ -15,9 +15,9 @@ from torch import Tensor
 
 from cnnfast.errors import ShapeError
 
-# Of ImageNet's training images, pixels from 0 to 1: the principal components of RGB, one a column, and their variances'
-# square roots as AlexNet's followers give them.
-IMAGENET_SCALES = (0.2175, 0.0188, 0.0045)
+# Of ImageNet's pixels, from 0 to 1: the eigenvalues of RGB's covariance, and its eigenvectors, one a column (the numbers
+# that fb.resnet.torch brought into use).
+IMAGENET_EIGENVALUES = (0.2175, 0.0188, 0.0045)
 IMAGENET_COMPONENTS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 
@@ -48,39 +48,39 @@ class _Transform(torch.nn.Module):
 class ColourNoise(_Transform):
     """AlexNet's: to all pixels of an image a multiple of RGB's principal components is added.
 
-    Image n gets ``components @ (alpha[n] * scales)`` with ``alpha`` drawn from a normal distribution: brightness and tint
-    vary as they vary over the data, and what is in the image stays (Krizhevsky et al. 2012, section 4.1).
+    Image n gets ``components @ (alpha[n] * eigenvalues)`` with ``alpha`` drawn from a normal distribution: brightness and
+    tint vary as they vary over the data, and what is in the image stays (Krizhevsky et al. 2012, section 4.1).
 
     Args:
         std: Of alpha; AlexNet's is 0.1.
-        scales: (C,), how far the data reach along each component; default ImageNet's, for pixels from 0 to 1.
-        components: (C, C), a component a column. :meth:`fit` finds both in data of yours.
+        eigenvalues: (C,), of the covariance of the pixels' channels; default ImageNet's, for pixels from 0 to 1.
+        components: (C, C), its eigenvectors, one a column. :meth:`fit` finds both in data of yours.
         generator: Of the random numbers.
     """
 
     def __init__(
-        self, std: float = 0.1, scales: Any = IMAGENET_SCALES, components: Any = IMAGENET_COMPONENTS,
+        self, std: float = 0.1, eigenvalues: Any = IMAGENET_EIGENVALUES, components: Any = IMAGENET_COMPONENTS,
         generator: torch.Generator | None = None,
     ) -> None:  # fmt: skip
         super().__init__(generator)
         if not std >= 0:
             raise ValueError(f"ColourNoise: expected std >= 0, got {std}")
         self.std = float(std)
-        self.register_buffer("scales", torch.as_tensor(scales, dtype=torch.float32), persistent=False)
+        self.register_buffer("eigenvalues", torch.as_tensor(eigenvalues, dtype=torch.float32), persistent=False)
         self.register_buffer("components", torch.as_tensor(components, dtype=torch.float32), persistent=False)
-        channels = len(self.scales)
-        if self.scales.shape != (channels,) or self.components.shape != (channels, channels):
+        channels = len(self.eigenvalues)
+        if self.eigenvalues.shape != (channels,) or self.components.shape != (channels, channels):
             raise ShapeError(
-                f"ColourNoise: expected scales (C,) and components (C, C), got {tuple(self.scales.shape)} and "
+                f"ColourNoise: expected eigenvalues (C,) and components (C, C), got {tuple(self.eigenvalues.shape)} and "
                 f"{tuple(self.components.shape)}"
             )
 
-    scales: Tensor
+    eigenvalues: Tensor
     components: Tensor
 
     @classmethod
     def fit(cls, images: Tensor, std: float = 0.1, generator: torch.Generator | None = None) -> ColourNoise:
-        """The noise for given data: scales and components from the pixels' covariance.
+        """The noise for given data: from the covariance of the pixels'.
 
         Args:
             images: (N, C, H, W), as the transform will get them; at least two pixels.
@@ -89,19 +89,19 @@ class ColourNoise(_Transform):
         if images.dim() != 4 or images.numel() < 2 * images.shape[1]:
             raise ShapeError(f"ColourNoise.fit: expected (N, C, H, W) with two pixels, got shape {tuple(images.shape)}")
         pixels = images.transpose(0, 1).flatten(1).double()
-        variances, components = torch.linalg.eigh(torch.cov(pixels).reshape(len(pixels), len(pixels)))
-        return cls(std, variances.clamp(min=0).sqrt(), components, generator)
+        eigenvalues, components = torch.linalg.eigh(torch.cov(pixels).reshape(len(pixels), len(pixels)))
+        return cls(std, eigenvalues.clamp(min=0), components, generator)
 
     def apply_to(self, images: Tensor) -> Tensor:
         """(N, C, H, W), floating point."""
-        if images.shape[1] != len(self.scales):
-            raise ShapeError(f"ColourNoise: expected {len(self.scales)} channels, got shape {tuple(images.shape)}")
+        if images.shape[1] != len(self.eigenvalues):
+            raise ShapeError(f"ColourNoise: expected {len(self.eigenvalues)} channels, got shape {tuple(images.shape)}")
         if not images.is_floating_point():
             raise TypeError(f"ColourNoise: expected floating point images, got {images.dtype}")
         if not self.training:
             return images
-        alpha = torch.randn(len(images), len(self.scales), generator=self.generator) * self.std
-        noise = (alpha.to(self.scales.device) * self.scales) @ self.components.T
+        alpha = torch.randn(len(images), len(self.eigenvalues), generator=self.generator) * self.std
+        noise = (alpha.to(self.eigenvalues.device) * self.eigenvalues) @ self.components.T
         return images + noise.to(images)[:, :, None, None]
 
     def extra_repr(self) -> str:
