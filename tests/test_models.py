@@ -158,11 +158,16 @@ def test_vgg_with_batch_norm_trains() -> None:
 # ---- initialisation --------------------------------------------------------------------------------------------------
 
 
+SEEDED = ("alexnet", "googlenet", "inception_v3", "resnet18", "resnext50_32x4d", "vgg11_bn")  # one of each kind: quick
+
+
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(v, w) for v, w in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["alexnet", "googlenet", "inception_v3", "resnet18", "resnext50_32x4d", "vgg11_bn"])
+@pytest.mark.parametrize(
+    "name", [name if name in SEEDED else pytest.param(name, marks=pytest.mark.slow) for name in SHARED]
+)
 def test_one_seed_initialises_as_torchvision(name: str) -> None:
     """From one seed the same values, bit by bit: then their distributions are the same, too."""
     made = []
@@ -440,6 +445,19 @@ def test_compiled_and_exported() -> None:
         assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
     exported = torch.export.export(model.eval(), (x,))
     assert_close(exported.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_traced_for_features() -> None:
+    """By FX, whole and cut off at a stage, as detectors and torchvision's feature extraction do it."""
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = models.resnet18(num_classes=3).eval()
+    x = images(64)
+    assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+    features = create_feature_extractor(model, {"layer2": "map"})(x)["map"]
+    assert_close(
+        features, model.layer2(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(x)))))), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_half_precision_and_autocast() -> None:
