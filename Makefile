@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all test-oldest check format demo bench gpu emulation fuzz sanitize static matrix clean
+.PHONY: help env test test-all test-oldest check format demo train bench gpu emulation fuzz sanitize static matrix clean
 
 help: ## this list
 	@echo "cnnfast: make TARGET"
@@ -84,6 +84,9 @@ matrix: $(STAMP) ## writes the coverage matrix in ARCHITECTURE.md from the regis
 
 demo: $(STAMP) ## the demonstration: networks on photographs, tables and plots into demo/
 	$(PY) examples/demo.py
+
+train: $(STAMP) ## trains a small ResNet on digits with cnnfast and with PyTorch: curves, metrics, checkpoints into train/
+	$(PY) examples/train.py
 
 bench: $(STAMP) ## benchmarks against torch on this machine (3 minutes; pytest benchmarks --full: all)
 	$(PY) -m pytest benchmarks --benchmark-only

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from cnnfast import backends, functional
+from cnnfast import backends, data, functional, models
 from cnnfast.convert import conversion_report, convert, revert
 from cnnfast.errors import DtypeError, ShapeError
 from cnnfast.explain import explain
@@ -46,8 +46,10 @@ __all__ = [
     "backends",
     "conversion_report",
     "convert",
+    "data",
     "explain",
     "functional",
+    "models",
     "precision",
     "revert",
     "strict",

@@ -1,4 +1,4 @@
-"""The command line: ``python -m cnnfast info | explain | bench``."""
+"""The command line: ``python -m cnnfast info | explain | describe | bench``."""
 
 from __future__ import annotations
 
@@ -144,6 +144,17 @@ def _images(batch: int, size: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
+# ---- describe --------------------------------------------------------------------------------------------------------
+
+
+def _describe(options: argparse.Namespace) -> int:
+    description = cnnfast.models.describe(options.network, options.size, options.batch)
+    print(description)
+    if options.json:
+        description.to_json(options.json)
+    return 0
+
+
 # ---- bench -----------------------------------------------------------------------------------------------------------
 
 
@@ -236,17 +247,20 @@ def _write(path: str | Path, data: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("cnnfast", description="Convolution kernels for PyTorch.")
     parser.add_argument("--version", action="version", version=f"cnnfast {cnnfast.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="info | explain | bench")
+    commands = parser.add_subparsers(required=True, metavar="info | explain | describe | bench")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], what: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
         command.set_defaults(run=run)
         return command
 
-    def common(command: argparse.ArgumentParser) -> None:
+    def images(command: argparse.ArgumentParser) -> None:
         command.add_argument("--batch", type=_positive, default=1, metavar="N", help="images at once; default: 1")
         command.add_argument("--size", type=_positive, metavar="PIXELS",
                              help="height and width of the images; default: the network's own")  # fmt: skip
+
+    def common(command: argparse.ArgumentParser) -> None:
+        images(command)
         command.add_argument(
             "--dtype", choices=list(DTYPES), default="fp32", help="of weights and images; default: fp32"
         )
@@ -263,6 +277,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--torch", action="store_true", help="the network as it is, not converted")
     command.add_argument("--json", metavar="PATH", help="also write it as JSON, with every reason")
     command.add_argument("--plot", metavar="PATH", help="also plot the time of each layer; the ending says the format")
+
+    command = add(
+        "describe",
+        _describe,
+        "the layers of a network: output sizes, parameters, FLOPs, receptive fields; runs nothing",
+    )
+    command.add_argument("network", help="one of " + ", ".join(cnnfast.models.list()))
+    images(command)
+    command.add_argument("--json", metavar="PATH", help="also write it as JSON")
 
     command = add("bench", _bench, "networks and layers on cnnfast against torch, interleaved; results checked first")
     command.add_argument("workloads", nargs="*", default=list(NETWORKS), metavar="network[.layer]",

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from cnnfast import _render, dispatch, settings
 from cnnfast.convert import FUNCTIONS
+from cnnfast.nn.conv_bn_act import WATCHES
 
 TORCH = "torch"  # the kernel named for what goes past cnnfast
 
@@ -294,6 +295,7 @@ def _layers(model: Any, events: list[Any], names: list[str]) -> Iterator[None]:
             settle()
             stack.append(name)
 
+        setattr(hook, WATCHES, True)  # what is fused stays fused
         return hook
 
     def leave(*_: Any) -> None:
@@ -301,6 +303,7 @@ def _layers(model: Any, events: list[Any], names: list[str]) -> Iterator[None]:
         if len(stack) > 1:
             stack.pop()
 
+    setattr(leave, WATCHES, True)
     for name, module in model.named_modules() if isinstance(model, torch.nn.Module) else ():
         if not isinstance(module, torch.jit.ScriptModule):
             handles.append(module.register_forward_pre_hook(enter(name), prepend=True))

@@ -1,4 +1,4 @@
-"""``python -m cnnfast info | explain | bench``, the tables that they print, and ``cnnfast.explain`` behind them."""
+"""``python -m cnnfast info | explain | describe | bench``, the tables that they print, and ``cnnfast.explain`` behind them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_bench_as_a_command(tmp_path: Path) -> None:
     assert (tmp_path / "bench.md").read_text().startswith("| workload |")
 
 
-@pytest.mark.parametrize("arguments", [(), ("info",), ("explain",), ("bench",)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [(), ("info",), ("explain",), ("describe",), ("bench",)], ids=" ".join)
 def test_help(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([*arguments, "--help"])
@@ -82,7 +82,7 @@ def test_help(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) ->
 
 
 BAD = {
-    "no command": ([], "required: info | explain | bench"),
+    "no command": ([], "required: info | explain | describe | bench"),
     "unknown command": (["tune"], "invalid choice: 'tune'"),
     "no network": (["explain"], "required: network"),
     "batch 0": (["bench", "--batch", "0"], "--batch: expected a whole number above 0, got '0'"),

@@ -47,6 +47,7 @@ PLANTED = {
     "ops imports backends": ("cnnfast/ops/conv2d.py", "import cnnfast.backends.cpu"),
     "backends import ops": ("cnnfast/backends/cpu.py", "import cnnfast.ops.conv2d"),
     "dispatch imports functional": ("cnnfast/dispatch.py", "import cnnfast.functional"),
+    "nn imports models": ("cnnfast/nn/conv2d.py", "import cnnfast.models.resnet"),
     "nn loads a backend": ("cnnfast/nn/conv2d.py", "import cnnfast.backends.cpu"),
     "a kernel imports dispatch": ("cnnfast/kernels/conv2d_implicit_gemm.py", "import cnnfast.dispatch"),
 }

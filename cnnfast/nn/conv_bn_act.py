@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from cnnfast import functional, ops
 from cnnfast.nn.batch_norm import BatchNorm2d
 from cnnfast.nn.conv2d import Conv2d
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+WATCHES = "_cnnfast_watches"  # an attribute of hooks that only want to know when a module runs, such as explain's
 
 
 class ConvBNAct(torch.nn.Module):
@@ -56,36 +60,59 @@ class ConvBNAct(torch.nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W), and a residual of the result's shape (N, K, P, Q), to (N, K, P, Q)."""
-        conv, bn = self.conv, self.bn
-        if bn.training or bn.running_mean is None or not _plain(conv, Conv2d) or not _plain(bn, BatchNorm2d):
-            if isinstance(bn, BatchNorm2d) and not _hooked(bn):
-                return bn.forward_act(conv(x), residual, self.activation)
-            z = bn(conv(x))
-            return (
-                ops.activate(z, self.activation)
-                if residual is None
-                else functional.add_act(z, residual, self.activation)
-            )
-        return functional.conv_bn_act(
-            x, conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, residual, self.activation,
-            conv.stride, conv.padding, conv.dilation, conv.groups, eps=bn.eps,
-        )  # fmt: skip
+        return conv_bn_act(self.conv, self.bn, x, residual, self.activation)
 
     def extra_repr(self) -> str:
         """The activation."""
         return self.activation
 
 
+def conv_bn_act(
+    conv: torch.nn.Module, bn: torch.nn.Module, x: Tensor, residual: Tensor | None = None, activation: str = "relu"
+) -> Tensor:
+    """``act(bn(conv(x)) + residual)`` of two modules that somebody holds, fused as far as that changes nothing.
+
+    A part is passed over only where it is exactly cnnfast's class and nobody watches it: one with hooks, a forward or a
+    class of its own (a norm of another kind, a parametrized weight) is called as it is.
+
+    Args:
+        conv, bn: A convolution, and a norm of its result.
+        x, residual: What the convolution takes; a tensor of the result's shape, or None.
+        activation: ``"none"``, ``"relu"``, ``"relu6"`` or ``"leaky_relu"``.
+    """
+    if not plain(bn, BatchNorm2d):
+        z = bn(conv(x))
+        return ops.activate(z, activation) if residual is None else functional.add_act(z, residual, activation)
+    if bn.training or bn.running_mean is None or not plain(conv, Conv2d) or conv.padding_mode != "zeros":
+        z = conv(x)
+        return _watched(bn, lambda: bn.forward_act(z, residual, activation))
+    return _watched(conv, lambda: functional.conv_bn_act(
+        x, conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, residual, activation,
+        conv.stride, conv.padding, conv.dilation, conv.groups, eps=bn.eps,
+    ))  # fmt: skip
+
+
+def plain(module: torch.nn.Module, cls: type[Module]) -> TypeGuard[Module]:
+    """Whether a module may be passed over for what it computes: exactly this class, its own forward, no hooks."""
+    if type(module) is not cls or "forward" in module.__dict__ or _has_any_global_hook():  # type: ignore[no-untyped-call]
+        return False
+    if module._backward_hooks or module._backward_pre_hooks:
+        return False
+    if not module._forward_hooks and not module._forward_pre_hooks:
+        return True
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return all(getattr(hook, WATCHES, False) for hook in hooks)
+
+
+def _watched(module: torch.nn.Module, run: Callable[[], Tensor]) -> Tensor:
+    """Runs what stands for a plain module, with the hooks that watch it."""
+    for hook in module._forward_pre_hooks.values():
+        hook(module, ())
+    y = run()
+    for hook in module._forward_hooks.values():
+        hook(module, (), y)
+    return y
+
+
 def _pair(value: int | Sequence[int]) -> Sequence[int]:
     return (value, value) if isinstance(value, int) else value
-
-
-def _hooked(module: torch.nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def _plain(module: torch.nn.Module, cls: type) -> bool:
-    """Whether a part may be passed over: exactly cnnfast's class, and nobody watches it."""
-    return type(module) is cls and not _hooked(module) and getattr(module, "padding_mode", "zeros") == "zeros"
