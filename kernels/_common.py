@@ -69,6 +69,11 @@ def needs_int64(*extents: tuple[int, int]) -> bool:
     return sum(count * abs(stride) for count, stride in extents) >= 2**31 - 2**24
 
 
+def by_hand(dtype: torch.dtype) -> bool:
+    """Whether kernels on this dtype convert it by hand: see below."""
+    return INTERPRETED and dtype != torch.float32
+
+
 def capability(tensor: torch.Tensor) -> int:
     """The compute capability, 80 for sm_80; the interpreter poses as sm_80."""
     if not tensor.is_cuda:

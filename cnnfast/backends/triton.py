@@ -46,10 +46,21 @@ def _max_pool2d(p: Problem) -> list[str]:
     ]
 
 
+def _add_act(p: Problem) -> list[str]:
+    rows = p.N * p.H * max(p.C, p.W)
+    return [f"numbers rows in 32 bits: {rows} are too many"] if rows >= _PROGRAMS else []
+
+
+def _moved(p: Problem) -> float:
+    """Predicted seconds of what is bound by memory."""
+    return 8e-6 + p.bytes / 1e12
+
+
 # kernel module -> (operation, capability, predicted seconds); in the order of preference
 RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float]]] = {
     "conv2d_implicit_gemm": ("conv2d", _conv2d, lambda p: 8e-6 + p.flops / 5e13),
-    "max_pool2d": ("max_pool2d", _max_pool2d, lambda p: 8e-6 + p.bytes / 1e12),
+    "max_pool2d": ("max_pool2d", _max_pool2d, _moved),
+    "add_act": ("add_act", _add_act, _moved),
 }
 
 
@@ -72,6 +83,7 @@ def _implementations() -> tuple[list[Implementation], str]:
                     unsupported=unsupported,
                     bind=_binder(launcher, getattr(module, "WORKSPACE", {}).get(direction)),
                     cost=cost,
+                    layouts=getattr(module, "LAYOUTS", {}).get(direction, {}),
                 )
             )
     return found, ""
