@@ -51,6 +51,11 @@ def _add_act(p: Problem) -> list[str]:
     return [f"numbers rows in 32 bits: {rows} are too many"] if rows >= _PROGRAMS else []
 
 
+def _batch_norm(p: Problem) -> list[str]:
+    pixels = p.N * p.H * p.W
+    return [f"numbers pixels in 32 bits: {pixels} are too many"] if pixels >= _PROGRAMS else []
+
+
 def _moved(p: Problem) -> float:
     """Predicted seconds of what is bound by memory."""
     return 8e-6 + p.bytes / 1e12
@@ -60,6 +65,7 @@ def _moved(p: Problem) -> float:
 RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float]]] = {
     "conv2d_implicit_gemm": ("conv2d", _conv2d, lambda p: 8e-6 + p.flops / 5e13),
     "max_pool2d": ("max_pool2d", _max_pool2d, _moved),
+    "batch_norm": ("batch_norm", _batch_norm, _moved),
     "add_act": ("add_act", _add_act, _moved),
 }
 
