@@ -8,7 +8,6 @@ from typing import Any
 
 from ._common import Variant
 from .batch_norm import (
-    COLLECT_CHANNELS,
     COLLECT_SPLITS,
     COLLECT_WARPS,
     FEW_PIXELS_CHANNELS,
@@ -20,6 +19,7 @@ from .batch_norm import (
     _merge_stats,
     _stats,
     _sums,
+    collect_block,
     tile_elements,
 )
 
@@ -38,7 +38,6 @@ class Kind:
 
 KINDS: tuple[Kind, ...] = (
     Kind("stats", _stats),
-    Kind("stats_single", _stats, ("workspace",)),
     Kind("stats_odd", _stats, odd=True),
     Kind("fprop", _apply, ("r",)),
     Kind("fprop_residual", _apply),
@@ -80,12 +79,13 @@ def _variant(kind: Kind, mode: str, arch: int, channels: int) -> Variant:
     )  # fmt: skip
 
 
-def _collect(fn: Any, arch: int) -> Variant:
-    constants = {"BLOCK_S": COLLECT_SPLITS, "BLOCK_C": COLLECT_CHANNELS}
+def _collect(fn: Any, arch: int, splits: int) -> Variant:
+    block_s, block_c = collect_block(splits)
+    constants = {"BLOCK_S": block_s, "BLOCK_C": block_c}
     pointers = dict.fromkeys(_VECTORS, "*fp32") | {"workspace": "*fp64" if fn is _merge_stats else "*fp32"}
     pointers |= {"eps_bits": "i64"}
     return Variant(
-        name=f"batch_norm{fn.__name__}.bf16.{COLLECT_CHANNELS}",
+        name=f"batch_norm{fn.__name__}.bf16.{block_s}x{block_c}",
         fn=fn,
         signature={n: "constexpr" if n in constants else pointers.get(n, "i32") for n in fn.arg_names},
         constexprs=constants, aligned=("workspace", "channels"),
@@ -96,7 +96,10 @@ def _collect(fn: Any, arch: int) -> Variant:
 def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
     """Every kind of call with every block that can be selected for sm_<arch>."""
     for fn in (_merge_stats, _add_sums):
-        yield _collect(fn, arch)
+        splits = COLLECT_SPLITS
+        while splits >= 1:
+            yield _collect(fn, arch, splits)
+            splits //= 2
     for mode in modes:
         for kind in KINDS:
             channels = FEW_PIXELS_CHANNELS

@@ -52,7 +52,7 @@ FEW_PIXELS_CHANNELS = 256  # BLOCK_C at most where the pixels don't fill a tile
 # Programs of a sum. They depend on the problem alone, never on the card, and so does the rounding.
 SPLIT_PROGRAMS = 512
 SPLIT_ELEMENTS = 4096  # pixels × channels of a chunk, or a multiple
-COLLECT_SPLITS, COLLECT_CHANNELS, COLLECT_WARPS = 64, 16, 4
+COLLECT_SPLITS, COLLECT_ELEMENTS, COLLECT_WARPS = 64, 1024, 4  # chunks side by side; chunks × channels; warps
 
 
 class BatchNormProblem(Protocol):
@@ -81,19 +81,9 @@ def _epsilon(bits):
     return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)
 
 
-@triton.jit
-def _write_stats(mean, moment, count, m, v, s, channel, in_c, eps_bits):
-    """m, v, s of some channels from their mean and their sum of (x - mean)^2, in fp64."""
-    moment = tl.where(moment < 0.0, 0.0, moment)  # a NaN stays
-    variance = moment / tl.maximum(count, 1).to(tl.float64)
-    tl.store(m + channel, mean.to(tl.float32), mask=in_c)
-    tl.store(v + channel, (1.0 / tl.sqrt(variance + _epsilon(eps_bits))).to(tl.float32), mask=in_c)
-    tl.store(s + channel, (moment / tl.maximum(count - 1, 1).to(tl.float64)).to(tl.float32), mask=in_c)
-
-
-@triton.jit(do_not_specialize=["pixels", "height", "width", "splits", "chunk", "eps_bits"])
+@triton.jit(do_not_specialize=["pixels", "height", "width", "splits", "chunk"])
 def _stats(
-    x, m, v, s, workspace, pixels, channels, height, width, splits, chunk, eps_bits, x_n, x_h, x_w,
+    x, workspace, pixels, channels, height, width, splits, chunk, x_n, x_h, x_w,
     DENSE: tl.constexpr, INT64: tl.constexpr, BY_HAND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks_c = tl.cdiv(channels, BLOCK_C)
@@ -138,42 +128,41 @@ def _stats(
             total += tl.sum(exact, axis=0)
             square += tl.sum(exact * exact, axis=0)
 
-    count = last - first
-    shift = total / tl.maximum(count, 1).to(tl.float64)
-    mean = origin.to(tl.float64) + shift
-    moment = square - total * shift
-    if workspace is not None:
-        tl.store(workspace + split * channels + channel, mean, mask=in_c)
-        tl.store(workspace + (splits + split) * channels + channel, moment, mask=in_c)
-    else:
-        _write_stats(mean, moment, count, m, v, s, channel, in_c, eps_bits)
+    at = workspace + split * channels + channel
+    tl.store(at, origin.to(tl.float64), mask=in_c)
+    tl.store(at + splits * channels, total, mask=in_c)
+    tl.store(at + 2 * splits * channels, square, mask=in_c)
 
 
 @triton.jit(do_not_specialize=["pixels", "splits", "chunk", "eps_bits"])
 def _merge_stats(
     workspace, m, v, s, pixels, channels, splits, chunk, eps_bits, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """The chunks' means and moments as one: distances from the first chunk's mean, each as often as it has pixels."""
+    """m, v and s from the chunks' sums, moved to the first chunk's origin."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     in_c = channel < channels
     origin = tl.load(workspace + channel, mask=in_c, other=0.0)
-    origin = tl.where(origin - origin == 0.0, origin, 0.0)
     sums = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float64)
     squares = tl.zeros((BLOCK_S, BLOCK_C), dtype=tl.float64)
     for s0 in range(0, splits, BLOCK_S):
         split = s0 + tl.arange(0, BLOCK_S)
         inside = (split < splits)[:, None] & in_c[None, :]
-        at = split[:, None] * channels + channel[None, :]
-        mean = tl.load(workspace + at, mask=inside, other=0.0)
-        moment = tl.load(workspace + splits * channels + at, mask=inside, other=0.0)
-        count = tl.minimum(pixels - split * chunk, chunk).to(tl.float64)[:, None]
-        distance = tl.where(inside, mean - origin[None, :], 0.0)
-        sums += count * distance
-        squares += moment + count * distance * distance
+        at = workspace + split[:, None] * channels + channel[None, :]
+        distance = tl.where(inside, tl.load(at, mask=inside, other=0.0) - origin[None, :], 0.0)
+        total = tl.load(at + splits * channels, mask=inside, other=0.0)
+        square = tl.load(at + 2 * splits * channels, mask=inside, other=0.0)
+        moved = tl.minimum(pixels - split * chunk, chunk).to(tl.float64)[:, None] * distance
+        sums += total + moved
+        squares += square + distance * (2.0 * total + moved)
     total = tl.sum(sums, axis=0)
-    shift = total / pixels.to(tl.float64)
+    count = tl.maximum(pixels, 1).to(tl.float64)
+    shift = total / count
     moment = tl.sum(squares, axis=0) - total * shift
-    _write_stats(origin + shift, moment, pixels, m, v, s, channel, in_c, eps_bits)
+    moment = tl.where(moment < 0.0, 0.0, moment)  # a NaN stays
+    invstd = 1.0 / tl.sqrt(moment / count + _epsilon(eps_bits))
+    tl.store(m + channel, (origin + shift).to(tl.float32), mask=in_c)
+    tl.store(v + channel, invstd.to(tl.float32), mask=in_c)
+    tl.store(s + channel, (moment / tl.maximum(pixels - 1, 1).to(tl.float64)).to(tl.float32), mask=in_c)
 
 
 @triton.jit
@@ -370,10 +359,16 @@ def _splits(p: BatchNormProblem) -> tuple[int, int]:
     return max(1, ceil_div(_pixels(p), chunk)), chunk
 
 
+def collect_block(splits: int) -> tuple[int, int]:
+    """Chunks and channels of a program that adds them up."""
+    block_s = min(COLLECT_SPLITS, next_power_of_2(splits))
+    return block_s, COLLECT_ELEMENTS // block_s
+
+
 def stats_workspace(p: BatchNormProblem) -> int:
     """Bytes that stats needs."""
     splits, _ = _splits(p)
-    return 16 * splits * p.C if splits > 1 else 0
+    return 24 * splits * p.C
 
 
 def sums_workspace(p: BatchNormProblem) -> int:
@@ -422,14 +417,13 @@ def stats(
     strides, constants = _geometry(p, x=x)
     with on_device(x):
         _stats[(splits * ceil_div(p.C, block_c(p)),)](
-            x, m, v, s, scratch, _pixels(p), p.C, p.H, p.W, splits, chunk, p.eps_bits, *strides,
-            BY_HAND=by_hand(x.dtype), **constants,
+            x, scratch, _pixels(p), p.C, p.H, p.W, splits, chunk, *strides, BY_HAND=by_hand(x.dtype), **constants
+        )
+        chunks, channels = collect_block(splits)
+        _merge_stats[(ceil_div(p.C, channels),)](
+            scratch, m, v, s, _pixels(p), p.C, splits, chunk, p.eps_bits,
+            BLOCK_S=chunks, BLOCK_C=channels, num_warps=COLLECT_WARPS,
         )  # fmt: skip
-        if splits > 1:
-            _merge_stats[(ceil_div(p.C, COLLECT_CHANNELS),)](
-                scratch, m, v, s, _pixels(p), p.C, splits, chunk, p.eps_bits,
-                BLOCK_S=COLLECT_SPLITS, BLOCK_C=COLLECT_CHANNELS, num_warps=COLLECT_WARPS,
-            )  # fmt: skip
 
 
 def fprop(
@@ -462,8 +456,9 @@ def wgrad(
             ACT=p.act, TRAINING=bool(p.training), BY_HAND=by_hand(x.dtype), **constants,
         )  # fmt: skip
         if splits > 1:
-            _add_sums[(ceil_div(p.C, COLLECT_CHANNELS),)](
-                scratch, dw, db, p.C, splits, BLOCK_S=COLLECT_SPLITS, BLOCK_C=COLLECT_CHANNELS, num_warps=COLLECT_WARPS
+            chunks, channels = collect_block(splits)
+            _add_sums[(ceil_div(p.C, channels),)](
+                scratch, dw, db, p.C, splits, BLOCK_S=chunks, BLOCK_C=channels, num_warps=COLLECT_WARPS
             )
 
 
