@@ -70,6 +70,25 @@ def needs_int64(*extents: tuple[int, int]) -> bool:
     return sum(count * abs(stride) for count, stride in extents) >= 2**31 - 2**24
 
 
+def pixel_stride(sizes: tuple[int, int, int], strides: tuple[int, int, int]) -> int | None:
+    """The distance between neighbouring pixels (n, h, w), or None where it isn't the same for all."""
+    distance, expected = None, 0
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if distance is None:
+            distance = expected = stride
+        if stride != expected:
+            return None
+        expected *= size
+    return distance or 0
+
+
+def by_hand(dtype: torch.dtype) -> bool:
+    """Whether kernels on this dtype convert it by hand: see below."""
+    return INTERPRETED and dtype != torch.float32
+
+
 def capability(tensor: torch.Tensor) -> int:
     """The compute capability, 80 for sm_80; the interpreter poses as sm_80."""
     if not tensor.is_cuda:
@@ -145,6 +164,18 @@ def narrow(value, dtype: tl.constexpr, BY_HAND: tl.constexpr):
         return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return value.to(dtype)
+
+
+@triton.jit
+def pixel_offset(pixel, height, width, stride_n, stride_h, stride_w, DENSE: tl.constexpr):
+    """Where a pixel lies, by its number; DENSE: pixels lie stride_w apart, see pixel_stride."""
+    if DENSE:
+        return pixel * stride_w
+    else:
+        image = pixel // (height * width)
+        inside = pixel - image * (height * width)
+        row = inside // width
+        return image * stride_n + row * stride_h + (inside - row * width) * stride_w
 
 
 @dataclass(frozen=True)

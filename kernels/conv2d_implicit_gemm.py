@@ -32,8 +32,8 @@ import triton
 import triton.language as tl
 
 from ._common import (
-    INTERPRETED,
     Conv2dProblem,
+    by_hand,
     capability,
     ceil_div,
     launch,
@@ -439,10 +439,6 @@ def _input_precision(p: Conv2dProblem, dtype: torch.dtype) -> str:
     return INPUT_PRECISION[p.precision] if dtype == torch.float32 else "tf32"
 
 
-def _by_hand(dtype: torch.dtype) -> bool:
-    return INTERPRETED and dtype != torch.float32
-
-
 def _gather(
     p: Conv2dProblem, src: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor,
     tile: Config | None, *, transposed: bool,
@@ -476,7 +472,7 @@ def _gather(
             src_n, src_row, src_col, p.K // p.G * p.w_k, w_src, w_out, p.w_r, p.w_s, out_n, out_row, out_col,
             TRANSPOSED=transposed and not linear, LINEAR=linear,
             PACKED=packed, EVEN_K=c_src % tile.block_k == 0 and not packed, HAS_BIAS=b is not None, INT64=_int64(p),
-            INPUT_PRECISION=_input_precision(p, src.dtype), BY_HAND=_by_hand(src.dtype),
+            INPUT_PRECISION=_input_precision(p, src.dtype), BY_HAND=by_hand(src.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -557,7 +553,7 @@ def wgrad(
             splits, ceil_div(p.N * p.P * p.Q, splits),
             p.x_n, p.x_h, p.x_w, p.w_k, p.w_c, p.w_r, p.w_s, p.y_n, p.y_h, p.y_w,
             SPLIT=splits > 1, LINEAR=_pointwise(p), PACKED=packed, INT64=_int64(p),
-            INPUT_PRECISION=_input_precision(p, x.dtype), BY_HAND=_by_hand(x.dtype),
+            INPUT_PRECISION=_input_precision(p, x.dtype), BY_HAND=by_hand(x.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -566,7 +562,7 @@ def wgrad(
             launch(
                 _sum_splits, ceil_div(total, REDUCE_BLOCK),
                 chunks, w, splits, total, columns, c_src, p.S, p.w_k, p.w_c, p.w_r, p.w_s,
-                INT64=_int64(p), BY_HAND=_by_hand(w.dtype), BLOCK=REDUCE_BLOCK,
+                INT64=_int64(p), BY_HAND=by_hand(w.dtype), BLOCK=REDUCE_BLOCK,
                 num_warps=4,
             )  # fmt: skip
 
@@ -585,14 +581,14 @@ def bgrad(
         launch(
             _bgrad_partial, ceil_div(p.K, BGRAD_BLOCK_N) * splits,
             y, b, chunks, pixels, p.P * p.Q, p.Q, p.K, splits, ceil_div(pixels, splits), p.y_n, p.y_h, p.y_w,
-            SPLIT=splits > 1, INT64=_y_int64(p), BY_HAND=_by_hand(y.dtype),
+            SPLIT=splits > 1, INT64=_y_int64(p), BY_HAND=by_hand(y.dtype),
             BLOCK_M=BGRAD_BLOCK_M, BLOCK_N=BGRAD_BLOCK_N, num_warps=4,
         )  # fmt: skip
         if splits > 1:
             launch(
                 _sum_splits, ceil_div(p.K, REDUCE_BLOCK),
                 chunks, b, splits, p.K, 1, 1, 1, 1, 0, 0, 0,
-                INT64=False, BY_HAND=_by_hand(b.dtype), BLOCK=REDUCE_BLOCK, num_warps=4,
+                INT64=False, BY_HAND=by_hand(b.dtype), BLOCK=REDUCE_BLOCK, num_warps=4,
             )  # fmt: skip
 
 

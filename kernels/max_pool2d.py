@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED, ceil_div, launch, narrow, needs_int64, next_power_of_2, on_device, widen
+from ._common import by_hand, ceil_div, launch, narrow, needs_int64, next_power_of_2, on_device, widen
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -349,10 +349,6 @@ def _int64(p: MaxPool2dProblem, h: Axis, w: Axis, *, i: bool = False, t: bool = 
     )
 
 
-def _by_hand(dtype: torch.dtype) -> bool:
-    return INTERPRETED and dtype != torch.float32
-
-
 def _forward(
     p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None, t: torch.Tensor | None
 ) -> None:
@@ -373,7 +369,7 @@ def _forward(
             *((p.t_n, p.t_h, p.t_w) if t is not None else (0, 0, 0)),
             INDEX=i is not None, TANGENT=t is not None, TAPS=unrolled(p),
             INT64=_int64(p, h, w, i=i is not None, t=t is not None),
-            BY_HAND=_by_hand(x.dtype), BLOCK_M=pixels_a_program, BLOCK_C=channels, num_warps=NUM_WARPS,
+            BY_HAND=by_hand(x.dtype), BLOCK_M=pixels_a_program, BLOCK_C=channels, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 
@@ -419,7 +415,7 @@ def dgrad(
             h.stride, w.stride, h.pad, w.pad, h.dilation, w.dilation,
             tile_h, tile_w, before_h, before_w, windows_h, windows_w, rows, cols, first_a, first_b, cells_h, cells_w,
             p.x_n, p.x_h, p.x_w, p.y_n, p.y_h, p.y_w, p.t_n, p.t_h, p.t_w,
-            TAPS=unrolled(p), INT64=_int64(p, h, w, t=True), BY_HAND=_by_hand(x.dtype),
+            TAPS=unrolled(p), INT64=_int64(p, h, w, t=True), BY_HAND=by_hand(x.dtype),
             BLOCK_M=cells, BLOCK_PHASE=phases, BLOCK_C=channels, num_warps=NUM_WARPS,
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ compiles every variant and prints the table.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -50,10 +51,9 @@ class Facts:
 
 def variants(architecture: int) -> Iterator[Any]:
     """All variants of all kernel files."""
-    from cnnfast.kernels import _conv2d_implicit_gemm_variants, _max_pool2d_variants
-
-    yield from _conv2d_implicit_gemm_variants.variants(architecture)
-    yield from _max_pool2d_variants.variants(architecture)
+    kernels = importlib.import_module("cnnfast.kernels")
+    for path in sorted(Path(str(kernels.__file__)).parent.glob("_*_variants.py")):
+        yield from importlib.import_module(f"cnnfast.kernels.{path.stem}").variants(architecture)
 
 
 def sample(architecture: int) -> list[int]:

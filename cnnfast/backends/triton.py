@@ -46,10 +46,27 @@ def _max_pool2d(p: Problem) -> list[str]:
     ]
 
 
+def _add_act(p: Problem) -> list[str]:
+    rows = p.N * p.H * max(p.C, p.W)
+    return [f"numbers rows in 32 bits: {rows} are too many"] if rows >= _PROGRAMS else []
+
+
+def _batch_norm(p: Problem) -> list[str]:
+    pixels = p.N * p.H * p.W
+    return [f"numbers pixels in 32 bits: {pixels} are too many"] if pixels >= _PROGRAMS else []
+
+
+def _moved(p: Problem) -> float:
+    """Predicted seconds of what is bound by memory."""
+    return 8e-6 + p.bytes / 1e12
+
+
 # kernel module -> (operation, capability, predicted seconds); in the order of preference
 RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float]]] = {
     "conv2d_implicit_gemm": ("conv2d", _conv2d, lambda p: 8e-6 + p.flops / 5e13),
-    "max_pool2d": ("max_pool2d", _max_pool2d, lambda p: 8e-6 + p.bytes / 1e12),
+    "max_pool2d": ("max_pool2d", _max_pool2d, _moved),
+    "batch_norm": ("batch_norm", _batch_norm, _moved),
+    "add_act": ("add_act", _add_act, _moved),
 }
 
 
@@ -72,6 +89,7 @@ def _implementations() -> tuple[list[Implementation], str]:
                     unsupported=unsupported,
                     bind=_binder(launcher, getattr(module, "WORKSPACE", {}).get(direction)),
                     cost=cost,
+                    layouts=getattr(module, "LAYOUTS", {}).get(direction, {}),
                 )
             )
     return found, ""
@@ -110,13 +128,13 @@ def _binder(
 
 
 class _Repeat:
-    """The launches of a bound problem, repeated with other tensors."""
+    """The launches of a bound problem, repeated with other tensors; a place: (argument, operand, offset in bytes)."""
 
-    def __init__(self, launches: list[Any], places: list[list[tuple[int, int]]], device: torch.device) -> None:
+    def __init__(self, launches: list[Any], places: list[list[tuple[int, int, int]]], device: torch.device) -> None:
         self._launches = []
         for recorded, found in zip(launches, places, strict=True):
             template = list(recorded.arguments)
-            for at, _ in found:
+            for at, _, _ in found:
                 template[at] = None  # keeps no tensor alive
             self._launches.append((recorded.compiled[recorded.grid], template, found))
         self._device = device
@@ -127,18 +145,19 @@ class _Repeat:
         known = {id(t): i for i, t in enumerate(operands) if t is not None}
         if len(known) < sum(t is not None for t in operands):
             return None  # one tensor in two places now, two tensors perhaps the next time
-        places: list[list[tuple[int, int]]] = []
+        places: list[list[tuple[int, int, int]]] = []
         for recorded in launches:
             found = []
             for at, argument in enumerate(recorded.arguments):
                 if not isinstance(argument, torch.Tensor):
                     continue
                 if id(argument) in known:
-                    found.append((at, known[id(argument)]))
-                elif workspace is not None and argument.data_ptr() == workspace.data_ptr():
-                    found.append((at, len(operands)))
-                else:
+                    found.append((at, known[id(argument)], 0))
+                    continue
+                offset = -1 if workspace is None else argument.data_ptr() - workspace.data_ptr()
+                if workspace is None or not 0 <= offset < workspace.numel():
                     return None
+                found.append((at, len(operands), offset))
             places.append(found)
         return cls(launches, places, next(t for t in operands if t is not None).device)
 
@@ -150,8 +169,8 @@ class _Repeat:
         tensors = [*operands, workspace]
         for run, template, places in self._launches:
             arguments = template.copy()
-            for at, operand in places:
-                arguments[at] = tensors[operand]
+            for at, operand, offset in places:
+                arguments[at] = tensors[operand][offset:] if offset else tensors[operand]
             run(*arguments)
 
 
