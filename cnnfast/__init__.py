@@ -13,6 +13,7 @@ from cnnfast import backends, functional
 from cnnfast.convert import conversion_report, convert, revert
 from cnnfast.errors import DtypeError, ShapeError
 from cnnfast.explain import explain
+from cnnfast.graph import fuse
 from cnnfast.nn import (
     AdaptiveAvgPool2d,
     AdaptiveMaxPool2d,
@@ -48,6 +49,7 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "fuse",
     "precision",
     "revert",
     "strict",
