@@ -68,6 +68,7 @@ def simplify_reshapes(editor: Editor) -> None:
             editor.replace(node, source)
         elif source is not node.args[0]:
             node.args = (source, *node.args[1:])
+    erase_unused(editor.graph)
 
 
 def merge_silu(editor: Editor) -> None:
