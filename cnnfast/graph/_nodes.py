@@ -69,7 +69,9 @@ class Editor:
     def __init__(self, graph: fx.Graph, constants: Constants) -> None:
         self.graph, self.constants = graph, constants
 
-    def call(self, before: fx.Node, target: Any, args: Sequence[Any], like: fx.Node, sizes: Sequence[Any] | None = None) -> fx.Node:
+    def call(
+        self, before: fx.Node, target: Any, args: Sequence[Any], like: fx.Node, sizes: Sequence[Any] | None = None
+    ) -> fx.Node:
         """A call in front of a node; ``like`` has its dtype and device, and, unless ``sizes`` are given, its shape."""
         with self.graph.inserting_before(before):
             node = self.graph.call_function(target, tuple(args))
@@ -103,7 +105,9 @@ class Editor:
             return node
         if node.op == "get_attr":
             tensor = self.tensor(node)
-            return self.constant(before, f"reshape({self.key(node)}, {list(sizes)})", lambda: tensor.reshape(tuple(sizes)))
+            return self.constant(
+                before, f"reshape({self.key(node)}, {list(sizes)})", lambda: tensor.reshape(tuple(sizes))
+            )
         return self.call(before, RESHAPE, (node, list(sizes)), node, sizes)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:

@@ -87,9 +87,7 @@ class _Aliased(Exception):
     """An in-place operator writes what other nodes read by another name."""
 
 
-def capture(
-    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], constants: Constants
-) -> Captured:
+def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], constants: Constants) -> Captured:
     """The model's graph for inputs like these.
 
     Raises:
@@ -153,7 +151,9 @@ def _functional(exported: Any, model: torch.nn.Module, constants: Constants) -> 
             if written is not None:
                 relatives = family.of(written)
                 if any(n.op == "placeholder" and n.name in {**named, **lifted} for n in relatives):
-                    raise NotImplementedError(f"fuse: {type(model).__name__} writes to a parameter: {old.format_node()}")
+                    raise NotImplementedError(
+                        f"fuse: {type(model).__name__} writes to a parameter: {old.format_node()}"
+                    )
                 target = _without_writing(old.target)
                 if target is None or any(not _same_place(n, written) for n in relatives):
                     raise _Aliased
@@ -222,7 +222,9 @@ def _written(node: fx.Node) -> fx.Node | None:
     """The node that an in-place operator writes to."""
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
         return None
-    written = [i for i, a in enumerate(node.target._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    written = [
+        i for i, a in enumerate(node.target._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+    ]
     if written != [0] or not isinstance(node.args[0], fx.Node):
         raise _Aliased
     return node.args[0]

@@ -16,7 +16,7 @@ from cnnfast.graph.capture import Constants, capture
 from cnnfast.graph.lower import lower
 from cnnfast.graph.passes import optimise
 from cnnfast.graph.plan import Shared
-from cnnfast.graph.program import Program, Segment, build
+from cnnfast.graph.program import Program, Segment, build, check_strict
 
 _MOST_PROGRAMS = 32  # for so many kinds of input; the one unused for longest goes first
 
@@ -50,7 +50,9 @@ class Fused(torch.nn.Module):
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            raise RuntimeError("fuse: a fused model records no gradients; call it under torch.no_grad(), or the model itself")
+            raise RuntimeError(
+                "fuse: a fused model records no gradients; call it under torch.no_grad(), or the model itself"
+            )
         key = (spec, tuple(_kind(leaf) for leaf in leaves), settings.state(), _autocast())
         found = self._programs.get(key)
         if found is None:
@@ -102,11 +104,15 @@ class Fused(torch.nn.Module):
     def train(self, mode: bool = True) -> Fused:
         """Only evaluation is possible."""
         if mode:
-            raise RuntimeError("fuse: a fused model can't be trained; train the model that was fused, then fuse it again")
+            raise RuntimeError(
+                "fuse: a fused model can't be trained; train the model that was fused, then fuse it again"
+            )
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Fused:
-        raise RuntimeError("fuse: the weights of a fused model are packed where they lie; move or cast the model, then fuse it")
+        raise RuntimeError(
+            "fuse: the weights of a fused model are packed where they lie; move or cast the model, then fuse it"
+        )
 
     def extra_repr(self) -> str:
         """The model's class, and how many kinds of input are planned."""
@@ -142,10 +148,7 @@ def _program(
         reasons = lower(captured.graph, constants)
         optimise(captured.graph, constants)
         program = build(captured.graph, constants, reasons, shared, frozen=True)
-    if settings.state()[2]:
-        left = [f"{call.name}: {call.reason}" for call in program.calls if call.reason]
-        if left:
-            raise NotImplementedError("fuse: strict() is set, and torch would run\n  " + "\n  ".join(left))
+    check_strict(program, "fuse")
     return program, captured.out_spec
 
 

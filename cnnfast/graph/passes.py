@@ -191,7 +191,11 @@ def _merge_sum(editor: Editor, node: fx.Node) -> None:
     a = arguments(node)
     order = {n: i for i, n in enumerate(editor.graph.nodes)}
     for producer in sorted((a["x"], a["r"]), key=lambda n: -order[n]):
-        if producer.op != "call_function" or producer.target not in (CONV, BATCH_NORM) or _only_reader(producer) is not node:
+        if (
+            producer.op != "call_function"
+            or producer.target not in (CONV, BATCH_NORM)
+            or _only_reader(producer) is not node
+        ):
             continue
         p = arguments(producer)
         if p["activation"] != "none" or p["r"] is not None:
@@ -205,7 +209,11 @@ def _merge_sum(editor: Editor, node: fx.Node) -> None:
 
 def _merge_activation(editor: Editor, node: fx.Node, a: dict[str, Any]) -> None:
     producer = a["x"]
-    if producer.op != "call_function" or producer.target not in (CONV, BATCH_NORM, ADD) or _only_reader(producer) is not node:
+    if (
+        producer.op != "call_function"
+        or producer.target not in (CONV, BATCH_NORM, ADD)
+        or _only_reader(producer) is not node
+    ):
         return
     p = arguments(producer)
     if p["activation"] != "none":

@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
-from cnnfast import dispatch
+from cnnfast import dispatch, settings
 from cnnfast.graph._nodes import (
     ADAPTIVE_AVG_POOL,
     ADAPTIVE_MAX_POOL,
@@ -132,6 +132,13 @@ def build(
             return _Builder(graph, constants, refused, shared, frozen).program()
         except _Unplanned as unplanned:
             refused[unplanned.node] = unplanned.reason
+
+
+def check_strict(program: Program, who: str) -> None:
+    """Raises NotImplementedError under ``strict()`` where torch would run anything."""
+    left = [f"{call.name}: {call.reason}" for call in program.calls if call.reason]
+    if settings.state()[2] and left:
+        raise NotImplementedError(f"{who}: strict() is set, and torch would run\n  " + "\n  ".join(left))
 
 
 # ---- what plans can hold ----------------------------------------------------------------------------------------------
@@ -501,10 +508,14 @@ class _Planner:
 
 
 def _layout(v: Value) -> str:
-    if all(n == 1 or a == b for n, a, b in zip(v.shape, v.strides, dispatch.channels_last_strides(v.shape), strict=True)):
+    if all(
+        n == 1 or a == b for n, a, b in zip(v.shape, v.strides, dispatch.channels_last_strides(v.shape), strict=True)
+    ):
         return "nhwc"
     contiguous = dispatch.contiguous_strides(v.shape)
-    return "nchw" if all(n == 1 or a == b for n, a, b in zip(v.shape, v.strides, contiguous, strict=True)) else "strided"
+    return (
+        "nchw" if all(n == 1 or a == b for n, a, b in zip(v.shape, v.strides, contiguous, strict=True)) else "strided"
+    )
 
 
 def _stretch_of(part: list[Any], whole: list[Any]) -> int | None:
