@@ -92,6 +92,7 @@ class Compiled:
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> list[Any]:
+        """The graph's outputs."""
         key = tuple(t.shape if isinstance(t := inputs[i], torch.Tensor) else t for i in self._varying)
         found = self._programs.get(key)
         if found is None:
@@ -116,10 +117,11 @@ class Compiled:
             return found
 
     def _freeze(self, graph: fx.Graph) -> None:
-        for i, node in enumerate([n for n in graph.nodes if n.op == "placeholder"]):
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        for i, node in enumerate(placeholders):
             if i in self._frozen and node.users:
                 name = self._constants.add(f"input {i}", self._frozen[i].detach())
-                with graph.inserting_after(list(n for n in graph.nodes if n.op == "placeholder")[-1]):
+                with graph.inserting_after(placeholders[-1]):
                     constant = graph.get_attr(name)
                 constant.meta["val"] = value(node)
                 node.replace_all_uses_with(constant)

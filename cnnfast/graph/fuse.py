@@ -28,6 +28,8 @@ class Fused(torch.nn.Module):
     at its first call. Its weights are those of the moment when it was fused. Any number of threads may call it.
     """
 
+    _source: torch.nn.Module
+
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         # not a submodule: its parameters are frozen, and in no state_dict

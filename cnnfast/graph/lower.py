@@ -114,7 +114,7 @@ def _settings(node: fx.Node) -> tuple[str, str, bool]:
 
 def _conv(editor: Editor, node: fx.Node) -> Lowered:
     a = arguments(node)
-    x, w, b = a.get("input", a.get("x")), a.get("weight", a.get("w")), a.get("bias", a.get("b"))
+    x, w, b = (a[long] if long in a else a[short] for long, short in (("input", "x"), ("weight", "w"), ("bias", "b")))
     _activation_tensor(x)
     _require(is_tensor(w, 4), "its weight isn't 4-D")
     _require(not a.get("transposed", False), "a transposed convolution")
@@ -148,7 +148,7 @@ def _padded(x: fx.Node, padding: tuple[int, ...]) -> tuple[fx.Node, tuple[int, .
     if x.op != "call_function" or x.target not in (aten.constant_pad_nd.default, aten.pad.default):
         return x, padding
     a = arguments(x)
-    pad, inner = list(a["pad"]), a.get("self", a.get("input"))
+    pad, inner = list(a["pad"]), a["self"]
     zeros = a.get("mode", "constant") == "constant" and not a["value"]
     if not zeros or len(pad) > 4 or any(not isinstance(n, int) or n < 0 for n in pad) or not is_tensor(inner, 4):
         return x, padding
@@ -220,7 +220,7 @@ def _flattened(x: fx.Node) -> fx.Node | None:
 
 def _batch_norm(editor: Editor, node: fx.Node) -> Lowered:
     a = arguments(node)
-    x = a.get("input")
+    x = a["input"]
     _activation_tensor(x, (2, 4))
     _require(not a.get("training", False), "batch norm in training")
     mean, var = a["running_mean"], a["running_var"]
@@ -259,7 +259,7 @@ def _image(editor: Editor, before: fx.Node, x: fx.Node) -> fx.Node:
 
 def _activation(name: str) -> Callable[[Editor, fx.Node], Lowered]:
     def rule(editor: Editor, node: fx.Node) -> Lowered:
-        x = node.args[0]
+        x: Any = node.args[0]
         _activation_tensor(x, (2, 4))
         _require(value(node).dtype == value(x).dtype, "it changes the dtype")
         return _activated(editor, node, x, name)
@@ -277,9 +277,8 @@ def _clamp(editor: Editor, node: fx.Node) -> Lowered:
     a = arguments(node)
     low, high = a.get("min_val", a.get("min")), a.get("max_val", a.get("max"))
     _activation_tensor(node.args[0], (2, 4))
-    name = {(0, 6): "relu6", (0, None): "relu"}.get((low, high))
-    _require(name, f"clamps to {low}, {high}")
-    return _activated(editor, node, node.args[0], str(name))
+    _require(low == 0 and high in (6, None), f"clamps to {low}, {high}")
+    return _activated(editor, node, node.args[0], "relu" if high is None else "relu6")
 
 
 def _leaky_relu(editor: Editor, node: fx.Node) -> Lowered:

@@ -145,15 +145,15 @@ def _scale_and_shift(editor: Editor, norm: fx.Node, vectors: list[Any], eps: flo
     """Batch norm as a factor and an addend for each channel: constants if its parameters are, else computed at each call."""
     gamma, beta, mean, var = vectors
     if all(is_constant(v) for v in vectors):
-        g, b, m, v = (None if t is None else editor.tensor(t) for t in vectors)
+        m, v = editor.tensor(mean), editor.tensor(var)
 
         def factor() -> torch.Tensor:
             out = (v + eps).rsqrt()
-            return out if g is None else out * g
+            return out if gamma is None else out * editor.tensor(gamma)
 
         def addend() -> torch.Tensor:
             out = -m * factor()
-            return out if b is None else out + b
+            return out if beta is None else out + editor.tensor(beta)
 
         key = f"{', '.join(editor.key(t) for t in vectors)}, {eps}"
         return editor.constant(norm, f"factor({key})", factor), editor.constant(norm, f"addend({key})", addend)

@@ -74,6 +74,7 @@ class Segment:
     frees: list[int] = dataclasses.field(default_factory=list)
 
     def run(self, tensors: list[Any]) -> None:
+        """Reads and writes the program's tensors."""
         results = self.plan(*[tensors[i] for i in self.inputs])
         for place, index, view in self.outputs:
             tensors[place] = results[index] if view is None else view(results[index])
@@ -91,6 +92,7 @@ class Call:
     frees: list[int] = dataclasses.field(default_factory=list)
 
     def run(self, tensors: list[Any]) -> None:
+        """Reads and writes the program's tensors."""
         args, kwargs = self.arguments(tensors)
         tensors[self.output] = self.function(*args, **kwargs)
 
@@ -104,6 +106,7 @@ class Program:
     outputs: list[tuple[bool, Any]]  # (is a place, place or value)
 
     def __call__(self, *inputs: Any) -> list[Any]:
+        """The outputs for these inputs, the placeholders in their order."""
         tensors = [*inputs, *[None] * (self.size - len(inputs))]
         for step in self.steps:
             step.run(tensors)
@@ -161,10 +164,12 @@ def _is_gate(node: fx.Node) -> bool:
 
 
 def _gated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    for x, gate in (node.args[:2], node.args[1::-1]):
-        if is_tensor(x, 4) and is_tensor(gate, 4) and shape(x) == shape(node):  # type: ignore[arg-type]
-            if shape(gate) == (*shape(x)[:2], 1, 1) and value(gate).dtype == value(x).dtype == value(node).dtype:  # type: ignore[arg-type]
-                return x, gate  # type: ignore[return-value]
+    both: list[Any] = list(node.args[:2])
+    for x, gate in (both, both[::-1]):
+        if not is_tensor(x, 4) or not is_tensor(gate, 4) or shape(x) != shape(node):
+            continue
+        if shape(gate) == (*shape(x)[:2], 1, 1) and value(gate).dtype == value(x).dtype == value(node).dtype:
+            return x, gate
     return None
 
 
@@ -242,7 +247,7 @@ class _Builder:
         output = self.nodes[-1]
         assert output.op == "output"
         outputs: list[tuple[bool, Any]] = []
-        for item in output.args[0]:  # type: ignore[union-attr]
+        for item in output.args[0]:
             if not isinstance(item, fx.Node):
                 outputs.append((False, item))
             elif item.op == "get_attr":
@@ -269,16 +274,16 @@ class _Builder:
             given = list(template)
             for i, place in holes:
                 given[i] = tensors[place]
-            return pytree.tree_unflatten(given, spec)  # type: ignore[return-value]
+            return pytree.tree_unflatten(given, spec)
 
         name = getattr(node.target, "__name__", str(node.target))
         reason = self.refused.get(node, "cnnfast has no such operation")
         if node.target in _VIEWS or name == "getitem":
             reason = ""  # no work, and so nothing to explain
-        function = node.target
+        function: Any = node.target
         if _reads_strides(function):
             function = _with_captured_strides(function, node)
-        return Call(str(node.target) if reason else name, function, fill, self.place(node), reason)  # type: ignore[arg-type]
+        return Call(str(node.target) if reason else name, function, fill, self.place(node), reason)
 
     # ---- plans
 

@@ -38,7 +38,7 @@ def train(graph: fx.Graph) -> None:
             editor.replace(node, made[0])
             continue
         for getter in list(node.users):
-            result = made[getter.args[1]]  # type: ignore[index]
+            result = made[getter.args[1]]
             if result is not None:
                 editor.replace(getter, result)
         if not node.users:
