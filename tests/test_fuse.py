@@ -54,6 +54,15 @@ class Applied(nn.Module):
         return self.function(self, *args)
 
 
+class Scale(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.factors = nn.Parameter(torch.rand(1, c, 1, 1))
+
+    def forward(self, x: Any) -> Any:
+        return x * self.factors
+
+
 def _conv(c: int, k: int, size: int = 3, **kw: Any) -> nn.Conv2d:
     return nn.Conv2d(c, k, size, **{"padding": size // 2, **kw})
 
@@ -100,11 +109,13 @@ PASSES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "broadcast sums are torch's": (
         lambda: Applied(lambda m, x: m.a(x) + m.a(x).mean((2, 3), keepdim=True), a=_conv(5, 5)), 3, 1),
     "a multiple as residual": (
-        lambda: Applied(lambda m, x: m.a(x) + 2 * m.a(x), a=_conv(5, 5)), 2, 1),
+        lambda: Applied(lambda m, x: m.a(x) + 2 * m.a(x), a=_conv(5, 5)), 2, 0),
     "squeeze and excite": (
         lambda: Applied(_se, conv=_conv(5, 8), bn=nn.BatchNorm2d(8), act=nn.SiLU(), down=_conv(8, 4, 1), up=_conv(4, 8, 1)),
-        6, 0),
-    "silu written out": (lambda: Applied(lambda m, x: (y := m.a(x)) * torch.sigmoid(y), a=_conv(5, 5)), 2, 0),
+        5, 0),
+    "factors and addends": (
+        lambda: Applied(lambda m, x: (m.scale(m.a(x * 2 - 1) / 4) + 0.5).relu(), a=_conv(5, 5), scale=Scale(5)), 2, 0),
+    "silu written out": (lambda: Applied(lambda m, x: (y := m.a(x)) * torch.sigmoid(y), a=_conv(5, 5)), 1, 0),
     "concatenation in place, siblings": (
         lambda: Applied(_inception, a=_conv(5, 6, 1), b=_conv(5, 4, 1), c=_conv(4, 3), d=_conv(5, 2, 1), e=_conv(2, 7, 5),
                         f=_conv(5, 3, 1)), 6, 0),
@@ -114,7 +125,7 @@ PASSES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "an input concatenated": (lambda: Applied(lambda m, x: torch.cat([x, m.a(x), x], 1), a=_conv(5, 4)), 3, 0),
     "concatenated twice": (
         lambda: Applied(lambda m, x: torch.cat([m.b(torch.cat([y := m.a(x), y * 2], 1)), y], 1), a=_conv(5, 4),
-                        b=_conv(8, 3)), 4, 1),
+                        b=_conv(8, 3)), 4, 0),
     "slices": (lambda: Applied(lambda m, x: m.b(m.a(x)[:, 2:5]) + m.a(x).chunk(3, 1)[1], a=_conv(5, 9), b=_conv(3, 3)), 3, 1),
     "flattened": (
         lambda: nn.Sequential(nn.MaxPool2d(3, 2), nn.Flatten(), nn.LazyLinear(20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 7)),

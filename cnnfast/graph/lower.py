@@ -291,13 +291,71 @@ def _leaky_relu(editor: Editor, node: fx.Node) -> Lowered:
 def _add(editor: Editor, node: fx.Node) -> Lowered:
     a = arguments(node)
     x, r = a["self"], a["other"]
-    _require(is_tensor(x) and is_tensor(r), "adds a number")
+    _require(is_tensor(x), "its first term is no tensor")
     _activation_tensor(x, (2, 4))
     _require(a.get("alpha", 1) == 1, "a scaled addend")
+    if _is_factor(r, x):
+        return _affine(editor, node, x, b=r)
     _require(shape(x) == shape(r) and value(x).dtype == value(r).dtype, "addends of different shapes or dtypes")
     left, right = _image(editor, node, x), _image(editor, node, r)
     made = editor.call(node, ADD, (left, right, "none", *_settings(x)[1:]), node, shape(left))
     return editor.reshape(node, made, shape(x))
+
+
+def _subtract(editor: Editor, node: fx.Node) -> Lowered:
+    a = arguments(node)
+    x, r = a["self"], a["other"]
+    _activation_tensor(x, (2, 4))
+    _require(a.get("alpha", 1) == 1 and isinstance(r, (int, float)), "a difference of tensors")
+    return _affine(editor, node, x, b=-r)
+
+
+def _multiply(editor: Editor, node: fx.Node) -> Lowered:
+    a = arguments(node)
+    for x, factor in ((a["self"], a["other"]), (a["other"], a["self"])):
+        if is_tensor(x) and _is_factor(factor, x):
+            _activation_tensor(x, (2, 4))
+            return _affine(editor, node, x, w=factor)
+    return node  # of two images; a plan can hold some
+
+
+def _divide(editor: Editor, node: fx.Node) -> Lowered:
+    a = arguments(node)
+    _activation_tensor(a["self"], (2, 4))
+    _require(isinstance(a["other"], (int, float)) and a["other"] != 0, "a quotient of tensors")
+    return _affine(editor, node, a["self"], w=1 / a["other"])
+
+
+def _is_factor(given: Any, x: fx.Node) -> bool:
+    """Whether it is a number, or a constant for each channel."""
+    if isinstance(given, (int, float)):
+        return True
+    if not is_tensor(given) or not is_constant(given) or not is_tensor(x, 4):
+        return False
+    own, c = shape(given), shape(x)[1]
+    return len(own) in (3, 4) and own[-2:] == (1, 1) and own[-3] in (1, c) and (len(own) == 3 or own[0] == 1)
+
+
+def _affine(editor: Editor, node: fx.Node, x: fx.Node, w: Any = None, b: Any = None) -> fx.Node:
+    """w * x + b for each channel: batch norm without statistics."""
+    _require(value(node).dtype == value(x).dtype and shape(node) == shape(x), "it changes dtype or shape")
+    x4, wide = _image(editor, node, x), dispatch.ACCUMULATORS.get(value(x).dtype, torch.float32)
+    c, device = shape(x4)[1], value(x).device
+
+    def vector(given: Any) -> fx.Node | None:
+        if given is None:
+            return None
+        if isinstance(given, (int, float)):
+            return editor.constant(
+                node, f"{given} x {c} {wide} {device}", lambda: torch.full((c,), given, dtype=wide, device=device)
+            )
+        tensor = editor.tensor(given)
+        return editor.constant(
+            node, f"vector({editor.key(given)}, {c}, {wide})", lambda: tensor.to(wide).flatten().expand(c).clone()
+        )
+
+    rest = (vector(w), vector(b), None, None, None, "none", False, 0.0, *_settings(x)[1:])
+    return editor.reshape(node, editor.call(node, BATCH_NORM, (x4, *rest), node, shape(x4)), shape(x))
 
 
 # ---- poolings ---------------------------------------------------------------------------------------------------------
@@ -420,7 +478,10 @@ RULES: dict[Any, Callable[[Editor, fx.Node], Lowered]] = {
     **dict.fromkeys(_names("hardsigmoid"), _activation("hardsigmoid")),
     **dict.fromkeys(_names("hardtanh", "clamp", "clamp_min"), _clamp),
     **dict.fromkeys(_names("leaky_relu"), _leaky_relu),
-    **dict.fromkeys(_names("add.Tensor"), _add),
+    **dict.fromkeys(_names("add.Tensor", "add.Scalar"), _add),
+    **dict.fromkeys(_names("sub.Tensor", "sub.Scalar"), _subtract),
+    **dict.fromkeys(_names("mul.Tensor", "mul.Scalar"), _multiply),
+    **dict.fromkeys(_names("div.Tensor", "div.Scalar"), _divide),
     **dict.fromkeys(_names("max_pool2d", "max_pool2d_with_indices"), _max_pool),
     **dict.fromkeys(_names("avg_pool2d"), _avg_pool),
     **dict.fromkeys(_names("adaptive_avg_pool2d", "_adaptive_avg_pool2d"), _adaptive_avg_pool),

@@ -90,10 +90,10 @@ def fold_batch_norms(editor: Editor) -> None:
     for norm in _calls(editor, BATCH_NORM):
         a = arguments(norm)
         conv = a["x"]
-        if a["v"] is None or a["m"] is None or not _bare(conv) or _only_reader(conv) is not norm:
+        vectors = [a[k] for k in ("w", "b", "m", "v")]
+        if all(v is None for v in vectors) or not _bare(conv) or _only_reader(conv) is not norm:
             continue
         c = arguments(conv)
-        vectors = [a[k] for k in ("w", "b", "m", "v")]
         frozen = all(is_constant(t) for t in (c["w"], c["b"], *vectors))
         if frozen and value(conv).dtype in _WIDE:
             w, b = _folded(editor, conv, c["w"], c["b"], vectors, a["eps"])
@@ -121,42 +121,42 @@ def _folded(
 ) -> tuple[fx.Node, fx.Node]:
     """The weight and bias of a convolution followed by batch norm, computed in double."""
     weight, bias = editor.tensor(w), None if b is None else editor.tensor(b)
-    gamma, beta, mean, var = (None if v is None else editor.tensor(v).double() for v in vectors)
 
-    def scale() -> torch.Tensor:
-        assert var is not None
-        inverse = (var + eps).rsqrt()
-        return inverse if gamma is None else inverse * gamma
+    def factor() -> torch.Tensor:
+        return _affine_map(editor, vectors, eps, weight.new_empty(weight.shape[0], dtype=torch.float64))[0]
 
     def scaled() -> torch.Tensor:
-        return (weight.double() * scale().reshape(-1, 1, 1, 1)).to(weight.dtype)
+        return (weight.double() * factor().reshape(-1, 1, 1, 1)).to(weight.dtype)
 
     def moved() -> torch.Tensor:
-        assert mean is not None
-        start = -mean if bias is None else bias.double() - mean
-        out = start * scale()
-        return (out if beta is None else out + beta).to(weight.dtype)
+        scale, shift = _affine_map(editor, vectors, eps, weight.new_empty(weight.shape[0], dtype=torch.float64))
+        return (shift if bias is None else bias.double() * scale + shift).to(weight.dtype)
 
     key = f"{editor.key(w)}, {editor.key(b)}, {', '.join(editor.key(v) for v in vectors)}, {eps}"
     return editor.constant(conv, f"scaled({key})", scaled), editor.constant(conv, f"shifted({key})", moved)
+
+
+def _affine_map(
+    editor: Editor, vectors: list[fx.Node | None], eps: float, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batch norm of constant parameters as scale * x + shift, in the dtype of ``like``."""
+    gamma, beta, mean, var = (None if v is None else editor.tensor(v).to(like.dtype) for v in vectors)
+    scale = torch.ones_like(like) if var is None else (var + eps).rsqrt()
+    scale = scale if gamma is None else scale * gamma
+    shift = torch.zeros_like(like) if mean is None else -mean * scale
+    return scale, shift if beta is None else shift + beta
 
 
 def _scale_and_shift(editor: Editor, norm: fx.Node, vectors: list[Any], eps: float) -> tuple[fx.Node, fx.Node]:
     """Batch norm as a factor and an addend for each channel: constants if its parameters are, else computed at each call."""
     gamma, beta, mean, var = vectors
     if all(is_constant(v) for v in vectors):
-        m, v = editor.tensor(mean), editor.tensor(var)
-
-        def factor() -> torch.Tensor:
-            out = (v + eps).rsqrt()
-            return out if gamma is None else out * editor.tensor(gamma)
-
-        def addend() -> torch.Tensor:
-            out = -m * factor()
-            return out if beta is None else out + editor.tensor(beta)
-
+        like = editor.tensor(next(v for v in vectors if v is not None))
         key = f"{', '.join(editor.key(t) for t in vectors)}, {eps}"
-        return editor.constant(norm, f"factor({key})", factor), editor.constant(norm, f"addend({key})", addend)
+        return tuple(  # type: ignore[return-value]
+            editor.constant(norm, f"{name}({key})", lambda i=i: _affine_map(editor, vectors, eps, like)[i])  # type: ignore[misc]
+            for i, name in enumerate(("factor", "addend"))
+        )
     aten = torch.ops.aten
     scale = editor.call(norm, aten.rsqrt.default, (editor.call(norm, aten.add.Scalar, (var, eps), var),), var)
     if gamma is not None:
