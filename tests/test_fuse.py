@@ -221,13 +221,15 @@ def test_networks(name: str) -> None:
     fused = cnnfast.fuse(model)
     converted = cnnfast.convert(copy.deepcopy(model)) if name == "resnet18" else model
     with torch.no_grad():
-        for shape in ((1, 3, 64, 64), (3, 3, 70, 96)):
+        for shape in ((3, 3, 70, 96), (1, 3, 64, 64)):
             x = torch.randn(shape)
             _near(fused(x), model(x))
+            if name in ("densenet121", "googlenet"):
+                break  # capturing takes torch.export its time
         if converted is not model:
             again = cnnfast.fuse(converted)
             _near(again(x), model(x))
-            assert again.programs[0].kernels == fused.programs[1].kernels
+            assert again.programs[0].kernels == fused.programs[-1].kernels
     for program in fused.programs:
         assert len(program.steps) == 1, fused.report()
         assert NETWORKS[name] in (None, len(program.kernels)), fused.report()

@@ -91,7 +91,12 @@ def fold_batch_norms(editor: Editor) -> None:
         a = arguments(norm)
         conv = a["x"]
         vectors = [a[k] for k in ("w", "b", "m", "v")]
-        if all(v is None for v in vectors) or not _bare(conv) or _only_reader(conv) is not norm:
+        if all(v is None for v in vectors) or _only_reader(conv) is not norm:
+            continue
+        if conv.target is BATCH_NORM:
+            _join_norms(editor, conv, norm, vectors, a["eps"])
+            continue
+        if not _bare(conv):
             continue
         c = arguments(conv)
         frozen = all(is_constant(t) for t in (c["w"], c["b"], *vectors))
@@ -106,6 +111,26 @@ def fold_batch_norms(editor: Editor) -> None:
             editor.replace(norm, conv)
         else:  # of a converted model: what is left of it is a sum and an activation
             replaced(norm, w=None, b=None, m=None, v=None, eps=0.0)
+
+
+def _join_norms(editor: Editor, first: fx.Node, norm: fx.Node, vectors: list[Any], eps: float) -> None:
+    """Two maps of constants as one."""
+    f = arguments(first)
+    before = [f[k] for k in ("w", "b", "m", "v")]
+    constant = all(is_constant(v) for v in (*before, *vectors)) and any(v is not None for v in before)
+    if not constant or f["r"] is not None or f["activation"] != "none":
+        return
+    like = editor.tensor(next(v for v in vectors if v is not None))
+
+    def joined(i: int) -> torch.Tensor:
+        wide = torch.empty_like(like, dtype=torch.float64)
+        s, t = _affine_map(editor, before, f["eps"], wide)
+        u, v = _affine_map(editor, vectors, eps, wide)
+        return (s * u if i == 0 else t * u + v).to(like.dtype)
+
+    key = f"{', '.join(editor.key(t) for t in (*before, *vectors))}, {f['eps']}, {eps}"
+    w, b = (editor.constant(norm, f"joined{i}({key})", lambda i=i: joined(i)) for i in range(2))  # type: ignore[misc]
+    replaced(norm, x=f["x"], w=w, b=b, m=None, v=None, eps=0.0)
 
 
 def _bare(node: Any) -> bool:
