@@ -13,6 +13,7 @@ from cnnfast import backends, data, functional, models
 from cnnfast.convert import conversion_report, convert, revert
 from cnnfast.errors import DtypeError, ShapeError
 from cnnfast.explain import explain
+from cnnfast.graph import fuse
 from cnnfast.nn import (
     AdaptiveAvgPool2d,
     AdaptiveMaxPool2d,
@@ -49,6 +50,7 @@ __all__ = [
     "data",
     "explain",
     "functional",
+    "fuse",
     "models",
     "precision",
     "revert",

@@ -24,9 +24,6 @@ ACCUMULATORS = {torch.float64: torch.float64}  # every other dtype's sums are fl
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
-PACKED_OPERAND = 11  # kernel_table.h's kPackedOperand
-
-
 @dataclasses.dataclass(frozen=True)
 class Role:
     """An operand: its name and, for each dimension, the parameter field that holds its stride (None: none does).
@@ -117,7 +114,7 @@ class Implementation:
     # of a kernel in a native module: its id and packed parameters, which is what a plan runs
     node: Callable[[Problem, Mapping[str, int]], tuple[int, bytes]] | None = None
     # of a native kernel that reads constants packed beforehand: prepare(problem, parameters) packs those of the operands
-    # that it is called with; the result is the last operand (number PACKED_OPERAND) of the node
+    # that it is called with; the result is the node's packed operand
     prepare: Callable[[Problem, Mapping[str, int]], Callable[[Sequence[torch.Tensor | None]], torch.Tensor]] | None = (
         None
     )

@@ -1,4 +1,4 @@
-"""The activations that fused kernels end with, by the numbers of csrc/cpu/epilogue.h, in fp32. NaN passes, as in torch."""
+"""The activations that fused kernels end with, by the numbers of csrc/common/activation.h, in fp32. NaN passes, as in torch."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cnnfast.dispatch import Problem
 
+LAST_ACTIVATION = 3  # leaky_relu, in csrc/common/activation.h
 MINIMUM_CAPABILITY = (8, 0)  # asynchronous copies and bf16 matrix instructions
 
 
@@ -14,4 +15,6 @@ def unavailable(problem: Problem, stand_in: str) -> list[str]:
     if problem.capability is not None and problem.capability < MINIMUM_CAPABILITY:
         needed, found = (".".join(map(str, pair)) for pair in (MINIMUM_CAPABILITY, problem.capability))
         return [f"needs compute capability {needed} or newer, not {found}"]
+    if getattr(problem, "act", 0) > LAST_ACTIVATION:
+        return ["activations of inference alone (silu, hardswish, ...) are the CPU's kernels' so far"]
     return []

@@ -94,9 +94,8 @@ def implementation(
 
         def pack(operands: Sequence[torch.Tensor | None]) -> torch.Tensor:
             device = next(t.device for t in operands if t is not None)
-            packed = torch.empty(
-                call.workspace, dtype=torch.uint8, device=device
-            )  # the entry's workspace is its result
+            # the entry's workspace is its result; zeros, so that equal weights are equal bytes
+            packed = torch.zeros(call.workspace, dtype=torch.uint8, device=device)
             call(addresses(operands), packed.data_ptr(), 0, torch.get_num_threads())
             return packed
 

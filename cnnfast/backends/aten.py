@@ -51,9 +51,10 @@ def _conv_bn_act(problem: Problem, direction: str, operands: Sequence[Any]) -> A
     return _ACTIVATIONS[problem.act](z if r is None else z + r)
 
 
-# by their codes: none, relu, relu6, leaky_relu
+# by their codes: none, relu, relu6, leaky_relu, silu, hardswish, sigmoid, hardsigmoid
 _ACTIVATIONS: tuple[Callable[[Any], Any], ...] = (
     lambda z: z, torch.relu, torch.nn.functional.relu6, torch.nn.functional.leaky_relu,
+    torch.nn.functional.silu, torch.nn.functional.hardswish, torch.sigmoid, torch.nn.functional.hardsigmoid,
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Whole networks as native plans."""
 
-from cnnfast.graph.plan import Plan, Value
+from cnnfast.graph.fuse import Fused, fuse
+from cnnfast.graph.plan import Plan, Shared, Value
 
-__all__ = ["Plan", "Value"]
+__all__ = ["Fused", "Plan", "Shared", "Value", "fuse"]

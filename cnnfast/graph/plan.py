@@ -1,16 +1,17 @@
 """A plan: a flat list of native kernels over one arena, planned once and run in one native call without the GIL.
 
-Values are dense NHWC tensors. Intermediate ones live in the arena, where a buffer is used again once its last reader has
-run; constants (weights) stay where they are and are kept alive by the plan, and what is frozen of them is packed once;
-results are allocated anew at every call, so that a caller may keep them. What runs is chosen by
-:func:`cnnfast.dispatch.select`, like an eager call; a problem that no native kernel serves can't be planned.
+Values are NHWC tensors, dense or views of others: the channels of a concatenation, one image of a batch. Intermediate
+ones live in the arena, where a buffer is used again once its last reader has run; constants (weights) stay where they are
+and are kept alive by the plan, and what is frozen of them is packed once; results are allocated anew at every call, so
+that a caller may keep them. What runs is chosen by :func:`cnnfast.dispatch.select`, like an eager call; a problem that no
+native kernel serves can't be planned. Any number of threads may call a plan: each call takes an arena that no other has.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +23,36 @@ _ALIGNMENT = 256  # bytes; what torch's CUDA allocator gives, and a whole number
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Value:
-    """A tensor of the plan: shape (N, C, H, W) or (n,), strides in elements."""
+    """A tensor of the plan: shape (N, C, H, W) or (n,), strides in elements; a view has a base, and an offset in it."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
+    base: Value | None = None
+    offset: int = 0  # elements from the base's first
+
+    @property
+    def root(self) -> Value:
+        """The value whose memory this is: itself, if it isn't a view."""
+        return self if self.base is None else self.base
+
+    def view(self, shape: Sequence[int], strides: Sequence[int], offset: int = 0) -> Value:
+        """Elements of this value in another shape; ``offset`` counts from its first."""
+        return Value(tuple(shape), tuple(strides), self.dtype, self.root, self.offset + offset)
+
+    def narrow(self, dim: int, start: int, length: int) -> Value:
+        """A slice along one dimension."""
+        shape = (*self.shape[:dim], length, *self.shape[dim + 1 :])
+        return self.view(shape, self.strides, start * self.strides[dim])
+
+    def reshape(self, shape: Sequence[int]) -> Value | None:
+        """The elements in another shape where that takes no copy; None where it does. Unit dimensions come and go."""
+        meta = torch.empty_strided(self.shape, self.strides, device="meta")
+        try:
+            strides = meta.view(tuple(shape)).stride()
+        except RuntimeError:
+            return None
+        return self.view(shape, _canonical(shape, strides))
 
     @property
     def bytes(self) -> int:
@@ -65,13 +91,16 @@ class Plan:
     Args:
         device: Where the tensors live.
         backend: As :func:`cnnfast.backend` takes it; it must have a native module.
+        shared: What several plans of one network have in common, so that it exists once.
     """
 
-    def __init__(self, device: torch.device, backend: str = settings.AUTO) -> None:
+    def __init__(self, device: torch.device, backend: str = settings.AUTO, shared: Shared | None = None) -> None:
         self.device, self.backend = device, backend
+        self._shared = Shared() if shared is None else shared
         self._inputs: list[Value] = []
         self._constants: list[tuple[Value, torch.Tensor]] = []
         self._frozen: dict[int, torch.Tensor] = {}  # of the constants, by the value's id
+        self._seen: list[torch.Tensor] = []  # the others, whose addresses are read at every call
         self._nodes: list[_Node] = []
         self._results: list[Value] = []
         self._native: Any = None
@@ -80,9 +109,9 @@ class Plan:
 
     # ---- building
 
-    def input(self, shape: Sequence[int], dtype: torch.dtype) -> Value:
-        """A tensor given at every call, in channels_last if it has four dimensions."""
-        value = Value(tuple(shape), _dense(shape), dtype)
+    def input(self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Value:
+        """A tensor given at every call, with these strides, or in channels_last if it has four dimensions."""
+        value = Value(tuple(shape), _dense(shape) if strides is None else tuple(strides), dtype)
         self._inputs.append(value)
         return value
 
@@ -98,14 +127,19 @@ class Plan:
             self._frozen[id(value)] = tensor
         return value
 
+    @staticmethod
+    def empty(shape: Sequence[int], dtype: torch.dtype) -> Value:
+        """A tensor that nodes write to, slice by slice."""
+        return Value(tuple(shape), _dense(shape), dtype)
+
     def node(
         self,
         problem: dispatch.Problem,
         inputs: Mapping[str, Value | None],
-        outputs: Mapping[str, Sequence[int]],
+        outputs: Mapping[str, Sequence[int] | Value],
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> list[Value]:
-        """Adds one kernel; returns its outputs in the signature's order.
+        """Adds one kernel; returns its outputs in the signature's order: new ones of a shape, or the value to write to.
 
         Raises:
             NotImplementedError: no native kernel serves the problem; lists the reasons.
@@ -126,15 +160,19 @@ class Plan:
         operands: list[Value | None] = []
         for role in signature.roles:
             if role.name in outputs:
-                shape = tuple(outputs[role.name])
-                dtype = (dtypes or {}).get(role.name) or dispatch.TORCH_DTYPES[problem.dtype]
-                made.append(Value(shape, _dense(shape), dtype))
-                operands.append(made[-1])
-                continue
-            value = inputs.get(role.name)
+                given = outputs[role.name]
+                if isinstance(given, Value):
+                    value: Value | None = given
+                else:
+                    dtype = (dtypes or {}).get(role.name) or dispatch.TORCH_DTYPES[problem.dtype]
+                    value = self.empty(given, dtype)
+                assert value is not None
+                made.append(value)
+            else:
+                value = inputs.get(role.name)
             layout = implementation.layouts.get(role.name)
             if value is not None and not dispatch.readable(role, value.shape, value.strides, layout):
-                raise NotImplementedError(f"{implementation.name} can't read {role.name} with strides {value.strides}")
+                raise NotImplementedError(f"{implementation.name} can't take {role.name} with strides {value.strides}")
             operands.append(value)
         self._nodes.append(_Node(selection, operands, made))
         return made
@@ -144,19 +182,27 @@ class Plan:
         if self._owner is None or self._owner.plan is None:
             raise NotImplementedError("a plan needs at least one node of a backend with a native module")
         self._results = list(results)
-        packed = [self._pack(node) for node in self._nodes]
-        outside: list[Value] = [*self._inputs, *(v for v, _ in self._constants), *self._results]
-        slots = {id(v): (i + 1, 0) for i, v in enumerate(outside)}
-        offsets, self.arena_bytes = _plan_arena(self._nodes, {id(v) for v in outside})
         self._native = self._owner.plan()
+        packed = [self._pack(node) for node in self._nodes]
+        # frozen constants stay where they are, so the native plan holds their addresses; all the others are given to it
+        self._seen = [tensor for value, tensor in self._constants if id(value) not in self._frozen]
+        seen = [value for value, _ in self._constants if id(value) not in self._frozen]
+        outside: list[Value] = [*self._inputs, *seen, *self._results]
+        slots = {id(v): (i + 1, 0) for i, v in enumerate(outside)}
+        slots.update({key: (self._native.FIXED, tensor.data_ptr()) for key, tensor in self._frozen.items()})
+        offsets, self.arena_bytes = _plan_arena(self._nodes, set(slots))
+
+        def where(value: Value | None) -> tuple[int, int]:
+            if value is None:
+                return self._native.ABSENT, 0
+            slot, start = slots.get(id(value.root)) or (0, offsets[id(value.root)])
+            return slot, start + value.offset * value.dtype.itemsize
+
         for node, extra in zip(self._nodes, packed, strict=True):
             assert node.selection.implementation.node is not None
             kernel, params = node.selection.implementation.node(node.selection.problem, node.parameters)
-            operands = node.operands
-            if extra is not None:
-                operands = [*operands, *[None] * (dispatch.PACKED_OPERAND - len(operands)), extra]
-            where = [(-1, 0) if v is None else slots.get(id(v)) or (0, offsets[id(v)]) for v in operands]
-            self._native.add(kernel, params, where)
+            last = () if extra is None else (where(extra),)
+            self._native.add(kernel, params, [where(v) for v in node.operands], *last)
 
     def _pack(self, node: _Node) -> Value | None:
         """What the node's kernel makes of its constants beforehand, if they are all frozen: a constant of its own."""
@@ -164,7 +210,10 @@ class Plan:
         if prepare is None or not node.selection.problem.packed:
             return None
         frozen = [None if v is None else self._frozen.get(id(v)) for v in node.operands]
-        return self.constant(prepare(node.selection.problem, node.parameters)(frozen))
+        name, parameters = node.selection.implementation.name, node.parameters
+        return self.constant(
+            self._shared.packed(name, frozen, prepare(node.selection.problem, parameters)), frozen=True
+        )
 
     # ---- running
 
@@ -179,16 +228,16 @@ class Plan:
                     f"the plan was made for {value.shape} {value.dtype} on {self.device}, got "
                     f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
                 )
-            given.append(tensor.contiguous(memory_format=_format(value.shape)))
+            given.append(_with_strides(tensor, value.strides))
         results = [torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device=self.device) for v in self._results]
-        bytes = self.arena_bytes + self._native.workspace
-        arena = torch.empty(bytes + _ALIGNMENT, dtype=torch.uint8, device=self.device)
+        arena = self._shared.take(self.arena_bytes + self._native.workspace + _ALIGNMENT, self.device)
         base = -(-arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-        buffers = [base, *(t.data_ptr() for t in given), *(t.data_ptr() for _, t in self._constants)]
+        buffers = [base, *[t.data_ptr() for t in given], *[t.data_ptr() for t in self._seen]]
         buffers += [t.data_ptr() for t in results]
         assert self._owner is not None
         threads = torch.get_num_threads()
         self._native.run(buffers, base + self.arena_bytes, self._owner.stream(self.device), threads)
+        self._shared.give(arena)
         return results
 
     @property
@@ -200,14 +249,61 @@ class Plan:
         return len(self._nodes)
 
 
+class Shared:
+    """What the plans of one network share: the memory that calls work in, and weights as kernels packed them."""
+
+    def __init__(self) -> None:
+        self._arenas: list[torch.Tensor] = []
+        self._packed: dict[Any, list[torch.Tensor]] = {}
+
+    def take(self, bytes: int, device: torch.device) -> torch.Tensor:
+        """Memory that no other call has until it is given back; kept between calls, because fresh pages cost much."""
+        try:
+            arena = self._arenas.pop()  # atomic, as append is
+        except IndexError:
+            return torch.empty(bytes, dtype=torch.uint8, device=device)
+        return arena if arena.numel() >= bytes else torch.empty(bytes, dtype=torch.uint8, device=device)
+
+    def give(self, arena: torch.Tensor) -> None:
+        """Ends what :meth:`take` began."""
+        self._arenas.append(arena)
+
+    def packed(
+        self,
+        kernel: str,
+        constants: Sequence[torch.Tensor | None],
+        pack: Callable[[Sequence[torch.Tensor | None]], torch.Tensor],
+    ) -> torch.Tensor:
+        """What ``pack`` makes of constants: an earlier one where that is the same, as it mostly is for another shape."""
+        key = (kernel, *[None if t is None else (t.data_ptr(), t.shape, t.stride()) for t in constants])
+        made = pack(constants)
+        known = self._packed.setdefault(key, [])
+        for other in known:
+            if torch.equal(other, made):
+                return other
+        known.append(made)
+        return made
+
+
+def _with_strides(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The tensor, copied if its elements don't lie so."""
+    if tensor.stride() == strides:
+        return tensor
+    shape = tensor.shape
+    if all(n <= 1 or a == b for n, a, b in zip(shape, tensor.stride(), strides, strict=True)):
+        return tensor
+    return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def _canonical(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Unit dimensions have the strides that a dense tensor's have, which are as good as any."""
+    return tuple(d if n == 1 else s for n, s, d in zip(shape, strides, _dense(shape), strict=True))
+
+
 def _dense(shape: Sequence[int]) -> tuple[int, ...]:
     if len(shape) == 4:
         return dispatch.channels_last_strides(shape)
     return dispatch.contiguous_strides(shape)
-
-
-def _format(shape: Sequence[int]) -> torch.memory_format:
-    return torch.channels_last if len(shape) == 4 else torch.contiguous_format
 
 
 def _plan_arena(nodes: Sequence[_Node], outside: set[int]) -> tuple[dict[int, int], int]:
@@ -216,9 +312,10 @@ def _plan_arena(nodes: Sequence[_Node], outside: set[int]) -> tuple[dict[int, in
     dies: dict[int, int] = {}
     size: dict[int, int] = {}
     for step, node in enumerate(nodes):
-        for value in node.operands:
-            if value is None or id(value) in outside:
+        for operand in node.operands:
+            if operand is None or id(operand.root) in outside:
                 continue
+            value = operand.root
             born.setdefault(id(value), step)
             dies[id(value)] = step
             size[id(value)] = math.ceil(value.bytes / _ALIGNMENT) * _ALIGNMENT

@@ -1,7 +1,7 @@
 """The contracts: one module an operation. Adding an operation adds a module and its line here."""
 
 from cnnfast.ops import conv_transpose2d
-from cnnfast.ops._activation import ACTIVATIONS
+from cnnfast.ops._activation import ACTIVATIONS, INFERENCE
 from cnnfast.ops._activation import code as activation_code
 from cnnfast.ops._activation import forward as activate
 from cnnfast.ops._memory import prefers_channels_last
@@ -29,6 +29,7 @@ from cnnfast.ops.max_pool2d import max_pool2d, max_pool2d_dgrad, max_pool2d_indi
 
 __all__ = [
     "ACTIVATIONS",
+    "INFERENCE",
     "activate",
     "activation_code",
     "adaptive_avg_pool2d",

@@ -44,7 +44,8 @@ def problem(
     layouts: tuple[tuple[str, str], ...] = (),
 ) -> dispatch.Problem:  # fmt: skip
     """The problem of a call, from the shape (N, C, H, W)."""
-    sizes = (("N", x[0]), ("C", x[1]), ("H", x[2]), ("W", x[3]), ("act", _activation.code("add_act", activation)))
+    act = _activation.code("add_act", activation, inference=direction == "fprop")
+    sizes = (("N", x[0]), ("C", x[1]), ("H", x[2]), ("W", x[3]), ("act", act))
     return dispatch.Problem(
         op="add_act", direction=direction, dtype=DTYPES[dtype], device=device.type, precision="ieee",
         sizes=tuple((k, int(v)) for k, v in sizes), layouts=layouts, capability=capability(device),
@@ -72,7 +73,7 @@ def _resolve(tensors: Sequence[Any], params: tuple[Any, ...]) -> Callable[..., A
 
 def _fake(tensors: Sequence[Any], params: tuple[Any, ...]) -> Any:
     validate(*tensors)
-    _activation.code("add_act", params[0])
+    _activation.code("add_act", params[0], inference=True)
     return torch.add(*tensors)
 
 

@@ -103,7 +103,7 @@ def problem(
     (eps_bits,) = struct.unpack("=q", struct.pack("=d", eps))
     sizes = (
         ("N", x[0]), ("C", x[1]), ("H", x[2]), ("W", x[3]),
-        ("act", _activation.code("batch_norm", activation)), ("training", training), ("eps_bits", eps_bits),
+        ("act", _activation.code("batch_norm", activation, direction == "fprop")), ("training", training), ("eps_bits", eps_bits),
     )  # fmt: skip
     return dispatch.Problem(
         op="batch_norm", direction=direction, dtype=DTYPES[dtype], device=device.type, precision="ieee",
@@ -176,7 +176,7 @@ def _resolve(tensors: Sequence[Any], params: tuple[Any, ...]) -> Callable[..., A
 def _fake(tensors: Sequence[Any], params: tuple[Any, ...]) -> Any:
     x = tensors[0]
     validate(x, *_named(tensors))
-    _activation.code("batch_norm", params[0])
+    _activation.code("batch_norm", params[0], inference=True)
     return _memory.empty(x, x.shape, _memory.prefers_channels_last(x))
 
 

@@ -83,7 +83,7 @@ def problem(
     return dataclasses.replace(
         base,
         op="conv_bn_act",
-        sizes=(*base.sizes, ("act", _activation.code("conv_bn_act", params[4]))),
+        sizes=(*base.sizes, ("act", _activation.code("conv_bn_act", params[4], inference=True))),
         bytes=base.bytes + int(more),
     )
 

@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -74,9 +75,10 @@ class Call {
 };
 
 struct Operand {
-  int slot;        // which of the buffers given to run(); -1: absent
-  int64_t offset;  // bytes
+  int slot;        // which of the buffers given to run(), or one of these
+  int64_t offset;  // bytes; the address itself where it is fixed
 };
+constexpr int kAbsent = -1, kFixed = -2;
 
 struct Node {
   const cnnfast::Kernel* kernel;
@@ -87,11 +89,19 @@ struct Node {
 // A flat list of kernels over the buffers of one arena, run in one native call.
 class Plan {
  public:
-  void add(int64_t id, const py::bytes& params, const std::vector<std::pair<int, int64_t>>& operands) {
+  // `packed`: the constants as the kernel's .pack entry left them.
+  void add(int64_t id, const py::bytes& params, std::vector<std::pair<int, int64_t>> operands,
+           std::optional<std::pair<int, int64_t>> packed) {
+    if (packed) {
+      if (operands.size() > cnnfast::kPackedOperand) throw py::value_error("no room for a packed operand");
+      operands.resize(cnnfast::kPackedOperand, {kAbsent, 0});
+      operands.push_back(*packed);
+    }
     if (operands.size() > kMaxOperands) throw py::value_error("at most 12 operands a node");
     Node node{&kernel(id), "", {}};
     node.params = checked_params(*node.kernel, params);
     for (auto [slot, offset] : operands) {
+      if (slot < kFixed) throw py::value_error("no buffer " + std::to_string(slot));
       node.operands.push_back({slot, offset});
       slots_ = std::max(slots_, slot + 1);
     }
@@ -113,8 +123,9 @@ class Plan {
       for (const Node& node : nodes_) {
         void* operands[kMaxOperands] = {};
         for (size_t i = 0; i < node.operands.size(); ++i)
-          if (node.operands[i].slot >= 0)
-            operands[i] = reinterpret_cast<void*>(buffers[node.operands[i].slot] + node.operands[i].offset);
+          if (node.operands[i].slot != kAbsent)
+            operands[i] = reinterpret_cast<void*>(
+                (node.operands[i].slot == kFixed ? 0 : buffers[node.operands[i].slot]) + node.operands[i].offset);
         cnnfast::Launch launch{operands, reinterpret_cast<void*>(workspace), reinterpret_cast<void*>(stream), threads};
         error = node.kernel->launch(node.params.data(), launch);
         if (error) {
@@ -182,9 +193,12 @@ PYBIND11_MODULE(CNNFAST_MODULE, m) {
         if (p.size() > kMaxOperands) throw py::value_error("at most 12 operands");
         c.run(p.data(), static_cast<int>(p.size()), ws, stream, threads);
       });
-  py::class_<Plan>(m, "Plan", "A flat list of kernels over shared buffers, run in one native call.")
-      .def(py::init<>())
-      .def("add", &Plan::add, py::arg("kernel"), py::arg("params"), py::arg("operands"))
+  py::class_<Plan> plan(m, "Plan", "A flat list of kernels over shared buffers, run in one native call.");
+  plan.attr("ABSENT") = kAbsent;
+  plan.attr("FIXED") = kFixed;
+  plan.def(py::init<>())
+      .def("add", &Plan::add, py::arg("kernel"), py::arg("params"), py::arg("operands"), py::arg("packed") = py::none(),
+           "Adds a node. An operand: (index of a buffer given to run, offset in bytes), (ABSENT, 0), (FIXED, address).")
       .def_property_readonly("workspace", &Plan::workspace)
       .def("__len__", &Plan::size)
       .def("run", &Plan::run, py::arg("buffers"), py::arg("workspace"), py::arg("stream"), py::arg("threads"));

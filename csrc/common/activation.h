@@ -4,8 +4,8 @@
 
 namespace cnnfast {
 
-// In the order of ACTIVATIONS in cnnfast/ops/_activation.py.
-enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu };
+// In the order of INFERENCE in cnnfast/ops/_activation.py; those after kLeakyRelu only where no gradient is asked for.
+enum class Activation : int64_t { kNone, kRelu, kRelu6, kLeakyRelu, kSilu, kHardswish, kSigmoid, kHardsigmoid };
 
 constexpr double kLeakySlope = 0.01;
 

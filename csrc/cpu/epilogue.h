@@ -10,17 +10,68 @@
 namespace cnnfast {
 namespace CNNFAST_ISA {
 
+// exp(v) = 2^n * exp(r), n an integer and |r| <= ln(2)/2, by as many terms of exp's series as the type holds. Below the
+// smallest normal number 0; to within a few units in the last place elsewhere.
+template <class T>
+CNNFAST_INLINE Vec<T> exponential(Vec<T> v) {
+  constexpr bool kDouble = kSame<T, double>;
+  constexpr int kMantissa = kDouble ? 52 : 23, kBias = kDouble ? 1023 : 127, kTerms = kDouble ? 13 : 7;
+  constexpr T kLeast = T(kDouble ? -708.39 : -87.33), kMost = T(kDouble ? 709.78 : 88.72);
+  constexpr T kRound = T(kDouble ? 6755399441055744.0 : 12582912.0);  // added, it leaves an integer in the last bits
+  constexpr T kHigh = T(kDouble ? 6.93147180369123816490e-1 : 0.693359375);
+  constexpr T kLow = T(kDouble ? 1.90821492927058770002e-10 : -2.12194440e-4);
+  const Vec<T> least = broadcast(kLeast), most = broadcast(kMost), zero{};
+  Vec<T> x = v < least ? least : v;
+  x = x > most ? most : x;
+  const Vec<T> rounded = x * T(1.44269504088896340736) + kRound, n = rounded - kRound;
+  const Vec<T> r = x - n * kHigh - n * kLow;
+  Vec<T> sum = broadcast(T(1));
+#pragma GCC unroll 13
+  for (int i = kTerms; i > 0; --i) sum = sum * r * (T(1) / T(i)) + T(1);
+  // 2^n in two halves: n reaches one more than a number's exponent does
+  VecIndex<T> power, anchor;
+  const Vec<T> base = broadcast(kRound);
+  memcpy(&power, &rounded, sizeof power);
+  memcpy(&anchor, &base, sizeof anchor);
+  power -= anchor;
+  const VecIndex<T> half = power >> 1, first = (half + kBias) << kMantissa,
+                    second = (power - half + kBias) << kMantissa;
+  Vec<T> a, b;
+  memcpy(&a, &first, sizeof a);
+  memcpy(&b, &second, sizeof b);
+  sum = sum * a * b;
+  sum = v > most ? broadcast(T(__builtin_inf())) : sum;
+  sum = v < least ? zero : sum;
+  return v == v ? sum : v;
+}
+
+// Those of inference.
+template <class T>
+CNNFAST_INLINE Vec<T> activate_smoothly(Vec<T> v, Activation act) {
+  if (act == Activation::kSilu || act == Activation::kSigmoid) {
+    const Vec<T> below = exponential<T>(-v) + T(1);
+    return (act == Activation::kSilu ? v : broadcast(T(1))) / below;
+  }
+  const Vec<T> zero{}, six = zero + T(6);
+  Vec<T> gate = v + T(3);
+  gate = zero > gate ? zero : gate;
+  gate = gate > six ? six : gate;
+  return (act == Activation::kHardswish ? v * gate : gate) / T(6);
+}
+
 // The comparisons are false for a NaN, which therefore stays.
 template <class T>
 CNNFAST_INLINE Vec<T> activate(Vec<T> v, Activation act) {
   const Vec<T> zero{}, six = zero + T(6);
   if (act == Activation::kNone) return v;
   if (act == Activation::kLeakyRelu) return v > zero ? v : v * T(kLeakySlope);
+  if (__builtin_expect(act > Activation::kLeakyRelu, 0)) return activate_smoothly<T>(v, act);
   v = zero > v ? zero : v;
   return act == Activation::kRelu ? v : v > six ? six : v;
 }
 
-// g * act'(z); `at` is z or act(z), which tell the same. A NaN there lets g pass, as in torch.
+// g * act'(z); `at` is z or act(z), which tell the same of those up to kLeakyRelu. A NaN there lets g pass, as in
+// torch.
 template <class T>
 CNNFAST_INLINE Vec<T> activate_gradient(Vec<T> g, Vec<T> at, Activation act) {
   const Vec<T> zero{}, six = zero + T(6);

@@ -2,12 +2,10 @@
 #pragma once
 #include <cmath>
 
+#include "../common/activation.h"
 #include "primitives/cuda.h"
 
 namespace cnnfast::cuda {
-
-// In the order of ACTIVATIONS in cnnfast/ops/_activation.py.
-enum class Activation : int64_t { none, relu, relu6, leaky_relu };
 
 // One formula for all, without branches: below `low` the slope is another, above `high` there is none. Where an
 // activation has no such bound it is NaN, with which every comparison is false.
@@ -16,9 +14,9 @@ struct Activate {
   Acc low, high, slope;
 
   __device__ __forceinline__ explicit Activate(Activation act)
-      : low(act == Activation::none ? Acc(NAN) : Acc(0)),
-        high(act == Activation::relu6 ? Acc(6) : Acc(NAN)),
-        slope(act == Activation::leaky_relu ? Acc(0.01) : Acc(0)) {}
+      : low(act == Activation::kNone ? Acc(NAN) : Acc(0)),
+        high(act == Activation::kRelu6 ? Acc(6) : Acc(NAN)),
+        slope(act == Activation::kLeakyRelu ? Acc(kLeakySlope) : Acc(0)) {}
 
   __device__ __forceinline__ Acc operator()(Acc v) const {
     v = v < low ? times_slope(v) : v;

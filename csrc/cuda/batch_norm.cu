@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           const Accumulator<T>* __restrict__ db) {
   using Acc = Accumulator<T>;
   const Activate<Acc> act(call.act);
-  const bool reads_x = call.training || (call.act != Activation::none && !call.r);
+  const bool reads_x = call.training || (call.act != Activation::kNone && !call.r);
   for (int64_t i = blockIdx.x; i < shares.count(); i += gridDim.x) {
     const Share share(shares, shares.count() - 1 - i, threadIdx.x, packs, call.pixels.count);
     if (!share.present) continue;
@@ -274,7 +274,7 @@ struct Launchers {
     if (call.u) {  // dz is at hand, the activation behind it
       call.y = call.u, call.sy = call.su;
       call.r = nullptr;
-      call.act = Activation::none;
+      call.act = Activation::kNone;
     }
     return dgrad(call, run);
   }

@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor<T>)
           if (epilogue.scale) result *= epilogue.scale[channel];
           if (epilogue.shift) result += epilogue.shift[channel];
           if (epilogue.residual) result += Numeric<T>::widen(epilogue.residual[to.residual + channel]);
-          result = activate(result, epilogue.act);
+          result = Activate<Acc>(epilogue.act)(result);
         }
         output[to.out + channel] = Numeric<T>::narrow(result);
       }

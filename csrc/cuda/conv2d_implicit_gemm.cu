@@ -194,6 +194,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       if (epilogue.shift) shift = load_four(epilogue.shift + channel);
     }
   }
+  const Activate<float> act(epilogue.act);
   results<Tile>(sums, shared, [&](int row, Four values) {
     const int64_t target = targets[row];
     if (target < 0 || column >= columns) return;
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       if (epilogue.residual) residual = load_four(epilogue.residual + target + column);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        values.v[e] = activate(scale.v[e] * (values.v[e] + bias_of.v[e]) + shift.v[e] + residual.v[e], epilogue.act);
+        values.v[e] = act(scale.v[e] * (values.v[e] + bias_of.v[e]) + shift.v[e] + residual.v[e]);
     }
     store_four(output + target + column, values);
   });

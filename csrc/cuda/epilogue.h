@@ -3,21 +3,11 @@
 // scale and shift are vectors of the sums' own type; each operand may be absent. NaN passes through every activation,
 // as in torch.
 #pragma once
-#include "../common/activation.h"
 #include "../common/kernel_table.h"
-#include "primitives/cuda.h"
+#include "activation.h"
 #include "primitives/numeric.h"
 
 namespace cnnfast::cuda {
-
-// The comparisons are false for a NaN, which therefore stays.
-template <class Acc>
-__device__ __forceinline__ Acc activate(Acc v, Activation act) {
-  if (act == Activation::kNone) return v;
-  if (act == Activation::kLeakyRelu) return v > Acc(0) ? v : v * Acc(kLeakySlope);
-  v = Acc(0) > v ? Acc(0) : v;
-  return act == Activation::kRelu ? v : v > Acc(6) ? Acc(6) : v;
-}
 
 template <class T>
 struct Epilogue {

@@ -1,0 +1,192 @@
+"""``fuse``: any model in evaluation as plans of native kernels, its weights frozen, folded and packed."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from cnnfast import settings
+from cnnfast.graph.capture import Constants, capture
+from cnnfast.graph.lower import lower
+from cnnfast.graph.passes import optimise
+from cnnfast.graph.plan import Shared
+from cnnfast.graph.program import Program, Segment, build, check_strict
+
+_MOST_PROGRAMS = 32  # for so many kinds of input; the one unused for longest goes first
+
+
+class Fused(torch.nn.Module):
+    """What :func:`fuse` returns: called like the model, for inference.
+
+    For every kind of input (shapes, dtypes, other arguments, autocast, cnnfast's settings) the model is captured and planned
+    at its first call. Its weights are those of the moment when it was fused. Any number of threads may call it.
+    """
+
+    _source: torch.nn.Module
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        # not a submodule: its parameters are frozen, and in no state_dict
+        object.__setattr__(self, "_source", model)
+        self._prepare()
+        self.training = False
+
+    def _prepare(self) -> None:
+        self._programs: collections.OrderedDict[Any, tuple[Program, pytree.TreeSpec]] = collections.OrderedDict()
+        self._constants, self._shared = Constants(), Shared()
+        self._lock = threading.Lock()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's result. It records no gradients; tensors of four dimensions come in channels_last.
+
+        Raises:
+            RuntimeError: a gradient is asked for.
+            NotImplementedError: the model can't be captured; says why.
+        """
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            raise RuntimeError(
+                "fuse: a fused model records no gradients; call it under torch.no_grad(), or the model itself"
+            )
+        key = (spec, tuple(_kind(leaf) for leaf in leaves), settings.state(), _autocast())
+        found = self._programs.get(key)
+        if found is None:
+            found = self._planned(key, args, kwargs)
+        program, out_spec = found
+        with torch.no_grad():
+            return pytree.tree_unflatten(program(*tensors), out_spec)
+
+    def _planned(self, key: Any, args: Sequence[Any], kwargs: Any) -> tuple[Program, pytree.TreeSpec]:
+        with self._lock:
+            found = self._programs.get(key)
+            if found is None:
+                found = _program(self._source, args, kwargs, self._constants, self._shared)
+                self._programs[key] = found
+                if len(self._programs) > _MOST_PROGRAMS:
+                    self._programs.popitem(last=False)
+            return found
+
+    # ---- what became of the model
+
+    @property
+    def programs(self) -> list[Program]:
+        """What was planned, one for each kind of input so far."""
+        return [program for program, _ in self._programs.values()]
+
+    def report(self) -> str:
+        """For each kind of input so far the plans, their kernels, and what torch runs between them, with the reason."""
+        if not self._programs:
+            return "nothing planned yet: call the fused model once"
+        lines = []
+        for (_, kinds, *_), (program, _) in self._programs.items():
+            shapes = ", ".join(str(tuple(k[0])) if isinstance(k, tuple) and len(k) == 3 else str(k) for k in kinds)
+            plans = [s for s in program.steps if isinstance(s, Segment)]
+            lines.append(
+                f"{shapes}: {len(program.kernels)} kernels in {len(plans)} plan{'s' * (len(plans) != 1)}, "
+                f"{sum(bool(c.reason) for c in program.calls)} operators by torch"
+            )
+            for step in program.steps:
+                if isinstance(step, Segment):
+                    counts = collections.Counter(step.plan.kernels)
+                    listed = ", ".join(f"{n} {name}" for name, n in counts.items())
+                    lines.append(f"  plan, {step.plan.arena_bytes / 2**20:.1f} MiB: {listed}")
+                elif step.reason:
+                    lines.append(f"  torch: {step.name}: {step.reason}")
+        return "\n".join(lines)
+
+    # ---- a module's other abilities
+
+    def train(self, mode: bool = True) -> Fused:
+        """Only evaluation is possible."""
+        if mode:
+            raise RuntimeError(
+                "fuse: a fused model can't be trained; train the model that was fused, then fuse it again"
+            )
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Fused:
+        raise RuntimeError(
+            "fuse: the weights of a fused model are packed where they lie; move or cast the model, then fuse it"
+        )
+
+    def extra_repr(self) -> str:
+        """The model's class, and how many kinds of input are planned."""
+        return f"{type(self._source).__name__}, {len(self._programs)} planned"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The model: plans are native, and made again where they are needed."""
+        return {"_source": self._source}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_source"])  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: Any) -> Fused:
+        return Fused(copy.deepcopy(self._source, memo))
+
+
+def _kind(leaf: Any) -> Any:
+    """What of an input decides the plan."""
+    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _autocast() -> Any:
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    return tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
+
+
+def _program(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Any, constants: Constants, shared: Shared
+) -> tuple[Program, pytree.TreeSpec]:
+    captured = capture(model, args, kwargs, constants)
+    with torch.no_grad():
+        reasons = lower(captured.graph, constants)
+        optimise(captured.graph, constants)
+        program = build(captured.graph, constants, reasons, shared, frozen=True)
+    check_strict(program, "fuse")
+    return program, captured.out_spec
+
+
+def fuse(model: torch.nn.Module, example_inputs: Any = None) -> Fused:
+    """A model for inference: captured as a graph, merged into few kernels, run as native plans.
+
+    Batch norm goes into the weights; activations, biases and residuals into the convolutions; concatenations are written
+    in place; fully connected layers are ours, too. What no kernel of ours does is torch's, between the plans:
+    ``print(fused.report())``. The model isn't touched, and later changes of it aren't seen.
+
+    Args:
+        model: Any module in evaluation (``model.eval()``), converted or not.
+        example_inputs: A tensor, or a tuple of arguments, to plan for at once; otherwise the first call does. Other shapes
+            are planned when they come.
+
+    Returns:
+        A module that takes what the model takes and returns what it returns.
+
+    Raises:
+        ValueError: the model, or a part of it, is in training mode.
+        NotImplementedError: ``torch.export`` can't capture it; says why.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"fuse: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, Fused):
+        return model
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
+        part = f"its part {training!r} is" if training else "it is"
+        raise ValueError(f"fuse: expected a model in evaluation, but {part} in training mode; call model.eval() first")
+    source = copy.deepcopy(model)
+    for tensor in [*source.parameters(), *source.buffers()]:
+        tensor.requires_grad_(False)
+    fused = Fused(source)
+    if example_inputs is not None:
+        given = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+        with torch.no_grad():
+            fused(*given)
+    return fused

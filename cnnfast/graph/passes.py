@@ -1,0 +1,294 @@
+"""Merging the nodes of a lowered graph: what follows a convolution goes into it, and convolutions beside each other.
+
+Each pass is a function that edits the graph in place and keeps its meaning. A node is merged into its producer only
+where nobody else reads the producer; shared and reused layers are nodes of their own, so that each use is judged alone.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from cnnfast.graph._nodes import (
+    ADD,
+    BATCH_NORM,
+    CAT,
+    CONV,
+    MUL,
+    RESHAPE,
+    SLICE,
+    Editor,
+    arguments,
+    is_constant,
+    is_tensor,
+    replaced,
+    shape,
+)
+from cnnfast.graph.capture import Constants, value
+from cnnfast.graph.lower import erase_unused
+
+_WIDE = (torch.float32, torch.float64)  # weights of these dtypes take a scale without losing anything that counts
+
+
+def optimise(graph: fx.Graph, constants: Constants) -> None:
+    """Every pass, in the order in which one prepares for the next."""
+    editor = Editor(graph, constants)
+    simplify_reshapes(editor)
+    merge_silu(editor)
+    fold_batch_norms(editor)
+    merge_epilogues(editor)
+    merge_siblings(editor)
+    erase_unused(graph)
+    graph.lint()
+
+
+def _calls(editor: Editor, target: Any) -> list[fx.Node]:
+    return [n for n in editor.graph.nodes if n.op == "call_function" and n.target is target]
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    """The one node that reads another, once."""
+    readers = list(node.users)
+    if len(readers) != 1 or sum(n is node for n in readers[0].all_input_nodes) != 1:
+        return None
+    return readers[0] if readers[0].op == "call_function" else None
+
+
+def simplify_reshapes(editor: Editor) -> None:
+    """A reshape of a reshape is one; one that changes nothing is none: matrices and 1x1 images meet without either."""
+    for node in _calls(editor, RESHAPE):
+        source = node.args[0]
+        while isinstance(source, fx.Node) and source.op == "call_function" and source.target is RESHAPE:
+            source = source.args[0]
+        assert isinstance(source, fx.Node)
+        if shape(source) == shape(node):
+            editor.replace(node, source)
+        elif source is not node.args[0]:
+            node.args = (source, *node.args[1:])
+    erase_unused(editor.graph)
+
+
+def merge_silu(editor: Editor) -> None:
+    """x * sigmoid(x), written out."""
+    for node in _calls(editor, MUL):
+        for x, gate in (node.args[:2], node.args[1::-1]):
+            if not is_tensor(gate, 4) or not is_tensor(x, 4) or gate.target is not BATCH_NORM:  # type: ignore[union-attr]
+                continue
+            a = arguments(gate)  # type: ignore[arg-type]
+            plain = all(a[k] is None for k in ("w", "b", "m", "v", "r"))
+            if a["activation"] == "sigmoid" and plain and a["x"] is x and _only_reader(gate) is node:  # type: ignore[arg-type]
+                replaced(gate, activation="silu")  # type: ignore[arg-type]
+                editor.replace(node, gate)  # type: ignore[arg-type]
+                break
+
+
+def fold_batch_norms(editor: Editor) -> None:
+    """Batch norm into the weights of the convolution before it, or, where they aren't constants, beside its sums."""
+    for norm in _calls(editor, BATCH_NORM):
+        a = arguments(norm)
+        conv = a["x"]
+        vectors = [a[k] for k in ("w", "b", "m", "v")]
+        if all(v is None for v in vectors) or _only_reader(conv) is not norm:
+            continue
+        if conv.target is BATCH_NORM:
+            _join_norms(editor, conv, norm, vectors, a["eps"])
+            continue
+        if not _bare(conv):
+            continue
+        c = arguments(conv)
+        frozen = all(is_constant(t) for t in (c["w"], c["b"], *vectors))
+        if frozen and value(conv).dtype in _WIDE:
+            w, b = _folded(editor, conv, c["w"], c["b"], vectors, a["eps"])
+            replaced(conv, w=w, b=b)
+        else:
+            scale, shift = _scale_and_shift(editor, norm, vectors, a["eps"])
+            _move(conv, norm)
+            replaced(conv, scale=scale, shift=shift)
+        if a["r"] is None and a["activation"] == "none":
+            editor.replace(norm, conv)
+        else:  # of a converted model: what is left of it is a sum and an activation
+            replaced(norm, w=None, b=None, m=None, v=None, eps=0.0)
+
+
+def _join_norms(editor: Editor, first: fx.Node, norm: fx.Node, vectors: list[Any], eps: float) -> None:
+    """Two maps of constants as one."""
+    f = arguments(first)
+    before = [f[k] for k in ("w", "b", "m", "v")]
+    constant = all(is_constant(v) for v in (*before, *vectors)) and any(v is not None for v in before)
+    if not constant or f["r"] is not None or f["activation"] != "none":
+        return
+    like = editor.tensor(next(v for v in vectors if v is not None))
+
+    def joined(i: int) -> torch.Tensor:
+        wide = torch.empty_like(like, dtype=torch.float64)
+        s, t = _affine_map(editor, before, f["eps"], wide)
+        u, v = _affine_map(editor, vectors, eps, wide)
+        return (s * u if i == 0 else t * u + v).to(like.dtype)
+
+    key = f"{', '.join(editor.key(t) for t in (*before, *vectors))}, {f['eps']}, {eps}"
+    w, b = (editor.constant(norm, f"joined{i}({key})", lambda i=i: joined(i)) for i in range(2))  # type: ignore[misc]
+    replaced(norm, x=f["x"], w=w, b=b, m=None, v=None, eps=0.0)
+
+
+def _bare(node: Any) -> bool:
+    """Whether a node is a convolution to whose sums nothing has been done."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or node.target is not CONV:
+        return False
+    a = arguments(node)
+    return a["activation"] == "none" and all(a[k] is None for k in ("scale", "shift", "r"))
+
+
+def _folded(
+    editor: Editor, conv: fx.Node, w: fx.Node, b: fx.Node | None, vectors: list[Any], eps: float
+) -> tuple[fx.Node, fx.Node]:
+    """The weight and bias of a convolution followed by batch norm, computed in double."""
+    weight, bias = editor.tensor(w), None if b is None else editor.tensor(b)
+
+    def factor() -> torch.Tensor:
+        return _affine_map(editor, vectors, eps, weight.new_empty(weight.shape[0], dtype=torch.float64))[0]
+
+    def scaled() -> torch.Tensor:
+        return (weight.double() * factor().reshape(-1, 1, 1, 1)).to(weight.dtype)
+
+    def moved() -> torch.Tensor:
+        scale, shift = _affine_map(editor, vectors, eps, weight.new_empty(weight.shape[0], dtype=torch.float64))
+        return (shift if bias is None else bias.double() * scale + shift).to(weight.dtype)
+
+    key = f"{editor.key(w)}, {editor.key(b)}, {', '.join(editor.key(v) for v in vectors)}, {eps}"
+    return editor.constant(conv, f"scaled({key})", scaled), editor.constant(conv, f"shifted({key})", moved)
+
+
+def _affine_map(
+    editor: Editor, vectors: list[fx.Node | None], eps: float, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batch norm of constant parameters as scale * x + shift, in the dtype of ``like``."""
+    gamma, beta, mean, var = (None if v is None else editor.tensor(v).to(like.dtype) for v in vectors)
+    scale = torch.ones_like(like) if var is None else (var + eps).rsqrt()
+    scale = scale if gamma is None else scale * gamma
+    shift = torch.zeros_like(like) if mean is None else -mean * scale
+    return scale, shift if beta is None else shift + beta
+
+
+def _scale_and_shift(editor: Editor, norm: fx.Node, vectors: list[Any], eps: float) -> tuple[fx.Node, fx.Node]:
+    """Batch norm as a factor and an addend for each channel: constants if its parameters are, else computed at each call."""
+    gamma, beta, mean, var = vectors
+    if all(is_constant(v) for v in vectors):
+        like = editor.tensor(next(v for v in vectors if v is not None))
+        key = f"{', '.join(editor.key(t) for t in vectors)}, {eps}"
+        return tuple(  # type: ignore[return-value]
+            editor.constant(norm, f"{name}({key})", lambda i=i: _affine_map(editor, vectors, eps, like)[i])  # type: ignore[misc]
+            for i, name in enumerate(("factor", "addend"))
+        )
+    aten = torch.ops.aten
+    scale = editor.call(norm, aten.rsqrt.default, (editor.call(norm, aten.add.Scalar, (var, eps), var),), var)
+    if gamma is not None:
+        scale = editor.call(norm, aten.mul.Tensor, (scale, gamma), var)
+    if beta is None:
+        shift = editor.call(norm, aten.neg.default, (editor.call(norm, aten.mul.Tensor, (mean, scale), var),), var)
+    else:
+        shift = editor.call(norm, aten.addcmul.default, (beta, mean, scale), var)
+        shift.kwargs = {"value": -1}
+    return scale, shift
+
+
+def _move(node: fx.Node, before: fx.Node) -> None:
+    """Moves a node behind everything that now goes into it."""
+    before.prepend(node)
+
+
+def merge_epilogues(editor: Editor) -> None:
+    """Sums and activations into the convolution, batch norm or sum before them."""
+    for node in list(editor.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is ADD:
+            _merge_sum(editor, node)
+        elif node.target is BATCH_NORM:
+            a = arguments(node)
+            if all(a[k] is None for k in ("w", "b", "m", "v")):
+                _merge_activation(editor, node, a)
+
+
+def _merge_sum(editor: Editor, node: fx.Node) -> None:
+    a = arguments(node)
+    order = {n: i for i, n in enumerate(editor.graph.nodes)}
+    for producer in sorted((a["x"], a["r"]), key=lambda n: -order[n]):
+        if (
+            producer.op != "call_function"
+            or producer.target not in (CONV, BATCH_NORM)
+            or _only_reader(producer) is not node
+        ):
+            continue
+        p = arguments(producer)
+        if p["activation"] != "none" or p["r"] is not None:
+            continue
+        other = a["r"] if producer is a["x"] else a["x"]
+        _move(producer, node)
+        replaced(producer, r=other, activation=a["activation"])
+        editor.replace(node, producer)
+        return
+
+
+def _merge_activation(editor: Editor, node: fx.Node, a: dict[str, Any]) -> None:
+    producer = a["x"]
+    if (
+        producer.op != "call_function"
+        or producer.target not in (CONV, BATCH_NORM, ADD)
+        or _only_reader(producer) is not node
+    ):
+        return
+    p = arguments(producer)
+    if p["activation"] != "none":
+        return
+    if a["r"] is not None:
+        if producer.target is ADD or p["r"] is not None:
+            return
+        _move(producer, node)
+        replaced(producer, r=a["r"])
+    replaced(producer, activation=a["activation"])
+    editor.replace(node, producer)
+
+
+def merge_siblings(editor: Editor) -> None:
+    """1x1 convolutions of one input as one, whose channels are theirs; those that write to a concatenation stay alone."""
+    groups: dict[Any, list[fx.Node]] = defaultdict(list)
+    for conv in _calls(editor, CONV):
+        a = arguments(conv)
+        constant = all(is_constant(a[k]) for k in ("w", "b", "scale", "shift"))
+        if not constant or a["r"] is not None or a["groups"] != 1 or shape(a["w"])[2:] != (1, 1):
+            continue
+        if any(user.target is CAT for user in conv.users) or shape(conv)[2:] == (1, 1):
+            continue
+        same = ("stride", "padding", "dilation", "activation", "precision", "backend", "strict")
+        present = tuple(a[k] is None for k in ("scale", "shift"))
+        groups[a["x"], present, value(conv).dtype, str([a[k] for k in same])].append(conv)
+    for convs in groups.values():
+        if len(convs) > 1:
+            _merge_group(editor, convs)
+
+
+def _merge_group(editor: Editor, convs: list[fx.Node]) -> None:
+    first, given = convs[0], [arguments(conv) for conv in convs]
+    merged = {}
+    for name in ("w", "b", "scale", "shift"):
+        parts = [a[name] for a in given]
+        if all(p is None for p in parts):
+            continue
+        sizes = [shape(conv)[1] for conv in convs]
+        tensors = [
+            editor.tensor(p) if p is not None else editor.tensor(given[i]["w"]).new_zeros(sizes[i])
+            for i, p in enumerate(parts)
+        ]
+        keys = "; ".join(f"{editor.key(p)} {n}" for p, n in zip(parts, sizes, strict=True))
+        merged[name] = editor.constant(first, f"beside({name}: {keys})", lambda t=tensors: torch.cat(t))  # type: ignore[misc]
+    n, _, p, q = shape(first)
+    channels = [shape(conv)[1] for conv in convs]
+    wide = editor.call(first, CONV, tuple({**given[0], **merged}.values()), first, (n, sum(channels), p, q))
+    start = 0
+    for conv, count in zip(convs, channels, strict=True):
+        piece = editor.call(first, SLICE, (wide, 1, start, start + count, 1), conv)
+        start += count
+        editor.replace(conv, piece)
