@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import pickle
 import warnings
@@ -88,6 +89,7 @@ def test_list() -> None:
     ]  # fmt: skip
     for name in models.list():
         assert getattr(models, name).__name__ == name
+        assert list(inspect.signature(getattr(models, name)).parameters) == ["weights", "progress", "options"]
     assert "list" not in models.__all__
 
 
