@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import pickle
 import warnings
@@ -88,6 +89,7 @@ def test_list() -> None:
     ]  # fmt: skip
     for name in models.list():
         assert getattr(models, name).__name__ == name
+        assert list(inspect.signature(getattr(models, name)).parameters) == ["weights", "progress", "options"]
     assert "list" not in models.__all__
 
 
@@ -454,7 +456,9 @@ def test_traced_for_features() -> None:
     model = models.resnet18(num_classes=3).eval()
     x = images(64)
     assert_close(torch.fx.symbolic_trace(model)(x), model(x))
-    features = create_feature_extractor(model, {"layer2": "map"})(x)["map"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that training and evaluation have other nodes
+        features = create_feature_extractor(model, {"layer2": "map"})(x)["map"]
     assert_close(
         features, model.layer2(model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(x)))))), rtol=1e-4, atol=1e-4
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +88,28 @@ class Description(Sequence[Layer]):
             text += f" {self.parameters - listed:,} parameters are in parts that run in training only."
         return text
 
-    def __rich__(self) -> Any:
-        columns = [
-            ("layer", "left"), ("kind", "left"), ("output, N x C x H x W", "right"), ("(N + 2·pad − F)/stride + 1", "left"),
-            ("parameters", "right"), ("MFLOP", "right"), ("receptive field", "right"),
-        ]  # fmt: skip
-        rows = [
-            (
-                _render.escape(layer.name), layer.kind, _shape(layer.output), layer.formula,
-                f"{layer.parameters:,}" if layer.parameters else "",
-                f"{layer.flops / 1e6:,.1f}" if layer.flops else "", _shape(layer.receptive_field),
-            )
-            for layer in self
-        ]  # fmt: skip
-        return _render.table("", columns, rows, caption="\n" + self.summary())
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.text import Text
+
+        yield self._wide() if options.max_width >= 140 else self._narrow(options.max_width)
+        yield Text("\n" + self.summary())
+
+    def _wide(self) -> Any:
+        columns = [("layer", "left"), ("kind", "left"), (FORMULA, "left"), *_NUMBERS]
+        return _render.table("", columns, [(_render.escape(x.name), x.kind, x.formula, *_numbers(x)) for x in self])
+
+    def _narrow(self, width: int) -> Any:
+        """Kind and formulas below the layer's name."""
+        numbers = [_numbers(layer) for layer in self]
+        room = max(16, width - sum(map(_render.width_of, _NUMBERS, zip(*numbers, strict=True))))
+
+        def cell(layer: Layer) -> str:
+            more = [text for text in (layer.kind, *layer.formula.split(", ")) if text]
+            wrapped = [textwrap.fill(text, room, initial_indent="  ", subsequent_indent="      ") for text in more]
+            return "\n".join([_render.escape(layer.name), *wrapped])
+
+        rows = [(cell(layer), *cells) for layer, cells in zip(self, numbers, strict=True)]
+        return _render.table("", [(f"layer: kind, {FORMULA}", "left"), *_NUMBERS], rows, narrow=True)
 
     def __str__(self) -> str:
         return _render.as_text(self)
@@ -121,6 +130,17 @@ class Description(Sequence[Layer]):
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
+
+
+FORMULA = "(N + 2·pad − F)/stride + 1"
+_NUMBERS = (("output", "right"), ("parameters", "right"), ("MFLOP", "right"), ("receptive field", "right"))
+
+
+def _numbers(layer: Layer) -> tuple[str, str, str, str]:
+    return (
+        _shape(layer.output), f"{layer.parameters:,}" if layer.parameters else "",
+        f"{layer.flops / 1e6:,.1f}" if layer.flops else "", _shape(layer.receptive_field),
+    )  # fmt: skip
 
 
 def describe(

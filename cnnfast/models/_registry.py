@@ -66,6 +66,7 @@ def network(
             model.load_state_dict(_without(state, without))
             return model
 
+        vars(builder).pop("__wrapped__")  # the signature is this one, with the weights
         _ENTRIES[name] = Entry(builder, size)
         return builder
 
