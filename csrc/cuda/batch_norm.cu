@@ -22,11 +22,13 @@
 namespace cnnfast::cuda::batch_norm {
 namespace {
 
+// Pixels whose operands are loaded before the first is computed with: as many as there are registers for.
 constexpr int kRowsAtOnce = 2;
+template <bool residual>
+constexpr int kFpropRowsAtOnce = residual ? 2 : 4;
 template <class T>
-constexpr int kSumRowsAtOnce = sizeof(T) == 2 ? 1 : 2;  // as many as there are registers for
-constexpr int kRowsASum = 8;                            // pixels whose sum is in Acc
-
+constexpr int kSumRowsAtOnce = sizeof(T) == 2 ? 4 : 2;
+constexpr int kRowsASum = 8;   // pixels whose sum is in Acc
 constexpr int kLeastWalk = 4;  // pixels of a thread
 
 // A pack of pixel number `pixel`.
@@ -43,7 +45,7 @@ __device__ __forceinline__ void write(T* to, const Pixels& pixels, const Strides
 
 // ---- fprop ----------------------------------------------------------------------------------------------------------
 
-template <class T, int width>
+template <class T, int width, bool residual>
 __global__ void __launch_bounds__(kThreads, 2) fprop(const Call<T> call, const Shares shares, const int64_t packs) {
   using Acc = Accumulator<T>;
   const Activate<Acc> act(call.act);
@@ -51,24 +53,24 @@ __global__ void __launch_bounds__(kThreads, 2) fprop(const Call<T> call, const S
     const Share share(shares, i, threadIdx.x, packs, call.pixels.count);
     if (!share.present) continue;
     const Factors<Acc, width> factors(call, share.pack);
-    for (int pixel = share.first; pixel < share.end; pixel += kRowsAtOnce * shares.rows) {
-      Pack<T, width> x[kRowsAtOnce], r[kRowsAtOnce];
+    for (int pixel = share.first; pixel < share.end; pixel += kFpropRowsAtOnce<residual> * shares.rows) {
+      Pack<T, width> x[kFpropRowsAtOnce<residual>], r[kFpropRowsAtOnce<residual>];
 #pragma unroll
-      for (int j = 0; j < kRowsAtOnce; ++j) {
+      for (int j = 0; j < kFpropRowsAtOnce<residual>; ++j) {
         const int here = pixel + j * shares.rows;
         if (here >= share.end) continue;
         x[j] = read<T, width>(call.x, call.pixels, call.sx, here, share.pack);
-        if (call.r) r[j] = read<T, width>(call.r, call.pixels, call.sr, here, share.pack);
+        if (residual) r[j] = read<T, width>(call.r, call.pixels, call.sr, here, share.pack);
       }
 #pragma unroll
-      for (int j = 0; j < kRowsAtOnce; ++j) {
+      for (int j = 0; j < kFpropRowsAtOnce<residual>; ++j) {
         const int here = pixel + j * shares.rows;
         if (here >= share.end) break;
         Pack<T, width> y;
 #pragma unroll
         for (int e = 0; e < width; ++e) {
           Acc z = factors.normalised(Numeric<T>::widen(x[j].v[e]) - factors.mean.v[e], e);
-          if (call.r) z += Numeric<T>::widen(r[j].v[e]);
+          if (residual) z += Numeric<T>::widen(r[j].v[e]);
           y.v[e] = Numeric<T>::narrow(act(z));
         }
         write(call.result, call.pixels, call.sy, here, share.pack, y);
@@ -241,19 +243,20 @@ struct Launchers {
     const int64_t packs = call.C / width;
     const Shares shares = map_shares(call.pixels.count, packs, kLeastWalk);
     if (shares.count() == 0) return nullptr;
-    return launch<batch_norm::fprop<T, width>>(grid_for(shares.count()), dim3(kThreads, 1, 1), 0, run.stream, call,
-                                               shares, packs);
+    const dim3 grid = grid_for(shares.count()), block(kThreads, 1, 1);
+    return call.r ? launch<batch_norm::fprop<T, width, true>>(grid, block, 0, run.stream, call, shares, packs)
+                  : launch<batch_norm::fprop<T, width, false>>(grid, block, 0, run.stream, call, shares, packs);
   }
   static const char* wgrad(const Call<T>& call, const Launch& run) {
     const int64_t packs = call.C / width;
     const Shares shares = sum_shares(call.pixels.count, packs, kLeastWalk);
     double* partial = static_cast<double*>(run.workspace);
     const char* error = nullptr;
+    const dim3 grid = grid_for(shares.count()), block(kThreads, 1, 1);
     if (shares.count() > 0)
-      error = call.r ? launch<batch_norm::wgrad<T, width, true>>(grid_for(shares.count()), dim3(kThreads, 1, 1), 0,
-                                                                 run.stream, call, shares, packs, partial)
-                     : launch<batch_norm::wgrad<T, width, false>>(grid_for(shares.count()), dim3(kThreads, 1, 1), 0,
-                                                                  run.stream, call, shares, packs, partial);
+      error =
+          call.r ? launch<batch_norm::wgrad<T, width, true>>(grid, block, 0, run.stream, call, shares, packs, partial)
+                 : launch<batch_norm::wgrad<T, width, false>>(grid, block, 0, run.stream, call, shares, packs, partial);
     if (error) return error;
     return launch<finish<T, Acc>>(grid_for(ceil_div(call.C, kFinishChannels)), dim3(kThreads, 1, 1), 0, run.stream,
                                   call, shares.chunks, partial, static_cast<Acc*>(run.operands[kDw]),
@@ -267,10 +270,8 @@ struct Launchers {
                                                shares, packs, static_cast<const Acc*>(run.operands[kDw]),
                                                static_cast<const Acc*>(run.operands[kDb]));
   }
-  // What wgrad leaves is all that dgrad needs.
+  // What wgrad left is all that dgrad needs.
   static const char* backward(Call<T> call, const Launch& run) {
-    const char* error = wgrad(call, run);
-    if (error) return error;
     if (call.u) {  // dz is at hand, the activation behind it
       call.y = call.u, call.sy = call.su;
       call.r = nullptr;
@@ -286,9 +287,13 @@ const char* launch_fprop(const void* params, const Launch& run) {
   return call.packed(kPackWidth<T>) ? Launchers<T, kPackWidth<T>>::fprop(call, run) : Launchers<T, 1>::fprop(call, run);
 }
 template <class T>
+const char* sum_up(const Call<T>& call, const Launch& run) {
+  constexpr int width = kSumWidth<T>;
+  return call.packed(width) ? Launchers<T, width>::wgrad(call, run) : Launchers<T, 1>::wgrad(call, run);
+}
+template <class T>
 const char* launch_wgrad(const void* params, const Launch& run) {
-  const Call<T> call(*static_cast<const BatchNormParams*>(params), run);
-  return call.packed(kPackWidth<T>) ? Launchers<T, kPackWidth<T>>::wgrad(call, run) : Launchers<T, 1>::wgrad(call, run);
+  return sum_up(Call<T>(*static_cast<const BatchNormParams*>(params), run), run);
 }
 template <class T>
 const char* launch_dgrad(const void* params, const Launch& run) {
@@ -298,6 +303,8 @@ const char* launch_dgrad(const void* params, const Launch& run) {
 template <class T>
 const char* launch_backward(const void* params, const Launch& run) {
   const Call<T> call(*static_cast<const BatchNormParams*>(params), run);
+  const char* error = sum_up(call, run);
+  if (error) return error;
   return call.packed(kPackWidth<T>) ? Launchers<T, kPackWidth<T>>::backward(call, run)
                                     : Launchers<T, 1>::backward(call, run);
 }

@@ -13,6 +13,9 @@
 namespace cnnfast::cuda::batch_norm {
 
 constexpr int kThreads = 256;
+// Channels of a thread that sums: more of 16 bits would take the registers that keep loads under way.
+template <class T>
+constexpr int kSumWidth = sizeof(T) == 8 ? 2 : 4;
 constexpr int kFinishChannels = 8;  // of a block that adds the chunks' sums up; its other threads share the chunks
 constexpr int64_t kSumBlocks = 1024, kMapBlocks = 2048;  // about so many where there is enough to do
 
@@ -105,7 +108,7 @@ inline Shares map_shares(int64_t pixels, int64_t packs, int64_t rows_at_once) {
 template <class T>
 int64_t sums_workspace(const BatchNormParams& p, int64_t rows_at_once) {
   const int64_t pixels = p.N * p.H * p.W;
-  const int64_t packed = p.C % kPackWidth<T> ? 0 : sum_shares(pixels, p.C / kPackWidth<T>, rows_at_once).chunks;
+  const int64_t packed = p.C % kSumWidth<T> ? 0 : sum_shares(pixels, p.C / kSumWidth<T>, rows_at_once).chunks;
   return std::max(packed, sum_shares(pixels, p.C, rows_at_once).chunks) * 2 * p.C *
          static_cast<int64_t>(sizeof(double));
 }

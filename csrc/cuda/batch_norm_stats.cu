@@ -10,7 +10,8 @@
 //
 // Mapping: a block is 32 packs of channels at most by the pixels that 256 threads have room for, over a chunk of pixels
 // (pixels.h); a second kernel joins the chunks. Layout: NHWC, any pixel strides; where sizes, strides or addresses
-// don't allow packs of 16 bytes a thread takes one channel. Accumulator: f32 for 8 pixels (f64 for f64), f64 beyond.
+// don't allow packs (of 16 bytes, of 8 for 16-bit types)
+// a thread takes one channel. Accumulator: f32 for 8 pixels (f64 for f64), f64 beyond.
 // Source: Chan, Golub, LeVeque, Algorithms for Computing the Sample Variance (1983).
 #include "batch_norm.h"
 
@@ -78,7 +79,7 @@ __device__ __forceinline__ void join_pixels(Moments<width>& moments, const Pack<
 
 // partial: [chunk][mean, m2][C].
 template <class T, int width>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
     sum_up(const Pixels pixels, const Strides strides, const Shares shares, const int64_t packs,
            const T* __restrict__ x, double* __restrict__ partial) {
   CNNFAST_SHARED(double, counts, [kThreads]);
@@ -101,9 +102,8 @@ __global__ void __launch_bounds__(kThreads, 2)
           values[j] = load<T, width>(x + pixels.offset(strides, pixel) + share.pack * width);
         join_pixels(moments, values, bases);
       };
-      if constexpr (width < 8)  // 16-bit packs would take too many registers
-        while (pixel + 7 * shares.rows < share.end) take(Count<8>{});
-      while (pixel + 3 * shares.rows < share.end) take(Count<4>{});
+      while (pixel + 7 * shares.rows < share.end) take(Count<8>{});
+      if (pixel + 3 * shares.rows < share.end) take(Count<4>{});
       if (pixel + shares.rows < share.end) take(Count<2>{});
       if (pixel < share.end) take(Count<1>{});
     }
@@ -209,7 +209,7 @@ template <class T>
 const char* launch_stats(const void* params, const Launch& run) {
   const auto& p = *static_cast<const BatchNormParams*>(params);
   const Call<T> call(p, run);
-  return call.packed(kPackWidth<T>) ? launch_of<T, kPackWidth<T>>(p, call, run) : launch_of<T, 1>(p, call, run);
+  return call.packed(kSumWidth<T>) ? launch_of<T, kSumWidth<T>>(p, call, run) : launch_of<T, 1>(p, call, run);
 }
 
 template <class T>

@@ -44,6 +44,8 @@ struct DilatedAxis {
         pad(static_cast<int>(pad_)),
         step(static_cast<int>(step_)) {}
 
+  __host__ __device__ __forceinline__ int most_taps() const { return filter; }
+  __device__ __forceinline__ int start(int window) const { return window * stride - pad; }
   // A window's taps inside the image.
   __device__ __forceinline__ Span elements(int window) const {
     const int start = window * stride - pad, past = start + (filter - 1) * step + 1;
@@ -91,8 +93,12 @@ struct AdaptiveAxis {
   __device__ __forceinline__ Span windows(int begin, int end) const {
     return {floor_of(begin, outputs, size), ceil_of(end, outputs, size)};
   }
+  __device__ __forceinline__ int start(int window) const { return static_cast<int>(elements(window).begin); }
   __device__ __forceinline__ int divisor(int window) const { return elements(window).size(); }
-  int most_elements() const { return (size + outputs - 1) / outputs + (size % outputs != 0); }
+  __host__ __device__ __forceinline__ int most_elements() const {
+    return (size + outputs - 1) / outputs + (size % outputs != 0);
+  }
+  __host__ __device__ __forceinline__ int most_taps() const { return outputs ? most_elements() : 0; }
 
  private:
   // i * a / b
