@@ -27,7 +27,7 @@ PRECISIONS = ("fp32", "ieee", "high")
 # Of the combinations (variant, dtype, precision) of a kernel, so many a case and direction: what a budget allows.
 SHARE = 1 if process.INTERPRETED or process.CHECKED else 6 if process.EMULATED else 2
 # What a minute buys in Triton's interpreter: cases made for kernels of the CPU are left to make test-all there.
-INTERPRETED_FLOPS, INTERPRETED_BYTES = 4e6, 3e5
+INTERPRETED_FLOPS, INTERPRETED_BYTES = 4e6, 1.5e5
 
 
 def _combinations(op: str, direction: str, case: Any) -> Iterator[tuple[Implementation, str, str]]:
@@ -49,7 +49,8 @@ def _combinations(op: str, direction: str, case: Any) -> Iterator[tuple[Implemen
         if process.INTERPRETED and not process.FULL and fitting:
             i, dtype, precision = fitting[0]
             p = adapter.problem(case, direction, TORCH_DTYPES[dtype], precision, process.device(i))
-            if p.flops > INTERPRETED_FLOPS or (not p.flops and p.bytes > INTERPRETED_BYTES):
+            taps = p.N * p.C * p.P * p.Q * p.R * p.S if not p.flops and "R" in dict(p.sizes) else 0
+            if max(p.flops, 8 * taps) > INTERPRETED_FLOPS or (not p.flops and p.bytes > INTERPRETED_BYTES):
                 continue
         if process.FULL or len(fitting) <= SHARE:
             yield from fitting
