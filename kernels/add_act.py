@@ -21,13 +21,14 @@ import triton
 import triton.language as tl
 
 from ._activation import activate, activate_gradient
-from ._common import by_hand, ceil_div, launch, narrow, needs_int64, next_power_of_2, on_device, widen
+from ._common import INTERPRETED, by_hand, ceil_div, launch, narrow, needs_int64, next_power_of_2, on_device, widen
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
 
 NUM_WARPS = 4
-ELEMENTS = 1024  # a program: 16 bytes of 16-bit elements a thread
+# A program: 16 bytes of 16-bit elements a thread; the interpreter pays by the program.
+ELEMENTS = 8192 if INTERPRETED else 1024
 ROW_BLOCKS = (4, 8, 16, 32, 64)  # BLOCK_N where there are rows
 MIXED_BLOCK = 32  # the same where operands run over different dimensions: a tile whose sides are alike
 

@@ -5,15 +5,13 @@
     jvp      y[n, c, p, q] = t[n, c, h, w]                at the maximum
     dgrad    t[n, c, h, w] = sum of y[n, c, p, q]         over the windows whose maximum is (h, w)
 
-The first of equal elements is the maximum, in a window with NaNs the last NaN. A window without elements gives -inf,
-index 0, tangent 0, and passes its gradient to no pixel.
+A window without elements passes its gradient to no pixel; everything else about the search: _maximum.py.
 
-Mapping. fprop, indices and jvp are one kernel: BLOCK_M output pixels × BLOCK_C channels a program, tap after tap, all
-channels in step; the winner is carried in x's own dtype, its bits unchanged, beside the tap it came from (r << 16 | s).
-dgrad has no indices to read and adds with no atomics: a program owns BLOCK_M cells × BLOCK_C channels of t; a cell is
-``tile_h*stride_h`` × ``tile_w*stride_w`` pixels, numbered by ``phase``. The program visits the windows that touch its
-cells, p and q ascending, finds each one's maximum again in x, and adds the gradient to the phase that holds it. A cell
-touches ``tile_h + (R-1)*dilation_h // stride_h`` windows in h, so larger cells search less for a pixel, and add more.
+Mapping. fprop, indices and jvp are the search. dgrad has no indices to read and adds with no atomics: a program owns
+BLOCK_M cells × BLOCK_C channels of t; a cell is ``tile_h*stride_h`` × ``tile_w*stride_w`` pixels, numbered by ``phase``.
+The program visits the windows that touch its cells, p and q ascending, finds each one's maximum again in x, and adds
+the gradient to the phase that holds it. A cell touches ``tile_h + (R-1)*dilation_h // stride_h`` windows in h, so larger
+cells search less for a pixel, and add more.
 
 Layout: NHWC with free pixel strides. Accumulator of dgrad: fp32, rounded once at the store, in a fixed order.
 """
@@ -21,23 +19,20 @@ Layout: NHWC with free pixel strides. Accumulator of dgrad: fp32, rounded once a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 
-from ._common import by_hand, ceil_div, launch, narrow, needs_int64, next_power_of_2, on_device, widen
+from ._common import by_hand, ceil_div, launch, narrow, on_device, widen
+from ._maximum import NUM_WARPS, Windows, int64, maximum, search, unrolled
+from ._windows import block_c
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
 
-NUM_WARPS = 4
-UNROLLED = (2, 3)  # square windows of these sizes have all their loads in flight
-MIN_CHANNELS, MAX_CHANNELS = 4, 64  # BLOCK_C
-ELEMENTS = 1024  # windows × channels a program
-GRADIENT_ELEMENTS = 512  # the same of dgrad
+GRADIENT_ELEMENTS = 512  # dgrad: windows × channels a program
 GRADIENTS = 2048  # dgrad: pixels × channels a program
 BLOCKS_PHASE = (1, 4, 16)
 TILES = (1, 2, 4, 8)
@@ -79,116 +74,6 @@ class MaxPool2dProblem(Protocol):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device code
-
-
-@triton.jit
-def _first_tap(start, dilation):
-    """The first tap at or beyond pixel 0."""
-    return tl.maximum((dilation - 1 - start) // dilation, 0)
-
-
-@triton.jit
-def _tap(x, offset, i, j, inside, height, width, r, s, best, code, BY_HAND: tl.constexpr):
-    valid = ((i >= 0) & (i < height) & (j >= 0) & (j < width))[:, None] & inside
-    value = tl.load(x + offset, mask=valid, other=float("-inf"))
-    wide = widen(value, BY_HAND).to(tl.float32)
-    better = (wide > widen(best, BY_HAND).to(tl.float32)) | (wide != wide)
-    return tl.where(better, value, best), tl.where(better, r * 65536 + s, code)
-
-
-@triton.jit
-def _maximum(
-    x, base, channel, start_i, start_j, in_m, in_c, height, width, taps_r, taps_s, dilation_h, dilation_w,
-    src_row, src_col, TAPS: tl.constexpr, BY_HAND: tl.constexpr,
-):  # fmt: skip
-    """The maximum of each window and its tap, r << 16 | s, or -1 in a window without elements.
-
-    Without anything above -inf the first element is the maximum: its tap is the start.
-    """
-    first_r = _first_tap(start_i, dilation_h)
-    first_s = _first_tap(start_j, dilation_w)
-    some_r = (first_r < taps_r) & (start_i + first_r * dilation_h < height)
-    some_s = (first_s < taps_s) & (start_j + first_s * dilation_w < width)
-    code = tl.where(in_m & some_r & some_s, first_r * 65536 + first_s, -1)
-    inside = in_m[:, None] & in_c[None, :]
-    code = tl.where(inside, code[:, None], -1)
-    best = tl.full(code.shape, float("-inf"), tl.float32)
-    best = narrow(best, x.dtype.element_ty, BY_HAND)
-    offset = base[:, None] + channel[None, :]
-    if TAPS:
-        for r in tl.static_range(TAPS):
-            i = start_i + r * dilation_h
-            for s in tl.static_range(TAPS):
-                j = start_j + s * dilation_w
-                step = r * dilation_h * src_row + s * dilation_w * src_col
-                best, code = _tap(x + step, offset, i, j, inside, height, width, r, s, best, code, BY_HAND)
-    else:
-        r = 0
-        s = 0
-        for _ in range(0, taps_r * taps_s):
-            i = start_i + r * dilation_h
-            j = start_j + s * dilation_w
-            step = r * dilation_h * src_row + s * dilation_w * src_col
-            best, code = _tap(x + step, offset, i, j, inside, height, width, r, s, best, code, BY_HAND)
-            s += 1
-            row_done = s == taps_s
-            r = tl.where(row_done, r + 1, r)
-            s = tl.where(row_done, 0, s)
-    return best, code
-
-
-@triton.jit(do_not_specialize=["batch", "out_h", "out_w", "height", "width", "taps_r", "taps_s", "stride_h", "stride_w",
-                               "pad_h", "pad_w", "dilation_h", "dilation_w"])  # fmt: skip
-def _pool(
-    x, y, index, tangent,
-    batch, channels, out_h, out_w, height, width, taps_r, taps_s,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w,
-    src_n, src_row, src_col, out_n, out_row, out_col, index_n, index_row, index_col, tan_n, tan_row, tan_col,
-    INDEX: tl.constexpr, TANGENT: tl.constexpr, TAPS: tl.constexpr, INT64: tl.constexpr, BY_HAND: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    if INT64:
-        src_n = tl.cast(src_n, tl.int64)
-        src_row = tl.cast(src_row, tl.int64)
-        src_col = tl.cast(src_col, tl.int64)
-        out_n = tl.cast(out_n, tl.int64)
-        out_row = tl.cast(out_row, tl.int64)
-        out_col = tl.cast(out_col, tl.int64)
-        index_n = tl.cast(index_n, tl.int64)
-        index_row = tl.cast(index_row, tl.int64)
-        index_col = tl.cast(index_col, tl.int64)
-        tan_n = tl.cast(tan_n, tl.int64)
-        tan_row = tl.cast(tan_row, tl.int64)
-        tan_col = tl.cast(tan_col, tl.int64)
-    blocks_c = tl.cdiv(channels, BLOCK_C)
-    pid = tl.program_id(0)
-    channel = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    pixel = pid // blocks_c * BLOCK_M + tl.arange(0, BLOCK_M)
-    in_c = channel < channels
-    in_m = pixel < batch * out_h * out_w
-    image = pixel // (out_h * out_w)
-    rest = pixel - image * (out_h * out_w)
-    p = rest // out_w
-    q = rest - p * out_w
-    start_i = p * stride_h - pad_h
-    start_j = q * stride_w - pad_w
-    base = image * src_n + start_i * src_row + start_j * src_col
-    result, code = _maximum(
-        x, base, channel, start_i, start_j, in_m, in_c, height, width, taps_r, taps_s, dilation_h, dilation_w,
-        src_row, src_col, TAPS, BY_HAND,
-    )  # fmt: skip
-    inside = in_m[:, None] & in_c[None, :]
-    i = start_i[:, None] + (code >> 16) * dilation_h
-    j = start_j[:, None] + (code & 0xFFFF) * dilation_w
-    if TANGENT:
-        source = (image * tan_n)[:, None] + i * tan_row + j * tan_col + channel[None, :]
-        result = tl.load(tangent + source, mask=code >= 0, other=0.0)
-    target = image * out_n + p * out_row + q * out_col
-    tl.store(y + (target[:, None] + channel[None, :]), result, mask=inside)
-    if INDEX:
-        target = image * index_n + p * index_row + q * index_col
-        where = tl.where(code >= 0, i * width + j, 0).to(tl.int64)
-        tl.store(index + (target[:, None] + channel[None, :]), where, mask=inside)
 
 
 @triton.jit(do_not_specialize=["batch", "out_h", "out_w", "height", "width", "taps_r", "taps_s", "stride_h", "stride_w",
@@ -243,7 +128,7 @@ def _pool_gradient(
         g_offset = image * grad_n + p * grad_row + q * grad_col
         g = tl.load(grad + (g_offset[:, None] + channel[None, :]), mask=in_w[:, None] & in_c[None, :], other=0.0)
         base = image * src_n + start_i * src_row + start_j * src_col
-        _, code = _maximum(
+        _, code = maximum(
             x, base, channel, start_i, start_j, in_w, in_c, height, width, taps_r, taps_s, dilation_h, dilation_w,
             src_row, src_col, TAPS, BY_HAND,
         )  # fmt: skip
@@ -266,16 +151,8 @@ def _pool_gradient(
 # Launchers
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a problem, with what cannot matter brought within 32 bits."""
-
-    size: int
-    out: int
-    taps: int
-    stride: int
-    pad: int
-    dilation: int
+class Axis(Windows):
+    """One axis of a problem, with what cannot matter brought within 32 bits, and its cells."""
 
     def phases(self, tile: int) -> int:
         """Pixels of a cell; a map smaller than that has but one cell."""
@@ -305,11 +182,6 @@ def axes(p: MaxPool2dProblem) -> tuple[Axis, Axis]:
     )
 
 
-def block_c(channels: int) -> int:
-    """Channels a program."""
-    return max(MIN_CHANNELS, min(MAX_CHANNELS, next_power_of_2(channels)))
-
-
 def block_cells(block_phase: int, block_c: int) -> int:
     """Cells a program."""
     return max(1, min(GRADIENT_ELEMENTS, GRADIENTS // block_phase) // block_c)
@@ -318,11 +190,6 @@ def block_cells(block_phase: int, block_c: int) -> int:
 def block_phase(phases: int) -> int:
     """Phases a program."""
     return next((block for block in BLOCKS_PHASE if block >= phases), BLOCKS_PHASE[-1])
-
-
-def unrolled(p: MaxPool2dProblem) -> int:
-    """The size of a square window that is unrolled, or 0."""
-    return p.R if p.R == p.S and p.R in UNROLLED else 0
 
 
 def tile(h: Axis, w: Axis) -> tuple[int, int]:
@@ -338,58 +205,23 @@ def tile(h: Axis, w: Axis) -> tuple[int, int]:
     return min(((a, b) for a in TILES for b in TILES), key=lambda tiles: cost(*tiles))
 
 
-def _int64(p: MaxPool2dProblem, h: Axis, w: Axis, *, i: bool = False, t: bool = False) -> bool:
-    """Whether offsets pass 32 bits in x, y or the optional operands; windows begin and end beyond the map."""
-    reach_h, reach_w = h.size + h.pad + h.taps * h.dilation, w.size + w.pad + w.taps * w.dilation
-    return (
-        needs_int64((p.N, p.x_n), (reach_h, p.x_h), (reach_w, p.x_w), (p.C, 1))
-        or needs_int64((p.N, p.y_n), (h.out, p.y_h), (w.out, p.y_w), (p.C, 1))
-        or (i and needs_int64((p.N, p.i_n), (h.out, p.i_h), (w.out, p.i_w), (p.C, 1)))
-        or (t and needs_int64((p.N, p.t_n), (h.size, p.t_h), (w.size, p.t_w), (p.C, 1)))
-    )
-
-
-def _forward(
-    p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None, t: torch.Tensor | None
-) -> None:
-    pixels = p.N * p.P * p.Q
-    if pixels == 0 or p.C == 0:
-        return
-    h, w = axes(p)
-    channels = block_c(p.C)
-    pixels_a_program = ELEMENTS // channels
-    with on_device(x):
-        launch(
-            _pool, ceil_div(pixels, pixels_a_program) * ceil_div(p.C, channels),
-            x, y, i, t,
-            p.N, p.C, h.out, w.out, h.size, w.size, h.taps, w.taps,
-            h.stride, w.stride, h.pad, w.pad, h.dilation, w.dilation,
-            p.x_n, p.x_h, p.x_w, p.y_n, p.y_h, p.y_w,
-            *((p.i_n, p.i_h, p.i_w) if i is not None else (0, 0, 0)),
-            *((p.t_n, p.t_h, p.t_w) if t is not None else (0, 0, 0)),
-            INDEX=i is not None, TANGENT=t is not None, TAPS=unrolled(p),
-            INT64=_int64(p, h, w, i=i is not None, t=t is not None),
-            BY_HAND=by_hand(x.dtype), BLOCK_M=pixels_a_program, BLOCK_C=channels, num_warps=NUM_WARPS,
-        )  # fmt: skip
-
-
 def fprop(
     p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None = None, t: torch.Tensor | None = None
 ) -> None:
     """Writes y, the maxima."""
-    _forward(p, x, y, None, None)
+    search(p, *axes(p), x, y, None, None)
 
 
 def indices(
     p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor, t: torch.Tensor | None = None
 ) -> None:
     """Writes y, the maxima, and i, where they lie."""
-    _forward(p, x, y, i, None)
+    search(p, *axes(p), x, y, i, None)
 
 
 def jvp(p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None, t: torch.Tensor) -> None:
     """Writes y, the output's tangent, from x and t, the input's."""
-    _forward(p, x, y, None, t)
+    search(p, *axes(p), x, y, None, t)
 
 
 def dgrad(
@@ -415,7 +247,7 @@ def dgrad(
             h.stride, w.stride, h.pad, w.pad, h.dilation, w.dilation,
             tile_h, tile_w, before_h, before_w, windows_h, windows_w, rows, cols, first_a, first_b, cells_h, cells_w,
             p.x_n, p.x_h, p.x_w, p.y_n, p.y_h, p.y_w, p.t_n, p.t_h, p.t_w,
-            TAPS=unrolled(p), INT64=_int64(p, h, w, t=True), BY_HAND=by_hand(x.dtype),
+            TAPS=unrolled(h, w), INT64=int64(p, h, w, t=True), BY_HAND=by_hand(x.dtype),
             BLOCK_M=cells, BLOCK_PHASE=phases, BLOCK_C=channels, num_warps=NUM_WARPS,
         )  # fmt: skip
 

@@ -27,7 +27,7 @@ PRECISIONS = ("fp32", "ieee", "high")
 # Of the combinations (variant, dtype, precision) of a kernel, so many a case and direction: what a budget allows.
 SHARE = 1 if process.INTERPRETED or process.CHECKED else 6 if process.EMULATED else 2
 # What a minute buys in Triton's interpreter: cases made for kernels of the CPU are left to make test-all there.
-INTERPRETED_FLOPS, INTERPRETED_BYTES = 4e6, 3e5
+INTERPRETED_FLOPS, INTERPRETED_BYTES = 4e6, 1.5e5
 # The same of a pooling, taps a window: max pooling's gradient searches every window that it touches, tap by tap.
 INTERPRETED_TAPS = 20
 
@@ -51,9 +51,12 @@ def _combinations(op: str, direction: str, case: Any) -> Iterator[tuple[Implemen
         if process.INTERPRETED and not process.FULL and fitting:
             i, dtype, precision = fitting[0]
             p = adapter.problem(case, direction, TORCH_DTYPES[dtype], precision, process.device(i))
-            taps = getattr(p, "R", 1) * getattr(p, "S", 1)
-            if p.flops > INTERPRETED_FLOPS or (
-                not p.flops and (p.bytes > INTERPRETED_BYTES or taps > INTERPRETED_TAPS)
+            window = p.R * p.S if not p.flops and "R" in dict(p.sizes) else 0
+            taps = window and p.N * p.C * p.P * p.Q * window
+            if (
+                max(p.flops, 8 * taps) > INTERPRETED_FLOPS
+                or (not p.flops and p.bytes > INTERPRETED_BYTES)
+                or window > INTERPRETED_TAPS
             ):
                 continue
         if process.FULL or len(fitting) <= SHARE:

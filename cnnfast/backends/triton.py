@@ -46,6 +46,29 @@ def _max_pool2d(p: Problem) -> list[str]:
     ]
 
 
+def _avg_pool2d(p: Problem) -> list[str]:
+    return [
+        reason
+        for wrong, reason in (
+            (p.N * max(p.P * p.Q, p.H * p.W) >= _PROGRAMS, "numbers pixels in 32 bits"),
+            ((p.H + 2 * p.pad_h) * (p.W + 2 * p.pad_w) >= 2**31, "numbers the pixels of a map in 32 bits"),
+        )
+        if wrong
+    ]
+
+
+def _adaptive_pool2d(p: Problem) -> list[str]:
+    return [
+        reason
+        for wrong, reason in (
+            (p.N * max(p.P * p.Q, p.H * p.W) >= _PROGRAMS, "numbers pixels in 32 bits"),
+            (max((p.P + 1) * (p.H + 1), (p.Q + 1) * (p.W + 1)) >= 2**31, "multiplies positions in 32 bits"),
+            (p.op == "adaptive_max_pool2d" and max(p.H, p.W) >= 2**15, "numbers taps in 16 bits"),
+        )
+        if wrong
+    ]
+
+
 def _add_act(p: Problem) -> list[str]:
     rows = p.N * p.H * max(p.C, p.W)
     return [f"numbers rows in 32 bits: {rows} are too many"] if rows >= _PROGRAMS else []
@@ -65,33 +88,46 @@ def _moved(p: Problem) -> float:
 RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float]]] = {
     "conv2d_implicit_gemm": ("conv2d", _conv2d, lambda p: 8e-6 + p.flops / 5e13),
     "max_pool2d": ("max_pool2d", _max_pool2d, _moved),
+    "avg_pool2d": ("avg_pool2d", _avg_pool2d, _moved),
+    "adaptive_avg_pool2d": ("adaptive_avg_pool2d", _adaptive_pool2d, _moved),
+    "adaptive_max_pool2d": ("adaptive_max_pool2d", _adaptive_pool2d, _moved),
     "batch_norm": ("batch_norm", _batch_norm, _moved),
     "add_act": ("add_act", _add_act, _moved),
 }
 
 
+# kernel module -> operations that are its fprop with an epilogue: the same kernel under the same rule
+EPILOGUES: dict[str, tuple[str, ...]] = {}
+
+
+def _operations(stem: str, direction: str) -> tuple[str, ...]:
+    """What a direction of a kernel serves."""
+    return (RULES[stem][0], *(EPILOGUES.get(stem, ()) if direction == "fprop" else ()))
+
+
 def _implementations() -> tuple[list[Implementation], str]:
     found: list[Implementation] = []
-    for stem, (op, unsupported, cost) in RULES.items():
+    for stem, (_, unsupported, cost) in RULES.items():
         try:
             module = importlib.import_module(f"cnnfast.kernels.{stem}")
         except ImportError as error:
             return [], f"Triton kernels can't be imported: {error}"
-        for direction, launcher in module.KERNELS.items():
-            found.append(
-                Implementation(
-                    name=f"triton.{stem}",
-                    op=op,
-                    backend="triton",
-                    stem=stem,
-                    direction=direction,
-                    dtypes=tuple(DTYPES[t] for t in module.DTYPES),
-                    unsupported=unsupported,
-                    bind=_binder(launcher, getattr(module, "WORKSPACE", {}).get(direction)),
-                    cost=cost,
-                    layouts=getattr(module, "LAYOUTS", {}).get(direction, {}),
-                )
+        found += [
+            Implementation(
+                name=f"triton.{stem}",
+                op=op,
+                backend="triton",
+                stem=stem,
+                direction=direction,
+                dtypes=tuple(DTYPES[t] for t in module.DTYPES),
+                unsupported=unsupported,
+                bind=_binder(launcher, getattr(module, "WORKSPACE", {}).get(direction)),
+                cost=cost,
+                layouts=getattr(module, "LAYOUTS", {}).get(direction, {}),
             )
+            for direction, launcher in module.KERNELS.items()
+            for op in _operations(stem, direction)
+        ]
     return found, ""
 
 

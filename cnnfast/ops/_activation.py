@@ -7,7 +7,13 @@ from typing import Any
 import torch
 
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu")  # those whose result tells the derivative
-INFERENCE = (*ACTIVATIONS, "silu", "hardswish", "sigmoid", "hardsigmoid")  # in the order of Activation in csrc/common/activation.h
+INFERENCE = (
+    *ACTIVATIONS,
+    "silu",
+    "hardswish",
+    "sigmoid",
+    "hardsigmoid",
+)  # in the order of Activation in csrc/common/activation.h
 LEAKY_SLOPE = 0.01
 
 

@@ -1,0 +1,54 @@
+"""Offline compilation of avg_pool2d: the calls that its launchers make, with every block they can select."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ._common import Variant
+from ._windows import BLOCKS_T, ELEMENTS, MAX_CHANNELS, MIN_CHANNELS, NUM_WARPS, _gather, unrolled
+
+_STRIDES = tuple(f"{role}_{axis}" for role in ("src", "labels", "out") for axis in ("n", "row", "col"))
+_ALIGNED = ("src", "labels", "out", "channels", *_STRIDES)
+
+
+def gather_variant(
+    name: str, mode: str, arch: int, taps: int, block_t: int, channels: int, *, odd: bool = False, labels: bool = False,
+    **flags: bool,
+) -> Variant:  # fmt: skip
+    """A call of the gathering kernel; odd: channels and strides that no vector fits, offsets of 64 bits."""
+    block_m = ELEMENTS // block_t // channels
+    constants: dict[str, Any] = dict.fromkeys(("GRADIENT", "ADAPTIVE", "PADDING", "OVERRIDE"), False) | flags
+    constants |= {"TAPS": taps, "INT64": odd, "BY_HAND": False}
+    constants |= {"BLOCK_M": block_m, "BLOCK_T": block_t, "BLOCK_C": channels}
+    constants |= {} if labels else {"labels": None}
+    names = _gather.arg_names
+    pointers = {"src": f"*{mode}", "labels": "*i32", "out": f"*{mode}"}
+    return Variant(
+        name=f"{name}{'_odd' * odd}.{mode}.{taps}x{block_m}x{block_t}x{channels}",
+        fn=_gather,
+        signature={n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names},
+        constexprs={n: constants[n] for n in names if n in constants},
+        aligned=() if odd else tuple(n for n in _ALIGNED if n not in constants),
+        num_warps=NUM_WARPS, num_stages=3, capability=arch, tensor_cores=False, asynchronous=False,
+    )  # fmt: skip
+
+
+def gather_variants(name: str, arch: int, modes: tuple[str, ...], **flags: bool) -> Iterator[Variant]:
+    """A kind of call with every block that can be selected."""
+    for mode in modes:
+        for odd in (False, True):
+            counts = reversed(unrolled(flags.get("labels", False)))
+            for taps, block_t in (*((taps, 1) for taps in counts), *((0, t) for t in reversed(BLOCKS_T))):
+                channels = MAX_CHANNELS
+                while channels >= MIN_CHANNELS:
+                    yield gather_variant(name, mode, arch, taps, block_t, channels, odd=odd, **flags)
+                    channels //= 2
+
+
+def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
+    """Every kind of call with every block that can be selected for sm_<arch>."""
+    for kind, gradient in (("fprop", False), ("dgrad", True)):
+        yield from gather_variants(f"avg_pool2d_{kind}", arch, modes, GRADIENT=gradient, PADDING=True)
+        yield from gather_variants(f"avg_pool2d_{kind}_inside", arch, modes, GRADIENT=gradient)
+        yield from gather_variants(f"avg_pool2d_{kind}_override", arch, modes, GRADIENT=gradient, OVERRIDE=True)
