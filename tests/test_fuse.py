@@ -370,7 +370,12 @@ def test_autocast_and_settings_have_plans_of_their_own() -> None:
             assert fused(x).dtype == model(x).dtype == torch.bfloat16
         with cnnfast.precision("ieee"):
             _near(fused(x), plain)
-    assert len(fused.programs) == 3
+    with torch.inference_mode():
+        other = torch.randn(1, 3, 8, 8)
+        _near(fused(other), model(other))
+    with torch.no_grad():
+        _near(fused(torch.clone(other)), model(other))
+    assert len(fused.programs) == 4
 
 
 def test_memory_does_not_grow_with_shapes() -> None:
