@@ -370,7 +370,12 @@ def test_autocast_and_settings_have_plans_of_their_own() -> None:
             assert fused(x).dtype == model(x).dtype == torch.bfloat16
         with cnnfast.precision("ieee"):
             _near(fused(x), plain)
-    assert len(fused.programs) == 3
+    with torch.inference_mode():
+        other = torch.randn(1, 3, 8, 8)
+        _near(fused(other), model(other))
+    with torch.no_grad():
+        _near(fused(torch.clone(other)), model(other))
+    assert len(fused.programs) == 4
 
 
 def test_memory_does_not_grow_with_shapes() -> None:
@@ -502,3 +507,60 @@ def test_compile_with_gradients(training: bool, monkeypatch: pytest.MonkeyPatch)
     assert {"cnnfast.conv2d.default", "cnnfast.conv2d_dgrad.default", "cnnfast.conv2d_wgrad.default"} <= targets
     if training:
         assert {"cnnfast.batch_norm_stats.default", "cnnfast.batch_norm_backward.default"} <= targets
+
+
+# ---- other people's models: slow --------------------------------------------------------------------------------------
+
+# What torch runs between the plans; None: something, which differs between versions of the package.
+TORCHVISION: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(("alexnet", "vgg11_bn", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "squeezenet1_1", "densenet121"), ()),
+    **dict.fromkeys(("googlenet", "inception_v3", "mnasnet0_5", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf"), ()),
+    **dict.fromkeys(("regnet_x_400mf", "efficientnet_v2_s"), ()),
+    "convnext_tiny": ("layer_norm", "linear", "gelu", "permute", "mul"),
+    **dict.fromkeys(("shufflenet_v2_x0_5", "segmentation.lraspp_mobilenet_v3_large", "segmentation.fcn_resnet50"), None),
+    "segmentation.deeplabv3_resnet50": None,
+}  # fmt: skip
+TIMM: dict[str, tuple[str, ...] | None] = {
+    **dict.fromkeys(
+        ("resnet26", "seresnet33ts", "tf_efficientnet_b0", "resnetv2_50", "regnetx_002", "regnety_002"), ()
+    ),
+    **dict.fromkeys(
+        ("mobilenetv3_large_100", "mobilenetv4_conv_small", "mnasnet_small", "hardcorenas_a", "dla34"), None
+    ),
+    "resnetblur50": ("pad",),
+    "convnext_atto": ("permute", "layer_norm", "gelu"),
+    **dict.fromkeys(
+        ("ghostnet_100", "skresnet18", "ecaresnet26t", "nf_resnet26", "repvgg_a0", "darknet53", "fbnetc_100"), None
+    ),
+    "hrnet_w18_small": None,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*TORCHVISION, *(f"timm.{name}" for name in TIMM)])
+def test_models_of_others(name: str) -> None:
+    """Converted and fused, or fused alone: equal results, and torch runs nothing but what the table says."""
+    torch.manual_seed(0)
+    if name.startswith("timm."):
+        model = pytest.importorskip("timm").create_model(name.removeprefix("timm."), pretrained=False)
+        allowed = TIMM[name.removeprefix("timm.")]
+    else:
+        models, allowed = pytest.importorskip("torchvision").models, TORCHVISION[name]
+        folder, _, short = name.rpartition(".")
+        options: dict[str, Any] = {"weights_backbone": None} if folder else {}
+        if name in ("googlenet", "inception_v3"):
+            options = {"aux_logits": False, "init_weights": False}
+        model = getattr(getattr(models, folder) if folder else models, short)(weights=None, **options)
+    _randomise(model)
+    size = 128 if name == "inception_v3" else 64
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model(x)
+        for given in (model, cnnfast.convert(copy.deepcopy(model))):
+            fused = cnnfast.fuse(given)
+            out = fused(x)
+            pairs = [(out, expected)] if isinstance(out, torch.Tensor) else [(out[k], expected[k]) for k in expected]
+            for mine, theirs in pairs:
+                _near(mine, theirs)
+            left = {call.name.split(".")[1] for call in fused.programs[0].calls if call.reason}
+            assert allowed is None or left <= set(allowed), fused.report()

@@ -18,7 +18,7 @@ from cnnfast.graph.passes import optimise
 from cnnfast.graph.plan import Shared
 from cnnfast.graph.program import Program, Segment, build, check_strict
 
-_MOST_PROGRAMS = 32  # for so many kinds of input; the one unused for longest goes first
+_MOST_PROGRAMS = 32  # for so many kinds of input; the oldest goes first
 
 
 class Fused(torch.nn.Module):
@@ -86,7 +86,7 @@ class Fused(torch.nn.Module):
             return "nothing planned yet: call the fused model once"
         lines = []
         for (_, kinds, *_), (program, _) in self._programs.items():
-            shapes = ", ".join(str(tuple(k[0])) if isinstance(k, tuple) and len(k) == 3 else str(k) for k in kinds)
+            shapes = ", ".join(str(tuple(k[0])) if len(k) == 3 else repr(k[1]) for k in kinds)
             plans = [s for s in program.steps if isinstance(s, Segment)]
             lines.append(
                 f"{shapes}: {len(program.kernels)} kernels in {len(plans)} plan{'s' * (len(plans) != 1)}, "
@@ -133,7 +133,7 @@ class Fused(torch.nn.Module):
 
 def _kind(leaf: Any) -> Any:
     """What of an input decides the plan."""
-    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else leaf
+    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else (type(leaf), leaf)
 
 
 def _autocast() -> Any:
@@ -145,8 +145,8 @@ def _autocast() -> Any:
 def _program(
     model: torch.nn.Module, args: Sequence[Any], kwargs: Any, constants: Constants, shared: Shared
 ) -> tuple[Program, pytree.TreeSpec]:
-    captured = capture(model, args, kwargs, constants)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
+        captured = capture(model, args, kwargs, constants)
         reasons = lower(captured.graph, constants)
         optimise(captured.graph, constants)
         program = build(captured.graph, constants, reasons, shared, frozen=True)
