@@ -36,7 +36,7 @@ class _Kernel:
 def _launcher(kernel: _Kernel) -> Any:
     def launcher(p: Any, x: torch.Tensor, y: torch.Tensor, workspace: torch.Tensor | None = None) -> None:
         _common.launch(
-            kernel, 7, x, y if workspace is None else workspace.view(torch.float32), 5, BLOCK=64, num_warps=4
+            kernel, 7, x, y if workspace is None else workspace.view(torch.float32)[4:], 5, BLOCK=64, num_warps=4
         )
 
     return launcher
