@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import process
 
+import cnnfast
 from cnnfast.backends.cuda import RULES
 from cnnfast.ops.conv2d import problem
 
@@ -111,3 +113,19 @@ def test_variants_by_precision(precision: str, channels: int, expected: set[str]
     assert not RULES["conv2d_direct"][1](p)
     costs = [RULES[name][2](p) for name in serving]
     assert costs == sorted(costs), "the order of preference isn't the order of cost"
+
+
+@pytest.mark.skipif(not process.EMULATED, reason="needs the emulated GPU")
+@pytest.mark.emulated
+@pytest.mark.parametrize(("k", "c", "expected"), [(1280, 1024, (128, 128)), (768, 3072, (128, 64))])
+def test_a_weight_gradient_in_large_tiles(plan: ctypes.CDLL, k: int, c: int, expected: tuple[int, int]) -> None:
+    """As many weights as make them pay, which no case of the tables has; small integers, so exactly."""
+    n = 2
+    assert split(plan, k, c, n, 1) == (expected, 1, 32)
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randint(-3, 4, (n, size, 1, 1), generator=generator) for size in (c, k))
+    w = torch.zeros(k, c, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    with cnnfast.backend("cuda.conv2d_implicit_gemm"), cnnfast.strict():
+        cnnfast.functional.conv2d(x.bfloat16(), w).backward(g.bfloat16())
+    assert w.grad is not None
+    assert torch.equal(w.grad.double(), torch.einsum("nkij,ncij->kcij", g.double(), x.double()))
