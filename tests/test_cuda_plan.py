@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from support import process
+
+import cnnfast
+from cnnfast.backends.cuda import RULES
+from cnnfast.ops.conv2d import problem
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PLAN = REPOSITORY / "csrc" / "cuda" / "conv2d_implicit_gemm_plan.h"
@@ -83,3 +90,42 @@ def test_splits(plan: ctypes.CDLL) -> None:
         assert slices == 1 or slices * rows * columns * products * 4 <= 2**27
         blocks = slices * products * -(-rows // tile_rows) * -(-columns // tile_columns)
         assert blocks >= 100 or depth < 32 * 8 * 100, "a long depth and few blocks"
+
+
+@pytest.mark.parametrize(
+    ("precision", "channels", "expected"),
+    [
+        ("high", 64, {"tf32", "tf32x3", "elements_tf32", "elements_tf32x3"}),
+        ("fp32", 64, {"tf32x3", "elements_tf32x3"}),
+        ("fp32", 6, {"elements_tf32x3"}),
+        ("ieee", 64, set()),
+    ],
+)
+def test_variants_by_precision(precision: str, channels: int, expected: set[str]) -> None:
+    """Which products of tf32 a precision allows; vectors want channels in fours."""
+    x, w, y = (2, channels, 8, 8), (16, channels, 3, 3), (2, 16, 6, 6)
+    params = ((1, 1), (0, 0, 0, 0), (1, 1), 1, precision)
+    p = dataclasses.replace(
+        problem("fprop", x, w, y, torch.float32, torch.device("cpu"), params), device="cuda", capability=(9, 0)
+    )
+    serving = [name for name, rule in RULES.items() if "tf32" in name and not rule[1](p)]
+    assert {name.partition(".")[2] for name in serving} == expected
+    assert not RULES["conv2d_direct"][1](p)
+    costs = [RULES[name][2](p) for name in serving]
+    assert costs == sorted(costs), "the order of preference isn't the order of cost"
+
+
+@pytest.mark.skipif(not process.EMULATED, reason="needs the emulated GPU")
+@pytest.mark.emulated
+@pytest.mark.parametrize(("k", "c", "expected"), [(1280, 1024, (128, 128)), (768, 3072, (128, 64))])
+def test_a_weight_gradient_in_large_tiles(plan: ctypes.CDLL, k: int, c: int, expected: tuple[int, int]) -> None:
+    """As many weights as make them pay, which no case of the tables has; small integers, so exactly."""
+    n = 2
+    assert split(plan, k, c, n, 1) == (expected, 1, 32)
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randint(-3, 4, (n, size, 1, 1), generator=generator) for size in (c, k))
+    w = torch.zeros(k, c, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    with cnnfast.backend("cuda.conv2d_implicit_gemm"), cnnfast.strict():
+        cnnfast.functional.conv2d(x.bfloat16(), w).backward(g.bfloat16())
+    assert w.grad is not None
+    assert torch.equal(w.grad.double(), torch.einsum("nkij,ncij->kcij", g.double(), x.double()))

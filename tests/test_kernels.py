@@ -25,7 +25,7 @@ from cnnfast.dispatch import TORCH_DTYPES, Implementation
 OPERATIONS: dict[str, ModuleType] = {module.OP: module for module in cases.MODULES}
 PRECISIONS = ("fp32", "ieee", "high")
 # Of the combinations (variant, dtype, precision) of a kernel, so many a case and direction: what a budget allows.
-SHARE = 1 if process.INTERPRETED or process.CHECKED else 6 if process.EMULATED else 2
+SHARE = 1 if process.INTERPRETED or process.CHECKED else 4 if process.EMULATED else 2
 # What a minute buys in Triton's interpreter: cases made for kernels of the CPU are left to make test-all there.
 INTERPRETED_FLOPS, INTERPRETED_BYTES = 4e6, 1.5e5
 # The same of a pooling, taps a window: max pooling's gradient searches every window that it touches, tap by tap.

@@ -107,14 +107,11 @@ def _depthwise(p: Problem) -> list[str]:
     )
 
 
-def _implicit_gemm(p: Problem) -> list[str]:
-    vector = 16 // {"f32": 4}.get(p.dtype, 2)
+def _elements(p: Problem) -> list[str]:
     weights = (p.K + 128) * (p.C // p.G) * p.R * p.S
     return _direct(p) + [
         reason
         for wrong, reason in (
-            (p.C // p.G % vector != 0, f"needs input channels of a group in multiples of {vector}, not {p.C // p.G}"),
-            (p.K // p.G % vector != 0, f"needs output channels of a group in multiples of {vector}, not {p.K // p.G}"),
             (weights >= 2**31, "numbers the weights, and a tile's more, in 32 bits"),
             (p.N * max(p.H * p.W, p.P * p.Q) >= _PIXELS, "numbers the pixels of the batch in 32 bits"),
         )
@@ -122,12 +119,22 @@ def _implicit_gemm(p: Problem) -> list[str]:
     ]
 
 
-def _tf32(p: Problem) -> list[str]:
-    return [f"precision {p.precision}: rounds to tf32"] * (p.precision != "high") + _implicit_gemm(p)
+def _vectors(p: Problem) -> list[str]:
+    vector = 4 if p.dtype == "f32" else 8
+    channels = {"input": p.C // p.G, "output": p.K // p.G}
+    return _elements(p) + [
+        f"needs {name} channels of a group in multiples of {vector}, not {n}"
+        for name, n in channels.items()
+        if n % vector != 0
+    ]
 
 
-def _tf32x3(p: Problem) -> list[str]:
-    return ["precision ieee: splits each number in two"] * (p.precision == "ieee") + _implicit_gemm(p)
+def _if_high(p: Problem) -> list[str]:
+    return [f"precision {p.precision}: rounds to tf32"] if p.precision != "high" else []
+
+
+def _unless_ieee(p: Problem) -> list[str]:
+    return ["precision ieee: splits each number in two"] if p.precision == "ieee" else []
 
 
 def _implicit_gemm_cost(p: Problem, rate: float) -> float:
@@ -137,15 +144,29 @@ def _implicit_gemm_cost(p: Problem, rate: float) -> float:
     return 4e-6 + p.flops / (rate * used)
 
 
-_DENSE: dict[str, Any] = {"layouts": dict.fromkeys("xwyr", "nhwc"), "alignment": 16}
+def _direct_cost(p: Problem) -> float:
+    columns = {"fprop": p.K, "dgrad": p.C}.get(p.direction, 32 * p.G) / p.G  # of 32 that a tile has
+    return 4e-6 + p.flops / (2e12 * min(1.0, columns / 32))
+
+
+_Rule = tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float], dict[str, Any]]
+
+
+def _implicit_gemm(rate: float, *unsupported: Callable[[Problem], list[str]]) -> _Rule:
+    options = {"layouts": dict.fromkeys("xwy", "nhwc"), "alignment": 16}
+    return "conv2d", lambda p: [r for f in unsupported for r in f(p)], lambda p: _implicit_gemm_cost(p, rate), options
+
 
 # stem, or stem.variant -> (operation, capability, predicted seconds, options); in the order of preference
-RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float], dict[str, Any]]] = {
-    "conv2d_implicit_gemm": ("conv2d", _implicit_gemm, lambda p: _implicit_gemm_cost(p, 3e14), _DENSE),
-    "conv2d_implicit_gemm.tf32": ("conv2d", _tf32, lambda p: _implicit_gemm_cost(p, 1.5e14), _DENSE),
-    "conv2d_implicit_gemm.tf32x3": ("conv2d", _tf32x3, lambda p: _implicit_gemm_cost(p, 4e13), _DENSE),
+RULES: dict[str, _Rule] = {
+    "conv2d_implicit_gemm": _implicit_gemm(3e14, _vectors),
+    "conv2d_implicit_gemm.tf32": _implicit_gemm(1.5e14, _if_high, _vectors),
+    "conv2d_implicit_gemm.tf32x3": _implicit_gemm(4e13, _unless_ieee, _vectors),
+    "conv2d_implicit_gemm.elements": _implicit_gemm(3e13, _elements),
+    "conv2d_implicit_gemm.elements_tf32": _implicit_gemm(2e13, _if_high, _elements),
+    "conv2d_implicit_gemm.elements_tf32x3": _implicit_gemm(1e13, _unless_ieee, _elements),
     "conv2d_depthwise": ("conv2d", _depthwise, lambda p: 4e-6 + p.flops / 1e13, {}),
-    "conv2d_direct": ("conv2d", _direct, lambda p: 4e-6 + p.flops / 2e12, {}),
+    "conv2d_direct": ("conv2d", _direct, _direct_cost, {}),
     "max_pool2d": ("max_pool2d", _direct, lambda p: 4e-6 + p.bytes / 1.5e12, {}),
     "avg_pool2d": ("avg_pool2d", _avg_pool2d, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
     "adaptive_avg_pool2d": ("adaptive_avg_pool2d", _pixels, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
@@ -165,11 +186,15 @@ def _implementations() -> list[Implementation]:
     found = []
     for name, (op, unsupported, cost, options) in RULES.items():
         stem, _, variant = name.partition(".")
+        fused = {**options, "layouts": {**options["layouts"], "r": "nhwc"}} if "layouts" in options else options
         found += [
-            implementation(table, "cuda", served, stem, direction, variant, unsupported, _caller, cost=cost, **options)
+            implementation(table, "cuda", served, stem, direction, variant, unsupported, _caller, cost=cost, **given)
             for direction in table.directions(stem)
             if table.dtypes(stem, direction, variant)
-            for served in (op, *(EPILOGUES.get(stem, ()) if direction == "fprop" else ()))
+            for served, given in (
+                (op, options),
+                *((epilogue, fused) for epilogue in EPILOGUES.get(stem, ()) if direction == "fprop"),
+            )
         ]
     return found
 

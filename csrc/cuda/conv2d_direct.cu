@@ -55,22 +55,6 @@ struct Row {
   bool present;
 };
 
-// Counts through (channel, tap s, tap r), the channel fastest.
-struct Odometer {
-  int c = 0, s = 0, r = 0;
-  __device__ __forceinline__ void advance(int by, int channels, int taps_s) {
-    c += by;
-    if (c < channels) return;
-    const int carry = c / channels;
-    c -= carry * channels;
-    s += carry;
-    if (s < taps_s) return;
-    const int rows = s / taps_s;
-    s -= rows * taps_s;
-    r += rows;
-  }
-};
-
 // Bounds the registers: 128 a thread, 168 for f64.
 template <class T>
 constexpr int kBlocksPerProcessor = sizeof(T) == 8 ? 3 : 4;

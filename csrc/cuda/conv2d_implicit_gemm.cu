@@ -6,15 +6,15 @@
 //   dgrad  dx[m, c] =        sum_j A[m, j] w[k, c, j]  m = (n, h, w) of a parity class, j = (r, s, k) over its taps
 //
 // Both directions are one kernel, a correlation (conv2d_axes.h). A is gathered from x or dy on the way into shared
-// memory (nothing is materialised), 16 bytes, 8 (f32: 4) channels of one tap, at a time: hence channels of a group in
-// multiples of that. Weights KRSC, everything dense and 16-byte aligned.
+// memory (nothing is materialised), 16 bytes, 8 (f32: 4) channels of one tap, at a time, where the channels of a group
+// are multiples of that; else element by element (the variants "elements"), which any number of channels allows.
+// Weights KRSC, everything dense and 16-byte aligned.
 //
 // Mapping: a block computes a tile of pixels x channels of one group (and class) over j in steps of 64 bytes, through
 // four stages of shared memory (conv2d_implicit_gemm.h); blocks that share pixels follow each other. For fprop the
 // weights lie along the depth, for dgrad across it. Which tile: conv2d_implicit_gemm_plan.h; every tile adds in the
-// same order and gives the same bits. Accumulator f32, bias and epilogue (conv_bn_act) applied to it,
-// one rounding at the end. Memory offsets are
-// 64-bit, coordinates within an image 32-bit.
+// same order and gives the same bits. Accumulator f32, bias and epilogue (conv_bn_act) applied to it, one
+// rounding at the end. Memory offsets are 64-bit; pixels of the batch and weights are numbered in 32 bits.
 #include "../common/kernel_table.h"
 #include "conv2d_axes.h"
 #include "conv2d_implicit_gemm.h"
@@ -71,18 +71,166 @@ struct Position {
   }
 };
 
-template <class Math, class Tile, Direction direction>
+// What a block works on. Tensors are dense: strides are sizes.
+struct Block {
+  Axis ah, aw;
+  Pixels pixel;
+  int row0, pixels;                       // the tile's first position, and all of the class
+  int column0, columns, group, channels;  // computed and summed over, of a group
+  int in_height, in_width, in_channels;
+  int S, filter;  // elements of a filter
+};
+
+// sums += A B, staged 16 bytes at a time: for fprop both along the depth, for dgrad the weights across it.
+template <class Math, class Tile, bool kForward>
+__device__ __forceinline__ void accumulate_vectors(const Block& b, const typename Math::Element* __restrict__ input,
+                                                   const typename Math::Element* __restrict__ weight, Vector* shared,
+                                                   Sums<Tile>& sums) {
+  using T = typename Math::Element;
+  constexpr int kVector = Math::kVector;
+  const int t = threadIdx.x, channel_vectors = b.channels / kVector;
+
+  // ---- A: this thread's vector of each step, for some pixels
+  constexpr int kRowsAtOnce = Tile::kThreads / kRowVectors, kRowsA = Tile::kRows / kRowsAtOnce;
+  const int vector = t % kRowVectors, first = t / kRowVectors;
+  int pixel_at[kRowsA], pixel_h[kRowsA], pixel_w[kRowsA];  // under tap (0, 0): perhaps outside of the image
+#pragma unroll
+  for (int i = 0; i < kRowsA; ++i) {
+    int n, row, column;
+    b.pixel.at(first + i * kRowsAtOnce, n, row, column);
+    pixel_h[i] = b.ah.in_first + row * b.ah.in_step;
+    pixel_w[i] = b.aw.in_first + column * b.aw.in_step;
+    pixel_at[i] = (n * b.in_height + pixel_h[i]) * b.in_width + pixel_w[i];
+    // A pixel past the end gets a row outside of every input.
+    if (b.row0 + first + i * kRowsAtOnce >= b.pixels) pixel_h[i] = -(1 << 30);
+  }
+  const T* channel_at = input + b.group * b.channels;
+  Position at_a;
+  at_a.advance(vector, channel_vectors, b.aw.taps);
+
+  // ---- B: along the depth a vector of some filters, across it a vector of channels of some filters
+  constexpr int kWidthB = Tile::kColumns / kVector, kDepthsAtOnce = Tile::kThreads / kWidthB;
+  constexpr int kRowsB = kForward ? Tile::kColumns / kRowsAtOnce : Math::kDepth / kDepthsAtOnce;
+  static_assert(kRowsAtOnce % 8 == 0 && kDepthsAtOnce % kVector == 0, "rows staged together share a swizzle");
+  const int vector_b = kForward ? vector : t % kWidthB, first_b = kForward ? first : t / kWidthB;
+  const int column_b = b.column0 + (kForward ? first_b : vector_b * kVector);
+  int filter_at = kForward ? (b.group * b.columns + column_b) * b.filter + vector * kVector
+                           : (b.group * b.channels + first_b % kVector) * b.filter + column_b +
+                                 (b.ah.tap_first * b.S + b.aw.tap_first) * b.columns;
+  const int tap_r = b.ah.tap_step * b.S * b.columns, tap_s = b.aw.tap_step * b.columns;
+  int depth_b = vector * kVector;  // of this thread's vector, fprop
+  Position at_b;                   // of this thread's first filter, dgrad
+  const int taps_b = column_b < b.columns ? b.ah.taps : 0;
+  if (!kForward) at_b.advance(first_b / kVector, channel_vectors, b.aw.taps);
+  const int place_b = kForward ? along(first_b, vector) : Math::template across<kWidthB>(first_b, vector_b);
+
+  auto stage_next = [&](Vector* tile_a, Vector* tile_b) {
+    Vector *to_a = tile_a + along(first, vector), *to_b = tile_b + place_b;
+    const bool inside = at_a.r < b.ah.taps;
+    const int dh = at_a.r * b.ah.in_tap, dw = at_a.s * b.aw.in_tap;
+    const T* from = channel_at + at_a.c * kVector;
+    const int shift = dh * b.in_width + dw;
+#pragma unroll
+    for (int i = 0; i < kRowsA; ++i) {
+      const bool valid = inside && static_cast<unsigned>(pixel_h[i] + dh) < static_cast<unsigned>(b.ah.in_size) &&
+                         static_cast<unsigned>(pixel_w[i] + dw) < static_cast<unsigned>(b.aw.in_size);
+      copy_async_16(to_a + i * kRowsAtOnce * kRowVectors, from + int64_t{pixel_at[i] + shift} * b.in_channels, valid);
+    }
+    at_a.advance(kRowVectors, channel_vectors, b.aw.taps);
+    if constexpr (kForward) {
+#pragma unroll
+      for (int i = 0; i < kRowsB; ++i)
+        copy_async_16(to_b + i * kRowsAtOnce * kRowVectors, weight + (filter_at + i * kRowsAtOnce * b.filter),
+                      depth_b < b.filter && column_b + i * kRowsAtOnce < b.columns);
+      filter_at += Math::kDepth;
+      depth_b += Math::kDepth;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRowsB; ++i) {
+        copy_async_16(to_b + Math::template across<kWidthB>(i * kDepthsAtOnce, 0),
+                      weight + (filter_at + at_b.c * kVector * b.filter + at_b.r * tap_r + at_b.s * tap_s),
+                      at_b.r < taps_b);
+        at_b.advance(kDepthsAtOnce / kVector, channel_vectors, b.aw.taps);
+      }
+    }
+  };
+  const int depth_vectors = b.ah.taps * b.aw.taps * channel_vectors;
+  accumulate<Math, Tile, false, !kForward>(sums, shared, (depth_vectors + kRowVectors - 1) / kRowVectors, stage_next);
+}
+
+// The same element by element, for any number of channels: a thread stages one depth (tap and channel) of each step,
+// for some pixels and columns. Both operands lie along the depth.
+template <class Math, class Tile, bool kForward>
+__device__ __forceinline__ void accumulate_elements(const Block& b, const typename Math::Element* __restrict__ input,
+                                                    const typename Math::Element* __restrict__ weight, Vector* shared,
+                                                    Sums<Tile>& sums) {
+  using T = typename Math::Element;
+  struct alignas(16) Row {
+    int at, h, w;  // under tap (0, 0): perhaps outside of the image
+  };
+  CNNFAST_SHARED(Row, rows, [Tile::kRows]);
+  const int t = threadIdx.x;
+  for (int i = t; i < Tile::kRows; i += Tile::kThreads) {
+    int n, row, column;
+    b.pixel.at(i, n, row, column);
+    const int h = b.ah.in_first + row * b.ah.in_step, w = b.aw.in_first + column * b.aw.in_step;
+    // A pixel past the end gets a row outside of every input.
+    rows[i] = {(n * b.in_height + h) * b.in_width + w, b.row0 + i < b.pixels ? h : -(1 << 30), w};
+  }
+  __syncthreads();
+
+  constexpr int kAtOnce = Tile::kThreads / Math::kDepth, kRowsA = Tile::kRows / kAtOnce,
+                kRowsB = Tile::kColumns / kAtOnce;
+  static_assert(kAtOnce % 8 == 0, "rows staged together share a swizzle");
+  const int depth = t % Math::kDepth, first = t / Math::kDepth;
+  const int place = along(first, depth / Math::kVector) * Math::kVector + depth % Math::kVector;
+  constexpr int kPitch = kAtOnce * kRowVectors * Math::kVector;
+  const int column_step = kForward ? b.filter : 1, group_channels = kForward ? b.channels : b.columns;
+  const T* column_at = weight + (kForward ? (b.group * b.columns + b.column0 + first) * b.filter
+                                          : b.group * b.channels * b.filter + b.column0 + first);
+  Odometer at;
+  at.advance(depth, b.channels, b.aw.taps > 0 ? b.aw.taps : 1);
+
+  auto stage_next = [&](Vector* tile_a, Vector* tile_b) {
+    const bool inside = at.r < b.ah.taps;
+    const int dh = at.r * b.ah.in_tap, dw = at.s * b.aw.in_tap, shift = dh * b.in_width + dw;
+    const T zero = Numeric<T>::narrow(0.0f), *from = input + b.group * b.channels + at.c;
+    T value_a[kRowsA], value_b[kRowsB];
+#pragma unroll
+    for (int i = 0; i < kRowsA; ++i) {
+      const Row row = rows[first + i * kAtOnce];
+      const bool valid = inside && static_cast<unsigned>(row.h + dh) < static_cast<unsigned>(b.ah.in_size) &&
+                         static_cast<unsigned>(row.w + dw) < static_cast<unsigned>(b.aw.in_size);
+      value_a[i] = valid ? from[int64_t{row.at + shift} * b.in_channels] : zero;
+    }
+    const int tap = (b.ah.tap_first + at.r * b.ah.tap_step) * b.S + b.aw.tap_first + at.s * b.aw.tap_step;
+    const T* tap_at = column_at + (tap * group_channels + at.c * (kForward ? 1 : b.filter));
+#pragma unroll
+    for (int i = 0; i < kRowsB; ++i) {
+      const bool valid = inside && b.column0 + first + i * kAtOnce < b.columns;
+      value_b[i] = valid ? tap_at[i * kAtOnce * column_step] : zero;
+    }
+    T *to_a = reinterpret_cast<T*>(tile_a) + place, *to_b = reinterpret_cast<T*>(tile_b) + place;
+#pragma unroll
+    for (int i = 0; i < kRowsA; ++i) to_a[i * kPitch] = value_a[i];
+#pragma unroll
+    for (int i = 0; i < kRowsB; ++i) to_b[i * kPitch] = value_b[i];
+    at.advance(Math::kDepth, b.channels, b.aw.taps);
+  };
+  const int depths = b.ah.taps * b.aw.taps * b.channels;
+  accumulate<Math, Tile, false, false>(sums, shared, (depths + Math::kDepth - 1) / Math::kDepth, stage_next);
+}
+
+template <class Math, class Tile, Direction direction, bool kByElement>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     correlate(const Conv2dParams p, const Tiling tiling, const typename Math::Element* __restrict__ input,
               const typename Math::Element* __restrict__ weight, const typename Math::Element* __restrict__ bias,
               typename Math::Element* __restrict__ output, const Epilogue<typename Math::Element> epilogue) {
   using T = typename Math::Element;
   constexpr bool forward = direction == Direction::fprop;
-  constexpr int kVector = Math::kVector;
   CNNFAST_DYNAMIC_SHARED(Vector, shared);
   CNNFAST_SHARED(int64_t, targets, [Tile::kRows]);  // offset of each row's results; -1: no such row
 
-  const int t = threadIdx.x;
   unsigned rest = blockIdx.x;
   const int column0 = static_cast<int>(rest % tiling.column_tiles) * Tile::kColumns;
   rest /= tiling.column_tiles;
@@ -99,14 +247,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   if (row0 >= pixels) return;  // a smaller class; the whole block goes
   const int in_channels = static_cast<int>(forward ? p.C : p.K), out_channels = static_cast<int>(forward ? p.K : p.C);
   const int channels = in_channels / tiling.groups, columns = out_channels / tiling.groups;
-  const int channel_vectors = channels / kVector;
-  const int filter = static_cast<int>(p.R * p.S * (p.C / p.G));  // elements of one
   const Pixels pixel(ah.positions, aw.positions, row0);
-  // Dense tensors: strides are sizes.
-  const int in_width = static_cast<int>(forward ? p.W : p.Q), in_height = static_cast<int>(forward ? p.H : p.P);
   const int out_width = static_cast<int>(forward ? p.Q : p.W), out_height = static_cast<int>(forward ? p.P : p.H);
-
-  for (int row = t; row < Tile::kRows; row += Tile::kThreads) {
+  for (int row = threadIdx.x; row < Tile::kRows; row += Tile::kThreads) {
     int n, i, j;
     pixel.at(row, n, i, j);
     const int line = n * out_height + ah.out_first + i * ah.out_step;
@@ -115,147 +258,123 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                        : -1;
   }
 
-  // ---- staging A: this thread's vector of each step, for some pixels
-  constexpr int kRowsAtOnce = Tile::kThreads / kRowVectors, kRowsA = Tile::kRows / kRowsAtOnce;
-  const int vector = t % kRowVectors, first = t / kRowVectors;
-  int pixel_at[kRowsA], pixel_h[kRowsA], pixel_w[kRowsA];  // under tap (0, 0): perhaps outside of the image
-#pragma unroll
-  for (int i = 0; i < kRowsA; ++i) {
-    int n, row, column;
-    pixel.at(first + i * kRowsAtOnce, n, row, column);
-    pixel_h[i] = ah.in_first + row * ah.in_step;
-    pixel_w[i] = aw.in_first + column * aw.in_step;
-    pixel_at[i] = (n * in_height + pixel_h[i]) * in_width + pixel_w[i];
-    // A pixel past the end gets a row outside of every input.
-    if (row0 + first + i * kRowsAtOnce >= pixels) pixel_h[i] = -(1 << 30);
-  }
-  const T* channel_at = input + group * channels;
-  Position at_a;
-  at_a.advance(vector, channel_vectors, aw.taps);
-
-  // ---- staging B: along the depth a vector of some filters, across it a vector of channels of some filters
-  constexpr int kWidthB = Tile::kColumns / kVector, kDepthsAtOnce = Tile::kThreads / kWidthB;
-  constexpr int kRowsB = forward ? Tile::kColumns / kRowsAtOnce : Math::kDepth / kDepthsAtOnce;
-  static_assert(kRowsAtOnce % 8 == 0 && kDepthsAtOnce % kVector == 0, "rows staged together share a swizzle");
-  const int vector_b = forward ? vector : t % kWidthB, first_b = forward ? first : t / kWidthB;
-  const int column_b = column0 + (forward ? first_b : vector_b * kVector);
-  int filter_at = forward ? (group * columns + column_b) * filter + vector * kVector
-                          : (group * channels + first_b % kVector) * filter + column_b +
-                                (ah.tap_first * static_cast<int>(p.S) + aw.tap_first) * columns;
-  const int tap_r = ah.tap_step * static_cast<int>(p.S) * columns, tap_s = aw.tap_step * columns;
-  int depth_b = vector * kVector;  // of this thread's vector, fprop
-  Position at_b;                   // of this thread's first filter, dgrad
-  const int taps_b = column_b < columns ? ah.taps : 0;
-  if (!forward) at_b.advance(first_b / kVector, channel_vectors, aw.taps);
-  const int place_b = forward ? along(first_b, vector) : Math::template across<kWidthB>(first_b, vector_b);
-
-  auto stage_next = [&](Vector* tile_a, Vector* tile_b) {
-    Vector *to_a = tile_a + along(first, vector), *to_b = tile_b + place_b;
-    const bool inside = at_a.r < ah.taps;
-    const int dh = at_a.r * ah.in_tap, dw = at_a.s * aw.in_tap;
-    const T* from = channel_at + at_a.c * kVector;
-    const int shift = dh * in_width + dw;
-#pragma unroll
-    for (int i = 0; i < kRowsA; ++i) {
-      const bool valid = inside && static_cast<unsigned>(pixel_h[i] + dh) < static_cast<unsigned>(ah.in_size) &&
-                         static_cast<unsigned>(pixel_w[i] + dw) < static_cast<unsigned>(aw.in_size);
-      copy_async_16(to_a + i * kRowsAtOnce * kRowVectors, from + int64_t{pixel_at[i] + shift} * in_channels, valid);
-    }
-    at_a.advance(kRowVectors, channel_vectors, aw.taps);
-    if constexpr (forward) {
-#pragma unroll
-      for (int i = 0; i < kRowsB; ++i)
-        copy_async_16(to_b + i * kRowsAtOnce * kRowVectors, weight + (filter_at + i * kRowsAtOnce * filter),
-                      depth_b < filter && column_b + i * kRowsAtOnce < columns);
-      filter_at += Math::kDepth;
-      depth_b += Math::kDepth;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kRowsB; ++i) {
-        copy_async_16(to_b + Math::template across<kWidthB>(i * kDepthsAtOnce, 0),
-                      weight + (filter_at + at_b.c * kVector * filter + at_b.r * tap_r + at_b.s * tap_s),
-                      at_b.r < taps_b);
-        at_b.advance(kDepthsAtOnce / kVector, channel_vectors, aw.taps);
-      }
-    }
-  };
-
+  const Block block{ah,
+                    aw,
+                    pixel,
+                    row0,
+                    pixels,
+                    column0,
+                    columns,
+                    group,
+                    channels,
+                    static_cast<int>(forward ? p.H : p.P),
+                    static_cast<int>(forward ? p.W : p.Q),
+                    in_channels,
+                    static_cast<int>(p.S),
+                    static_cast<int>(p.R * p.S * (p.C / p.G))};
   Sums<Tile> sums;
   sums.clear();
-  const int depth_vectors = ah.taps * aw.taps * channel_vectors;
-  accumulate<Math, Tile, false, !forward>(sums, shared, (depth_vectors + kRowVectors - 1) / kRowVectors, stage_next);
+  if constexpr (kByElement)
+    accumulate_elements<Math, Tile, forward>(block, input, weight, shared, sums);
+  else
+    accumulate_vectors<Math, Tile, forward>(block, input, weight, shared, sums);
 
-  const int column = column0 + first_column<Tile>(), channel = group * columns + column;
+  const int column = column0 + first_column<Tile>(), channel = group * columns + column, present = columns - column;
+  auto load = [&](const auto* from) { return kByElement ? load_some(from, present) : load_four(from); };
   Four bias_of{}, scale{{1, 1, 1, 1}}, shift{};
   if constexpr (forward) {
-    if (column < columns) {
-      if (bias) bias_of = load_four(bias + channel);
-      if (epilogue.scale) scale = load_four(epilogue.scale + channel);
-      if (epilogue.shift) shift = load_four(epilogue.shift + channel);
+    if (present > 0) {
+      if (bias) bias_of = load(bias + channel);
+      if (epilogue.scale) scale = load(epilogue.scale + channel);
+      if (epilogue.shift) shift = load(epilogue.shift + channel);
     }
   }
   const Activate<float> act(epilogue.act);
   results<Tile>(sums, shared, [&](int row, Four values) {
     const int64_t target = targets[row];
-    if (target < 0 || column >= columns) return;
+    if (target < 0 || present <= 0) return;
     if constexpr (forward) {
       Four residual{};
-      if (epilogue.residual) residual = load_four(epilogue.residual + target + column);
+      if (epilogue.residual) residual = load(epilogue.residual + target + column);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         values.v[e] = act(scale.v[e] * (values.v[e] + bias_of.v[e]) + shift.v[e] + residual.v[e]);
     }
-    store_four(output + target + column, values);
+    if constexpr (kByElement)
+      store_some(output + target + column, values, present);
+    else
+      store_four(output + target + column, values);
   });
 }
 
-template <class Math, class Tile, Direction direction>
+template <class Math, class Tile, Direction direction, bool kByElement>
 const char* launch_tile(const Conv2dParams& p, const Tiling& tiling, const Launch& run) {
   using T = typename Math::Element;
   constexpr bool forward = direction == Direction::fprop;
   const T* x = static_cast<const T*>(run.operands[0]);
   const T* y = static_cast<const T*>(run.operands[3]);
-  return launch<correlate<Math, Tile, direction>>(
+  return launch<correlate<Math, Tile, direction, kByElement>>(
       dim3(static_cast<unsigned>(tiling.blocks()), 1, 1), dim3(Tile::kThreads, 1, 1), kSharedBytes<Math, Tile>,
       run.stream, p, tiling, forward ? x : y, static_cast<const T*>(run.operands[1]),
       forward ? static_cast<const T*>(run.operands[2]) : nullptr, const_cast<T*>(forward ? y : x), Epilogue<T>(p, run));
 }
 
-template <class Math, Direction direction>
+template <class Math, Direction direction, bool kByElement>
 const char* launch_correlate(const void* params, const Launch& run) {
   const auto& p = *static_cast<const Conv2dParams*>(params);
   constexpr bool forward = direction == Direction::fprop;
   const Classes classes(p, direction);
   const int64_t taps = ceil_div(p.R * p.S, int64_t{classes.h} * classes.w);
-  const auto tile = choose_tile(p.N * classes.positions, (forward ? p.K : p.C) / p.G,
-                                taps * (forward ? p.C : p.K) / p.G, p.G * classes.h * classes.w, processors());
+  const auto tile = kByElement
+                        ? k128x64
+                        : choose_tile(p.N * classes.positions, (forward ? p.K : p.C) / p.G,
+                                      taps * (forward ? p.C : p.K) / p.G, p.G * classes.h * classes.w, processors());
   const Tiling tiling(p, classes, direction, kShapes[tile]);
   if (tiling.blocks() == 0) return nullptr;
+  if constexpr (kByElement) return launch_tile<Math, typename Math::ByElement, direction, true>(p, tiling, run);
   switch (tile) {
     case k128x128:
-      return launch_tile<Math, typename Math::Large, direction>(p, tiling, run);
+      return launch_tile<Math, typename Math::Large, direction, false>(p, tiling, run);
     case k128x64:
-      return launch_tile<Math, typename Math::Middle, direction>(p, tiling, run);
+      return launch_tile<Math, typename Math::Middle, direction, false>(p, tiling, run);
     default:
-      return launch_tile<Math, typename Math::Small, direction>(p, tiling, run);
+      return launch_tile<Math, typename Math::Small, direction, false>(p, tiling, run);
   }
 }
 
 }  // namespace
 
 CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.bf16", Conv2dParams,
-               (launch_correlate<Half<__nv_bfloat16>, Direction::fprop>), nullptr)
-CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f16", Conv2dParams, (launch_correlate<Half<__half>, Direction::fprop>),
+               (launch_correlate<Half<__nv_bfloat16>, Direction::fprop, false>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f16", Conv2dParams,
+               (launch_correlate<Half<__half>, Direction::fprop, false>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.tf32", Conv2dParams, (launch_correlate<Tf32, Direction::fprop, false>),
                nullptr)
-CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.tf32", Conv2dParams, (launch_correlate<Tf32, Direction::fprop>), nullptr)
-CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.tf32x3", Conv2dParams, (launch_correlate<Tf32x3, Direction::fprop>),
-               nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.tf32x3", Conv2dParams,
+               (launch_correlate<Tf32x3, Direction::fprop, false>), nullptr)
 CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.bf16", Conv2dParams,
-               (launch_correlate<Half<__nv_bfloat16>, Direction::dgrad>), nullptr)
-CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f16", Conv2dParams, (launch_correlate<Half<__half>, Direction::dgrad>),
+               (launch_correlate<Half<__nv_bfloat16>, Direction::dgrad, false>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f16", Conv2dParams,
+               (launch_correlate<Half<__half>, Direction::dgrad, false>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f32.tf32", Conv2dParams, (launch_correlate<Tf32, Direction::dgrad, false>),
                nullptr)
-CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f32.tf32", Conv2dParams, (launch_correlate<Tf32, Direction::dgrad>), nullptr)
-CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f32.tf32x3", Conv2dParams, (launch_correlate<Tf32x3, Direction::dgrad>),
-               nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f32.tf32x3", Conv2dParams,
+               (launch_correlate<Tf32x3, Direction::dgrad, false>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.bf16.elements", Conv2dParams,
+               (launch_correlate<Half<__nv_bfloat16>, Direction::fprop, true>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f16.elements", Conv2dParams,
+               (launch_correlate<Half<__half>, Direction::fprop, true>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.elements_tf32", Conv2dParams,
+               (launch_correlate<Tf32, Direction::fprop, true>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.elements_tf32x3", Conv2dParams,
+               (launch_correlate<Tf32x3, Direction::fprop, true>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.bf16.elements", Conv2dParams,
+               (launch_correlate<Half<__nv_bfloat16>, Direction::dgrad, true>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f16.elements", Conv2dParams,
+               (launch_correlate<Half<__half>, Direction::dgrad, true>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f32.elements_tf32", Conv2dParams,
+               (launch_correlate<Tf32, Direction::dgrad, true>), nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f32.elements_tf32x3", Conv2dParams,
+               (launch_correlate<Tf32x3, Direction::dgrad, true>), nullptr)
 
 }  // namespace cnnfast::cuda

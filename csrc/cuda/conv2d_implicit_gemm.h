@@ -52,6 +52,7 @@ struct Half {
   using Large = Tile<128, 128, 64, 64, 2>;
   using Middle = Tile<128, 64, 64, 32, 3>;
   using Small = Tile<64, 64, 32, 32, 4>;
+  using ByElement = Tile<128, 64, 32, 32, 2>;
 
   template <int width>
   static __device__ __forceinline__ int across(int depth, int vector) {
@@ -70,6 +71,7 @@ struct Tf32 {
   using Large = Tile<128, 128, 64, 32, 1>;
   using Middle = Tile<128, 64, 64, 32, 2>;
   using Small = Tile<64, 64, 32, 32, 3>;
+  using ByElement = Tile<128, 64, 32, 32, 1>;
 
   template <int width>
   static __device__ __forceinline__ int across(int depth, int vector) {
@@ -347,6 +349,21 @@ __device__ __forceinline__ Four load_four(const T* from) {
 #pragma unroll
   for (int e = 0; e < 4; ++e) out.v[e] = Numeric<T>::widen(q.v[e]);
   return out;
+}
+// The first `count` of them, 0 for the others.
+template <class T>
+__device__ __forceinline__ Four load_some(const T* from, int count) {
+  Four out{};
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    if (e < count) out.v[e] = Numeric<T>::widen(from[e]);
+  return out;
+}
+template <class T>
+__device__ __forceinline__ void store_some(T* to, const Four& values, int count) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    if (e < count) to[e] = Numeric<T>::narrow(values.v[e]);
 }
 template <class T>
 __device__ __forceinline__ void store_four(T* to, const Four& values) {

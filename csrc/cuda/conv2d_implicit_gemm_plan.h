@@ -65,8 +65,8 @@ struct Split {
   int64_t depth;   // of a slice, in whole steps
 };
 
-// The same where the result is small and the depth long: slices of the depth give blocks enough.
-inline Split choose_split(int64_t rows, int64_t columns, int64_t depth, int64_t products) {
+// The same where the result is small and the depth long: slices of the depth give blocks enough. `only`: that tile.
+inline Split choose_split(int64_t rows, int64_t columns, int64_t depth, int64_t products, TileChoice only = kTiles) {
   Split best{k64x64, 1, std::max<int64_t>(depth, 1)};
   double least = -1;
   const int64_t steps = std::max<int64_t>(divide_up(depth, kStepDepth), 1);
@@ -74,6 +74,7 @@ inline Split choose_split(int64_t rows, int64_t columns, int64_t depth, int64_t 
   const int64_t most =
       std::max<int64_t>(1, std::min({steps / kSliceSteps, kMaxSlices, std::max<int64_t>(kWorkspaceBytes / bytes, 1)}));
   for (int i = 0; i < kTiles; ++i) {
+    if (only != kTiles && i != only) continue;
     const TileShape& s = kShapes[i];
     const int64_t owners = std::max<int64_t>(products * divide_up(rows, s.rows) * divide_up(columns, s.columns), 1);
     for (int64_t waves = 0; waves <= 3; ++waves) {  // as many slices as fill so many waves of blocks; 0: one slice
