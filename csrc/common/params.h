@@ -45,7 +45,7 @@ struct StructInfo {
 // bgrad b; the strides always describe the tensor of that name (for dgrad x_* are dx's, for wgrad w_* are dw's).
 // Operands, in order: x, w, b, y; those a direction doesn't use, and an absent bias, are null. x_c and y_c are 1 for
 // every kernel but those that ask for operands in any layout.
-// On a CPU fprop also serves conv_bn_act, with three more operands, each of which may be null: scale and shift (vectors
+// On a CPU and in Triton fprop also serves conv_bn_act, with three more operands, each of which may be null: scale and shift (vectors
 // of K in the type that sums have: double for f64, else float) and the residual r:
 //   y = act(scale[k] * (what conv2d gives) + shift[k] + r[n,k,p,q]),     act: the Activation of cpu/epilogue.h
 // conv2d itself is the same kernel with these null and act and r_* 0.
