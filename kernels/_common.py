@@ -51,6 +51,10 @@ class Conv2dProblem(Protocol):
     y_c: int
     y_h: int
     y_w: int
+    act: int
+    r_n: int
+    r_h: int
+    r_w: int
     precision: str
 
 

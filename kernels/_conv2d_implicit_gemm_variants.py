@@ -29,19 +29,40 @@ class Kind:
     ones: tuple[str, ...]  # arguments that are 1
     unaligned: tuple[str, ...] = ()  # arguments that a call of this kind has not divisible by 16
     vectors: bool = True  # loads of 16 bytes
+    present: tuple[str, ...] = ()  # operands of the epilogue
 
 
+_AFFINE, _EPILOGUE = ("scale", "shift"), ("scale", "shift", "residual")
 _UNIT = ("groups", "dilation_h", "dilation_w", "gcd_h", "gcd_w")
 _STRIDE_1 = ("stride_h", "stride_w")
 _ALIGNED = (
-    "src", "weight", "bias", "out", "x", "grad", "workspace", "c_src", "c_out", "src_n", "src_row", "src_col",
-    "w_group", "w_src", "w_out", "w_k", "w_c", "w_r", "w_s", "out_n", "out_row", "out_col", "columns", "channels",
+    "src", "weight", "bias", "scale", "shift", "residual", "out", "x", "grad", "workspace", "c_src", "c_out", "src_n", "src_row", "src_col",
+    "w_group", "w_src", "w_out", "w_k", "w_c", "w_r", "w_s", "out_n", "out_row", "out_col", "res_n", "res_row", "res_col",
+    "columns", "channels",
 )  # fmt: skip
 _X_ODD = ("c_src", "src_n", "src_row", "src_col", "w_out", "w_group", "w_r", "w_s", "w_k")
-_Y_ODD = ("c_out", "out_n", "out_row", "out_col", "w_group")
+_Y_ODD = ("c_out", "out_n", "out_row", "out_col", "res_n", "res_row", "res_col", "w_group")
 
 KINDS: tuple[Kind, ...] = (
     Kind("fprop", _gather_gemm, {"EVEN_K": True, "HAS_BIAS": True}, (*_UNIT, *_STRIDE_1, "w_src")),
+    Kind("fprop_affine", _gather_gemm, {"EVEN_K": True}, (*_UNIT, *_STRIDE_1, "w_src"), present=_AFFINE),
+    Kind("fprop_epilogue", _gather_gemm, {"EVEN_K": True}, (*_UNIT, *_STRIDE_1, "w_src"), present=_EPILOGUE),
+    Kind(
+        "fprop_linear_epilogue",
+        _gather_gemm,
+        {"LINEAR": True, "EVEN_K": True},
+        (*_UNIT, *_STRIDE_1, "w_src"),
+        present=_EPILOGUE,
+    ),
+    Kind(
+        "fprop_odd_epilogue",
+        _gather_gemm,
+        {"HAS_BIAS": True},
+        (),
+        unaligned=(*_X_ODD, *_Y_ODD, "w_src"),
+        vectors=False,
+        present=_EPILOGUE,
+    ),
     Kind("fprop_linear", _gather_gemm, {"LINEAR": True, "EVEN_K": True}, (*_UNIT, *_STRIDE_1, "w_src")),
     Kind("fprop_stem", _gather_gemm, {"PACKED": True}, (*_UNIT, "w_src"), unaligned=_X_ODD, vectors=False),
     Kind("fprop_odd", _gather_gemm, {"HAS_BIAS": True}, (), unaligned=(*_X_ODD, *_Y_ODD, "w_src"), vectors=False),
@@ -78,11 +99,13 @@ def _variant(kind: Kind, mode: str, arch: int, tile: Config) -> Variant:
     constants |= dict.fromkeys(kind.ones, 1)
     if not kind.flags.get("HAS_BIAS"):
         constants["bias"] = None
+    constants |= {"ACT": int(bool(kind.present)), **dict.fromkeys(set(_EPILOGUE) - set(kind.present))}
     if kind.fn is _wgrad_gemm and not kind.flags.get("SPLIT"):
         constants["workspace"] = None
     names = kind.fn.arg_names
     constants = {name: constants[name] for name in names if name in constants}
-    pointers = dict.fromkeys(("src", "weight", "bias", "out", "x", "grad"), f"*{element}")
+    pointers = dict.fromkeys(("src", "weight", "bias", "residual", "out", "x", "grad"), f"*{element}")
+    pointers |= {"scale": "*fp32", "shift": "*fp32"}
     pointers["workspace"] = "*fp32"
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = tuple(n for n in _ALIGNED if n in names and n not in constants and n not in kind.unaligned)
@@ -106,7 +129,7 @@ def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", *PRECISIONS)) 
             elif kind.fn is _sum_splits:
                 yield _variant(kind, mode, arch, Config(1, 1, 1, 4, 1))
             else:
-                for tile in candidates(precision, itemsize, kind.vectors, arch):
+                for tile in candidates(precision, itemsize, kind.vectors, arch, kind.present == _EPILOGUE):
                     block_k = tile.block_k
                     # Only the gathering kernel's blocks are cut to the channels.
                     while block_k >= (16 if kind.fn is _gather_gemm else tile.block_k):

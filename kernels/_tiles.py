@@ -93,8 +93,15 @@ INTERPRETER_CONFIGS: tuple[Config, ...] = (Config(64, 64, 64, 4, 1), Config(64, 
 INPUT_PRECISION = {"ieee": "ieee", "fp32": "tf32x3", "high": "tf32"}
 
 
-def candidates(precision: str, itemsize: int, vectors: bool, arch: int) -> tuple[Config, ...]:
+# By the bytes of an element, the widest tile whose accumulators leave registers for a residual.
+RESIDUAL_BLOCK_N = {2: 128, 4: 64}
+
+
+def candidates(precision: str, itemsize: int, vectors: bool, arch: int, residual: bool = False) -> tuple[Config, ...]:
     """What config() selects from."""
+    if residual:
+        fitting = candidates(precision, itemsize, vectors, arch)
+        return tuple(c for c in fitting if c.block_n <= RESIDUAL_BLOCK_N[itemsize])
     if itemsize == 4 and INPUT_PRECISION[precision] == "ieee":
         return IEEE_CONFIGS if vectors else CAREFUL_IEEE_CONFIGS
     if itemsize == 4 and INPUT_PRECISION[precision] == "tf32x3":
@@ -109,14 +116,16 @@ def table_arch(arch: int) -> int:
     return 90 if 90 <= arch < 100 else 80
 
 
-def config(m: int, n: int, depth: int, precision: str, itemsize: int, vectors: bool, arch: int = 80) -> Config:
+def config(
+    m: int, n: int, depth: int, precision: str, itemsize: int, vectors: bool, arch: int = 80, residual: bool = False
+) -> Config:
     """The tile for m × n results; depth: the stretch of the reduction that a block may not cross, 0 if there is none.
 
     vectors: whether operands are loaded 16 bytes at a time. Pure, so that it can be tested without a card.
     """
     if INTERPRETED:
         return INTERPRETER_CONFIGS[0] if n > 16 else INTERPRETER_CONFIGS[1]
-    tile = _fit_tile(m, n, candidates(precision, itemsize, vectors, arch), MULTIPROCESSORS[table_arch(arch)])
+    tile = _fit_tile(m, n, candidates(precision, itemsize, vectors, arch, residual), MULTIPROCESSORS[table_arch(arch)])
     return _fit_depth(tile, depth)
 
 

@@ -1,9 +1,11 @@
 """Convolution as an implicit matrix product: fprop, dgrad, wgrad and bgrad for every configuration.
 
-    fprop  y[m, k]  = b[k] + sum_{r,s,c} x[pixel(m, r, s), c] w[k, c, r, s]        m = (n, p, q)
+    fprop  y[m, k]  = act(scale[k] (b[k] + sum_{r,s,c} x[pixel(m, r, s), c] w[k, c, r, s]) + shift[k] + r[m, k])
     dgrad  x[m, c]  =        sum_{r,s,k} y[pixel(m, r, s), k] w[k, c, r, s]        m = (n, h, w)
     wgrad  w[k, rsc] =       sum_m       y[m, k] x[pixel(m, r, s), c]              m = (n, p, q)
     bgrad  b[k]     =        sum_m       y[m, k]
+
+fprop's m = (n, p, q). conv2d is fprop without scale, shift, r and act; conv_bn_act has them, each of which may be absent.
 
 Mapping. fprop and dgrad are one kernel: both gather, for an output pixel and a tap, the source pixel
 ``i * mul + off + tap * step`` of each axis. dgrad splits its output into stride_h * stride_w phases; the taps that
@@ -15,8 +17,8 @@ wgrad's reduction runs over the pixels; it is split into ``splits`` chunks where
 each chunk into a workspace of its own, summed in order: bitwise deterministic, no atomics.
 
 Layout: activations NHWC with free pixel strides; weights with any strides, contiguous C (fprop, dgrad) being fast.
-Accumulator: fp32, rounded once at the store. What lies in the padding counts as zero, so that a non-finite weight
-yields NaN where its tap falls into the padding, as it does in cuDNN.
+Accumulator: fp32, to which the epilogue is applied, rounded once at the store. What lies in the padding counts as
+zero, so that a non-finite weight yields NaN where its tap falls into the padding, as it does in cuDNN.
 
 After Chetlur et al., "cuDNN: Efficient Primitives for Deep Learning", 2014 (implicit GEMM), CUTLASS's implicit GEMM
 documentation (strided dgrad), and Triton's matrix-multiplication tutorial (program order).
@@ -31,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._activation import activate
 from ._common import (
     Conv2dProblem,
     by_hand,
@@ -100,11 +103,11 @@ def _phase_taps(phase, taps, stride, pad, dilation, gcd, inverse):
 
 @triton.jit(do_not_specialize=["batch", "out_h", "out_w", "src_h", "src_w", "taps_r", "taps_s", "pad_h", "pad_w"])
 def _gather_gemm(
-    src, weight, bias, out,
+    src, weight, bias, scale, shift, residual, out,
     batch, out_h, out_w, src_h, src_w, c_src, c_out, groups, taps_r, taps_s,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, gcd_h, gcd_w, inverse_h, inverse_w,
-    src_n, src_row, src_col, w_group, w_src, w_out, w_r, w_s, out_n, out_row, out_col,
-    TRANSPOSED: tl.constexpr, LINEAR: tl.constexpr, PACKED: tl.constexpr, EVEN_K: tl.constexpr,
+    src_n, src_row, src_col, w_group, w_src, w_out, w_r, w_s, out_n, out_row, out_col, res_n, res_row, res_col,
+    ACT: tl.constexpr, TRANSPOSED: tl.constexpr, LINEAR: tl.constexpr, PACKED: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, INT64: tl.constexpr, INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -157,6 +160,9 @@ def _gather_gemm(
         out_n = tl.cast(out_n, tl.int64)
         out_row = tl.cast(out_row, tl.int64)
         out_col = tl.cast(out_col, tl.int64)
+        res_n = tl.cast(res_n, tl.int64)
+        res_row = tl.cast(res_row, tl.int64)
+        res_col = tl.cast(res_col, tl.int64)
         w_group = tl.cast(w_group, tl.int64)
         w_src = tl.cast(w_src, tl.int64)
         w_out = tl.cast(w_out, tl.int64)
@@ -173,9 +179,9 @@ def _gather_gemm(
     else:
         # A phase can be empty (stride beyond the map): it divides by one then, under an all-false mask.
         image = pixel // tl.maximum(rows * cols, 1)
-        inside = pixel - image * (rows * cols)
-        row = inside // tl.maximum(cols, 1)
-        col = inside - row * cols
+        rest = pixel - image * (rows * cols)
+        row = rest // tl.maximum(cols, 1)
+        col = rest - row * cols
         src_i = row * mul_h + off_h
         src_j = col * mul_w + off_w
         base = image * src_n + src_i * src_row + src_j * src_col
@@ -239,12 +245,25 @@ def _gather_gemm(
     if HAS_BIAS:
         b = tl.load(bias + group * c_out + channel, mask=in_n, other=0.0)
         acc += widen(b, BY_HAND).to(tl.float32)[None, :]
+    if scale is not None:
+        acc *= tl.load(scale + group * c_out + channel, mask=in_n, other=0.0)[None, :]
+    if shift is not None:
+        acc += tl.load(shift + group * c_out + channel, mask=in_n, other=0.0)[None, :]
+    inside = in_m[:, None] & in_n[None, :]
+    if residual is not None:
+        if LINEAR:
+            source = pixel * res_col
+        else:
+            source = image * res_n + row * res_row + col * res_col
+        r_ptrs = residual + group * c_out + (source[:, None] + channel[None, :])
+        acc += widen(tl.load(r_ptrs, mask=inside, other=0.0), BY_HAND).to(tl.float32)
+    acc = activate(acc, ACT)
     if LINEAR:
         target = pixel * out_col
     else:
         target = image * out_n + (row * out_step_h + phase_h) * out_row + (col * out_step_w + phase_w) * out_col
     result = narrow(acc, out.dtype.element_ty, BY_HAND)
-    tl.store(out + group * c_out + (target[:, None] + channel[None, :]), result, mask=in_m[:, None] & in_n[None, :])
+    tl.store(out + group * c_out + (target[:, None] + channel[None, :]), result, mask=inside)
 
 
 @triton.jit(do_not_specialize=["batch", "out_h", "out_w", "src_h", "src_w", "taps_r", "taps_s", "pad_h", "pad_w",
@@ -423,8 +442,12 @@ def _pointwise(p: Conv2dProblem) -> bool:
     """1×1 at stride 1 without padding, over pixels that lie at one distance: a plain matrix product."""
     same_map = p.R == p.S == p.stride_h == p.stride_w == 1 and p.pad_h == p.pad_w == 0 and (p.P, p.Q) == (p.H, p.W)
     even_x = (p.H == 1 or p.x_h == p.W * p.x_w) and (p.N == 1 or p.x_n == p.H * p.W * p.x_w)
-    even_y = (p.Q == 0 or p.P == 1 or p.y_h == p.Q * p.y_w) and (p.N == 1 or p.y_n == p.P * p.Q * p.y_w)
-    return same_map and even_x and even_y
+    return same_map and even_x and _even(p, p.y_n, p.y_h, p.y_w)
+
+
+def _even(p: Conv2dProblem, n: int, h: int, w: int) -> bool:
+    """Whether the pixels of y, or of what lies over it, lie at one distance."""
+    return (p.Q == 0 or p.P == 1 or h == p.Q * w) and (p.N == 1 or n == p.P * p.Q * w)
 
 
 def _vectors(p: Conv2dProblem, *tensors: torch.Tensor, unit: int) -> bool:
@@ -441,7 +464,8 @@ def _input_precision(p: Conv2dProblem, dtype: torch.dtype) -> str:
 
 def _gather(
     p: Conv2dProblem, src: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor,
-    tile: Config | None, *, transposed: bool,
+    tile: Config | None, *, transposed: bool, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
+    r: torch.Tensor | None = None, act: int = 0,
 ) -> None:  # fmt: skip
     """Launches _gather_gemm: fprop from x to y, or transposed, dgrad from y to x."""
     x_side = (p.H, p.W, p.C // p.G, p.x_n, p.x_h, p.x_w)
@@ -454,24 +478,27 @@ def _gather(
     if pixels == 0 or c_out == 0:
         return
     launches = p.G * phases[0] * phases[1]
-    linear = _pointwise(p)
+    res = (p.r_n, p.r_h, p.r_w) if r is not None else (0, 0, 0)
+    linear = _pointwise(p) and (r is None or _even(p, *res))
     packed = not linear and c_src < PACKED_CHANNELS
     if tile is None:
         depth = c_src * p.R * p.S if packed else c_src
         vectors = not packed and _vectors(p, src, w, out, unit=w_out if transposed else w_src)
-        tile = config(pixels * launches, c_out, depth, p.precision, src.element_size(), vectors, capability(src))
+        itemsize, arch = src.element_size(), capability(src)
+        tile = config(pixels * launches, c_out, depth, p.precision, itemsize, vectors, arch, r is not None)
     gcd_h, gcd_w = math.gcd(p.stride_h, p.dilation_h), math.gcd(p.stride_w, p.dilation_w)
     grid = ceil_div(pixels, tile.block_m) * ceil_div(c_out, tile.block_n) * launches
     with on_device(src):
         launch(
             _gather_gemm, grid,
-            src, w, b, out,
+            src, w, b, scale, shift, r, out,
             p.N, out_h, out_w, src_h, src_w, c_src, c_out, p.G, p.R, p.S,
             p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w, gcd_h, gcd_w,
             _inverse(p.dilation_h // gcd_h, p.stride_h // gcd_h), _inverse(p.dilation_w // gcd_w, p.stride_w // gcd_w),
             src_n, src_row, src_col, p.K // p.G * p.w_k, w_src, w_out, p.w_r, p.w_s, out_n, out_row, out_col,
-            TRANSPOSED=transposed and not linear, LINEAR=linear,
-            PACKED=packed, EVEN_K=c_src % tile.block_k == 0 and not packed, HAS_BIAS=b is not None, INT64=_int64(p),
+            *res, ACT=act, TRANSPOSED=transposed and not linear, LINEAR=linear,
+            PACKED=packed, EVEN_K=c_src % tile.block_k == 0 and not packed, HAS_BIAS=b is not None,
+            INT64=_int64(p) or needs_int64((p.N, res[0]), (p.P, res[1]), (p.Q, res[2]), (p.K, 1)),
             INPUT_PRECISION=_input_precision(p, src.dtype), BY_HAND=by_hand(src.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -484,10 +511,11 @@ def _inverse(a: int, modulus: int) -> int:
 
 def fprop(
     p: Conv2dProblem, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, y: torch.Tensor,
+    scale: torch.Tensor | None = None, shift: torch.Tensor | None = None, r: torch.Tensor | None = None,
     *, tile: Config | None = None,
 ) -> None:  # fmt: skip
-    """Writes y."""
-    _gather(p, x, w, b, y, tile, transposed=False)
+    """Writes y: conv2d's, or with the operands after it conv_bn_act's."""
+    _gather(p, x, w, b, y, tile, transposed=False, scale=scale, shift=shift, r=r, act=p.act)
 
 
 def dgrad(

@@ -97,7 +97,7 @@ RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], 
 
 
 # kernel module -> operations that are its fprop with an epilogue: the same kernel under the same rule
-EPILOGUES: dict[str, tuple[str, ...]] = {}
+EPILOGUES: dict[str, tuple[str, ...]] = {"conv2d_implicit_gemm": ("conv_bn_act",)}
 
 
 def _operations(stem: str, direction: str) -> tuple[str, ...]:
