@@ -93,7 +93,7 @@ class Implementation:
     """One kernel as dispatch sees it.
 
     ``unsupported`` is the only capability predicate: a list of reasons, empty where the kernel serves. ``cost`` predicts
-    seconds; among implementations of one backend the cheapest wins, the order of registration breaking ties.
+    seconds; among implementations of ours the cheapest wins, the order of registration breaking ties.
     ``error_bound`` is the factor m of the test tolerance m * (torch's own error) + one rounding, with its reason.
     """
 
@@ -151,7 +151,7 @@ def signature(op: str) -> Signature:
 
 
 def register_backend(backend: Backend, order: Sequence[str]) -> None:
-    """Called by a backend; ``order`` is the policy: names of all backends, best first, for automatic selection."""
+    """Called by a backend; ``order``: the names of all backends, best first where costs are equal, ATen last."""
     global _order
     _backends[backend.name] = backend
     _order = tuple(order)
@@ -198,22 +198,27 @@ def _candidates(problem: Problem, forced: str) -> tuple[list[Backend], str]:
 
 
 def select(problem: Problem, forced: str = settings.AUTO, strict: bool = False) -> Selection:
-    """The implementation that serves: of the first backend that has one that fits, the cheapest.
+    """The implementation that serves: of those of ours that fit the cheapest, else ATen's.
 
     Raises:
         NotImplementedError: under ``strict`` or a forced backend, where nothing fits; it prints every reason.
     """
     rejected: list[tuple[str, tuple[str, ...]]] = []
     candidates, pattern = _candidates(problem, forced)
+    best: tuple[float, Implementation] | None = None
     for backend in candidates:
-        if strict and backend.name == "aten":
-            rejected.append((backend.name, ("strict() is set: ATen may not serve",)))
-            continue
+        if backend.name == "aten":
+            if best is not None:
+                break
+            if strict:
+                rejected.append((backend.name, ("strict() is set: ATen may not serve",)))
+                continue
         absent = backend.unavailable(problem)
         if absent:
-            rejected.append((backend.name, tuple(absent)))
+            if best is None:  # what serves another device is no news where something serves this one
+                rejected.append((backend.name, tuple(absent)))
             continue
-        best: tuple[float, Implementation] | None = None
+        fits = False
         for implementation in backend.implementations:
             if implementation.op != problem.op or implementation.direction != problem.direction:
                 continue
@@ -223,12 +228,16 @@ def select(problem: Problem, forced: str = settings.AUTO, strict: bool = False) 
             if reasons:
                 rejected.append((implementation.name, tuple(reasons)))
                 continue
+            fits = True
             cost = implementation.cost(problem)
             if best is None or cost < best[0]:
                 best = (cost, implementation)
-        if best is not None:
-            return Selection(problem, best[1], tuple(rejected))
-        rejected.append((backend.name, (f"has no kernel for {problem.op} {problem.direction} {problem.dtype} here",)))
+        if not fits and best is None:
+            rejected.append(
+                (backend.name, (f"has no kernel for {problem.op} {problem.direction} {problem.dtype} here",))
+            )
+    if best is not None:
+        return Selection(problem, best[1], tuple(rejected))
     lines = "".join(f"\n  {line}" for line in reason_lines(rejected))
     raise NotImplementedError(f"no implementation serves {problem}\nreasons:{lines}")
 

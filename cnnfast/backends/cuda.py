@@ -149,6 +149,20 @@ def _direct_cost(p: Problem) -> float:
     return 4e-6 + p.flops / (2e12 * min(1.0, columns / 32))
 
 
+# Bytes a second on an H100 (benchmarks/bandwidth.py; bf16 where dtypes differ). The matrix products' rates are predicted.
+_RATES = {
+    ("batch_norm", "stats"): 2.1e12, ("batch_norm", "fprop"): 2.2e12, ("batch_norm", "backward"): 0.9e12,
+    ("batch_norm", "backward_residual"): 0.9e12, ("max_pool2d", "fprop"): 1.9e12, ("max_pool2d", "dgrad"): 1.0e12,
+    ("adaptive_max_pool2d", "fprop"): 2.3e12, ("adaptive_max_pool2d", "dgrad"): 1.0e12, ("avg_pool2d", "fprop"): 1.3e12,
+    ("avg_pool2d", "dgrad"): 0.8e12, ("adaptive_avg_pool2d", "fprop"): 1.1e12, ("adaptive_avg_pool2d", "dgrad"): 0.5e12,
+}  # fmt: skip
+
+
+def _moved(p: Problem) -> float:
+    """Predicted seconds of what is bound by memory."""
+    return 4e-6 + p.bytes / _RATES.get((p.op, p.direction), 2.4e12)
+
+
 _Rule = tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float], dict[str, Any]]
 
 
@@ -159,20 +173,20 @@ def _implicit_gemm(rate: float, *unsupported: Callable[[Problem], list[str]]) ->
 
 # stem, or stem.variant -> (operation, capability, predicted seconds, options); in the order of preference
 RULES: dict[str, _Rule] = {
-    "conv2d_implicit_gemm": _implicit_gemm(3e14, _vectors),
-    "conv2d_implicit_gemm.tf32": _implicit_gemm(1.5e14, _if_high, _vectors),
+    "conv2d_implicit_gemm": _implicit_gemm(1.5e14, _vectors),
+    "conv2d_implicit_gemm.tf32": _implicit_gemm(8e13, _if_high, _vectors),
     "conv2d_implicit_gemm.tf32x3": _implicit_gemm(4e13, _unless_ieee, _vectors),
     "conv2d_implicit_gemm.elements": _implicit_gemm(3e13, _elements),
     "conv2d_implicit_gemm.elements_tf32": _implicit_gemm(2e13, _if_high, _elements),
     "conv2d_implicit_gemm.elements_tf32x3": _implicit_gemm(1e13, _unless_ieee, _elements),
-    "conv2d_depthwise": ("conv2d", _depthwise, lambda p: 4e-6 + p.flops / 1e13, {}),
+    "conv2d_depthwise": ("conv2d", _depthwise, lambda p: 4e-6 + max(p.flops / 7e12, p.bytes / 1.5e12), {}),
     "conv2d_direct": ("conv2d", _direct, _direct_cost, {}),
-    "max_pool2d": ("max_pool2d", _direct, lambda p: 4e-6 + p.bytes / 1.5e12, {}),
-    "avg_pool2d": ("avg_pool2d", _avg_pool2d, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
-    "adaptive_avg_pool2d": ("adaptive_avg_pool2d", _pixels, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
-    "adaptive_max_pool2d": ("adaptive_max_pool2d", _pixels, lambda p: 4e-6 + p.bytes / 1.5e12, {}),
-    "batch_norm": ("batch_norm", _pixels, lambda p: 4e-6 + p.bytes / 2.5e12, {}),
-    "add_act": ("add_act", lambda p: [], lambda p: 4e-6 + p.bytes / 2.5e12, {"layouts": dict.fromkeys("xrygt", "any")}),
+    "max_pool2d": ("max_pool2d", _direct, _moved, {}),
+    "avg_pool2d": ("avg_pool2d", _avg_pool2d, _moved, {}),
+    "adaptive_avg_pool2d": ("adaptive_avg_pool2d", _pixels, _moved, {}),
+    "adaptive_max_pool2d": ("adaptive_max_pool2d", _pixels, _moved, {}),
+    "batch_norm": ("batch_norm", _pixels, _moved, {}),
+    "add_act": ("add_act", lambda p: [], _moved, {"layouts": dict.fromkeys("xrygt", "any")}),
 }  # fmt: skip
 
 # stem -> operations that are its fprop with an epilogue: the same kernels under the same rules

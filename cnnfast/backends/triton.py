@@ -79,14 +79,36 @@ def _batch_norm(p: Problem) -> list[str]:
     return [f"numbers pixels in 32 bits: {pixels} are too many"] if pixels >= _PROGRAMS else []
 
 
+# Bytes and multiply-adds x 2 a second on an H100 (benchmarks/bandwidth.py, convolutions.py; bf16 where dtypes differ).
+_LAUNCH = 8e-6
+_RATES = {
+    ("batch_norm", "stats"): 1.5e12, ("batch_norm", "backward"): 1.7e12, ("batch_norm", "backward_residual"): 1.7e12,
+    ("max_pool2d", "fprop"): 2.3e12, ("max_pool2d", "dgrad"): 0.7e12, ("adaptive_max_pool2d", "dgrad"): 1.2e12,
+    ("avg_pool2d", "fprop"): 2.0e12, ("avg_pool2d", "dgrad"): 1.5e12, ("adaptive_avg_pool2d", "fprop"): 1.5e12,
+    ("adaptive_avg_pool2d", "dgrad"): 1.2e12,
+}  # fmt: skip
+_PRODUCTS = {"bf16": 3e14, "f16": 3e14, "high": 2e14, "fp32": 6e13, "ieee": 2e13}
+
+
 def _moved(p: Problem) -> float:
     """Predicted seconds of what is bound by memory."""
-    return 8e-6 + p.bytes / 1e12
+    return _LAUNCH + p.bytes / _RATES.get((p.op, p.direction), 2.5e12)
+
+
+def _multiplied(p: Problem) -> float:
+    """Predicted seconds of a convolution: few channels a group leave most of a tile, and the vectors, unused."""
+    c, k = p.C // p.G, p.K // p.G
+    if min(c, k) >= 16:
+        rate = _PRODUCTS[p.precision if p.dtype == "f32" else p.dtype] * min(1.0, k / 64)
+    else:
+        depth = c * p.R * p.S
+        rate = 6.5e12 * min(1.0, max(k, 1) / 16) * depth / (-(-depth // 16) * 16) if depth else 1e12
+    return _LAUNCH + p.flops / rate
 
 
 # kernel module -> (operation, capability, predicted seconds); in the order of preference
 RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float]]] = {
-    "conv2d_implicit_gemm": ("conv2d", _conv2d, lambda p: 8e-6 + p.flops / 5e13),
+    "conv2d_implicit_gemm": ("conv2d", _conv2d, _multiplied),
     "max_pool2d": ("max_pool2d", _max_pool2d, _moved),
     "avg_pool2d": ("avg_pool2d", _avg_pool2d, _moved),
     "adaptive_avg_pool2d": ("adaptive_avg_pool2d", _adaptive_pool2d, _moved),
