@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
         for direction in DIRECTIONS:
             row = Row(f"{name} {C}x{H}x{H} > {K}" + (f", {G} groups" if G > 1 else ""), direction, floor)
             mask = [direction == "dgrad", direction == "wgrad", False]
-            args = ([stride] * 2, [padding] * 2, [1, 1])
+            args = ((stride, stride), (padding, padding), (1, 1))
 
             def cudnn(direction: str = direction) -> torch.Tensor:
                 if direction == "fprop":
@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             calls: dict[str, Call] = {"cuDNN": cudnn}
             expected = cudnn()
             for backend in BACKENDS:
-                tail = ([stride] * 2, [padding] * 4, [1, 1], G, precision, backend, True)
+                tail = ((stride, stride), (padding,) * 4, (1, 1), G, precision, backend, True)
 
                 def ours(direction: str = direction, tail: tuple[object, ...] = tail) -> torch.Tensor:
                     if direction == "fprop":
