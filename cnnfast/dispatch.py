@@ -197,8 +197,13 @@ def _candidates(problem: Problem, forced: str) -> tuple[list[Backend], str]:
     return [_backends[name]], forced if stem in known else ""
 
 
-def select(problem: Problem, forced: str = settings.AUTO, strict: bool = False) -> Selection:
+def select(
+    problem: Problem, forced: str = settings.AUTO, strict: bool = False,
+    further: Callable[[Implementation], list[str]] = lambda implementation: [],
+) -> Selection:  # fmt: skip
     """The implementation that serves: of those of ours that fit the cheapest, else ATen's.
+
+    ``further``: reasons against an implementation beside its own, such as a caller's who can't convert operands.
 
     Raises:
         NotImplementedError: under ``strict`` or a forced backend, where nothing fits; it prints every reason.
@@ -224,7 +229,7 @@ def select(problem: Problem, forced: str = settings.AUTO, strict: bool = False) 
                 continue
             if pattern and not (implementation.name + ".").startswith(pattern + "."):
                 continue
-            reasons = reasons_against(implementation, problem)
+            reasons = reasons_against(implementation, problem) or further(implementation)
             if reasons:
                 rejected.append((implementation.name, tuple(reasons)))
                 continue

@@ -19,12 +19,6 @@ BACKEND = "cuda" if process.EMULATED else "cpu"
 CPU = torch.device("cpu")
 
 
-def _operands() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input, weight and bias; the weight channels_last, for a plan converts nothing and CUDA's kernels read no other."""
-    w = torch.randn(7, 5, 3, 3).contiguous(memory_format=torch.channels_last)
-    return torch.randn(2, 5, 9, 8), w, torch.randn(7)
-
-
 def _two_nodes(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[Plan, Any]:
     plan = Plan(CPU, BACKEND)
     n, _, h, wide = x.shape
@@ -42,7 +36,7 @@ def _two_nodes(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> tuple[Plan,
 @process.mark_of_this_process
 @pytest.mark.skipif(process.INTERPRETED, reason="Triton has no native module: its launches are Python's")
 def test_two_nodes_in_one_native_call() -> None:
-    x, w, b = _operands()
+    x, w, b = torch.randn(2, 5, 9, 8), torch.randn(7, 5, 3, 3), torch.randn(7)
     plan, _ = _two_nodes(x, w, b)
     assert len(plan) == 2
 
@@ -68,7 +62,7 @@ def test_two_nodes_in_one_native_call() -> None:
 @process.mark_of_this_process
 @pytest.mark.skipif(process.INTERPRETED, reason="Triton has no native module: its launches are Python's")
 def test_what_a_plan_refuses() -> None:
-    x, w, b = _operands()
+    x, w, b = torch.randn(2, 5, 9, 8), torch.randn(7, 5, 3, 3), torch.randn(7)
     plan, _ = _two_nodes(x, w, b)
     with pytest.raises(ValueError, match="the plan was made for"):
         plan(x[:1])

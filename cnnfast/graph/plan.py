@@ -148,32 +148,31 @@ class Plan:
         constants = [inputs.get(role.name) for role in signature.roles if role.is_constant]
         packed = all(v is None or id(v) in self._frozen for v in constants)
         problem = dataclasses.replace(problem, packed=packed)
-        selection = dispatch.select(problem, self.backend, strict=True)
-        implementation = selection.implementation
-        if implementation.node is None:
-            raise NotImplementedError(f"{implementation.name} is no native kernel: a plan can't hold {problem}")
-        backend = dispatch.backends()[implementation.backend]
-        if self._owner not in (None, backend):
-            raise NotImplementedError(f"a plan runs on one backend, not on {self._owner.name} and {backend.name}")
-        self._owner = backend
         made: list[Value] = []
         operands: list[Value | None] = []
         for role in signature.roles:
+            value = inputs.get(role.name)
             if role.name in outputs:
                 given = outputs[role.name]
-                if isinstance(given, Value):
-                    value: Value | None = given
-                else:
-                    dtype = (dtypes or {}).get(role.name) or dispatch.TORCH_DTYPES[problem.dtype]
-                    value = self.empty(given, dtype)
-                assert value is not None
+                dtype = (dtypes or {}).get(role.name) or dispatch.TORCH_DTYPES[problem.dtype]
+                value = given if isinstance(given, Value) else self.empty(given, dtype)
                 made.append(value)
-            else:
-                value = inputs.get(role.name)
-            layout = implementation.layouts.get(role.name)
-            if value is not None and not dispatch.readable(role, value.shape, value.strides, layout):
-                raise NotImplementedError(f"{implementation.name} can't take {role.name} with strides {value.strides}")
             operands.append(value)
+
+        def further(implementation: dispatch.Implementation) -> list[str]:
+            if implementation.node is None:
+                return ["is no native kernel"]
+            if self._owner is not None and implementation.backend != self._owner.name:
+                return [f"the plan runs on {self._owner.name}"]
+            return [
+                f"can't take {role.name} with strides {value.strides}"
+                for role, value in zip(signature.roles, operands, strict=True)
+                if value is not None
+                and not dispatch.readable(role, value.shape, value.strides, implementation.layouts.get(role.name))
+            ]
+
+        selection = dispatch.select(problem, self.backend, strict=True, further=further)
+        self._owner = dispatch.backends()[selection.implementation.backend]
         self._nodes.append(_Node(selection, operands, made))
         return made
 
