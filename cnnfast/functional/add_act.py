@@ -1,4 +1,4 @@
-"""add_act: torch.nn.functional.add_act on cnnfast's kernels."""
+"""add_act: the sum of two tensors and an activation in one pass; torch has the two operations."""
 
 from __future__ import annotations
 

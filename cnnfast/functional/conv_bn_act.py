@@ -1,4 +1,4 @@
-"""conv_bn_act: torch.nn.functional.conv_bn_act on cnnfast's kernels."""
+"""conv_bn_act: convolution, batch norm, residual and activation in one call; torch has the four operations."""
 
 from __future__ import annotations
 
