@@ -206,9 +206,14 @@ def _bench(options: argparse.Namespace) -> int:
 
             with _running(name, x):
                 records.append(bench.measure(
-                    name, model, x, rounds=options.rounds, budget_s=options.budget, progress=step, weights=weights,
+                    name, model, x, rounds=options.rounds, budget_s=options.budget, progress=step,
+                    peers=options.peers, train=options.train, weights=weights,
+                    **({"pass": "training step"} if options.train else {}),
                 ))  # fmt: skip
     print(_render.as_text(tables.results(records, machine)))
+    for record in records:
+        for peer, reason in record["missing"].items():
+            print(f"{record['workload']}: without {peer}: {reason}", file=sys.stderr)
     if options.output:
         folder = Path(options.output)
         folder.mkdir(parents=True, exist_ok=True)
@@ -292,6 +297,9 @@ def _parser() -> argparse.ArgumentParser:
                          help="as resnet50, or resnet50.layer1.0.conv2; default: " + " ".join(NETWORKS))  # fmt: skip
     common(command)
     command.add_argument("--threads", type=_positive, metavar="N", help="default: torch's")
+    command.add_argument("--peers", action="store_true",
+                         help="also torch.compile with freezing, OpenVINO and ONNX Runtime, where installed")  # fmt: skip
+    command.add_argument("--train", action="store_true", help="training steps instead of forward passes")
     command.add_argument("--rounds", type=_positive, default=15, metavar="N",
                          help="samples of each competitor; default: 15")  # fmt: skip
     command.add_argument("--budget", type=_seconds, default=20.0, metavar="SECONDS",

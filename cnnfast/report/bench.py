@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import cnnfast
 from cnnfast.convert import convert, revert
+from cnnfast.graph import fuse
+from cnnfast.report.peers import PEERS
 from cnnfast.report.timing import interleaved
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
@@ -18,12 +19,18 @@ NCHW, NHWC = torch.contiguous_format, torch.channels_last
 TOLERANCE = 1e-3
 
 
-def competitors(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[], Any]]:
+def competitors(
+    model: torch.nn.Module, x: torch.Tensor, peers: bool = False
+) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """What a user could run, by name, each with its own copy of the model: torch's first, ours start with ``cnnfast``.
 
     Args:
         model: In eval mode, of the input's dtype and device.
         x: (N, C, H, W).
+        peers: Also those of :mod:`cnnfast.report.peers`.
+
+    Returns:
+        Functions by name, and by name the reason why another is missing.
     """
 
     def runner(network: Any, memory_format: torch.memory_format) -> Callable[[], Any]:
@@ -40,10 +47,49 @@ def competitors(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[
         "torch channels_last": runner(copy.deepcopy(model).to(memory_format=NHWC), NHWC),
         "cnnfast": runner(convert(model), NHWC),
     }
-    fuse = getattr(cnnfast, "fuse", None)
-    if fuse is not None:
-        out["cnnfast fused"] = runner(fuse(copy.deepcopy(model)), NHWC)
-    return out
+    out["cnnfast fused"] = runner(fuse(model), NHWC)
+    missing: dict[str, str] = {}
+    for name, peer in PEERS.items() if peers else ():
+        try:
+            out[name] = peer(copy.deepcopy(model), x)
+        except Exception as error:  # whatever stops another project's converter: shown in the table
+            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    return out, missing
+
+
+def training(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """A training step (forward, cross-entropy, backward, SGD) of torch in both formats and of cnnfast's modules.
+
+    Each has its own copy of the model, in training mode without dropout, so that all compute the same; a function returns
+    the loss before its step.
+    """
+    labels = torch.arange(x.shape[0], device=x.device)
+
+    def runner(network: torch.nn.Module, memory_format: torch.memory_format) -> Callable[[], torch.Tensor]:
+        images = x.clone(memory_format=memory_format)
+        network.train()
+        for module in network.modules():
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+                module.eval()
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9)
+
+        def run() -> torch.Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            logits = _output(network(images))
+            if logits.dim() != 2:
+                raise ValueError(f"a training step needs logits (N, classes), got shape {tuple(logits.shape)}")
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            return loss.detach()
+
+        return run
+
+    return {
+        "torch NCHW": runner(copy.deepcopy(model).to(memory_format=NCHW), NCHW),
+        "torch channels_last": runner(copy.deepcopy(model).to(memory_format=NHWC), NHWC),
+        "cnnfast": runner(convert(model), NHWC),
+    }
 
 
 def measure(
@@ -54,6 +100,8 @@ def measure(
     rounds: int = 15,
     budget_s: float | None = 20.0,
     progress: Callable[[int, int], None] | None = None,
+    peers: bool = False,
+    train: bool = False,
     **labels: Any,
 ) -> dict[str, Any]:
     """Checks every competitor's output, then times them against each other.
@@ -63,23 +111,32 @@ def measure(
         model: In eval mode, float32; it is converted to the input's dtype.
         x: (N, C, H, W), float32, bfloat16 or float16.
         rounds, budget_s, progress: As :func:`cnnfast.report.timing.interleaved` takes them.
+        peers: Beside torch also :mod:`cnnfast.report.peers`, where they are installed.
+        train: Steps of :func:`training` instead of forward passes; what is compared is the first loss.
         labels: Copied into the record.
 
     Returns:
         A record: ``workload, batch, shape, dtype, flops``, ``errors`` (of each, against torch in fp32, relative to the
-        largest output), ``wrong`` (names of ours that are too far off), ``timings`` (of each), ``best_peer``,
+        largest output), ``wrong`` (names of ours that are too far off), ``missing`` (why peers are), ``timings`` (of
+        each), ``best_peer``,
         ``best_ours`` and ``ratio``, the best peer's time over the best of ours: above 1 where cnnfast is faster.
     """
     reference, flops = _reference(model, x)
     model = copy.deepcopy(model).to(x.dtype)
-    functions = competitors(model, x)
+    functions: dict[str, Callable[[], Any]]
+    missing: dict[str, str] = {}
+    if train:
+        functions = dict(training(model, x))
+        reference, flops = training(copy.deepcopy(model).float(), x.float())["torch NCHW"](), 3 * flops
+    else:
+        functions, missing = competitors(model, x, peers)
     scale = float(reference.abs().max()) or 1.0
     errors = {k: float((_output(f()).float() - reference).abs().max()) / scale for k, f in functions.items()}
     allowed = TOLERANCE if x.dtype == torch.float32 else 3 * max(errors["torch NCHW"], 1e-3)
     timings = interleaved(functions, rounds=rounds, budget_s=budget_s, progress=progress)
-    peers = [k for k in functions if not is_ours(k)]
+    others = [k for k in functions if not is_ours(k)]
     ours = [k for k in functions if is_ours(k)]
-    best_peer, best_ours = (min(names, key=lambda k: timings[k].median) for names in (peers, ours))
+    best_peer, best_ours = (min(names, key=lambda k: timings[k].median) for names in (others, ours))
     return {
         "workload": name,
         "batch": x.shape[0],
@@ -88,6 +145,7 @@ def measure(
         "flops": flops,
         "errors": errors,
         "wrong": [k for k in ours if not errors[k] <= allowed],
+        "missing": missing,
         "timings": {k: t.to_dict() for k, t in timings.items()},
         "best_peer": best_peer,
         "best_ours": best_ours,

@@ -32,7 +32,13 @@ def _cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 
 
 def _workload(record: Record) -> str:
-    labels = [record["workload"], f"batch {record['batch']}", record["dtype"], record.get("weights")]
+    labels = [
+        record["workload"],
+        f"batch {record['batch']}",
+        record["dtype"],
+        record.get("pass"),
+        record.get("weights"),
+    ]
     return ", ".join(label for label in labels if label)
 
 
