@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ._common import Variant
-from ._windows import BLOCKS_T, ELEMENTS, MAX_CHANNELS, MIN_CHANNELS, NUM_WARPS, _gather, unrolled
+from ._windows import BLOCKS_T, MAX_CHANNELS, MIN_CHANNELS, NUM_WARPS, _gather, block_pixels, unrolled
 
 _STRIDES = tuple(f"{role}_{axis}" for role in ("src", "labels", "out") for axis in ("n", "row", "col"))
 _ALIGNED = ("src", "labels", "out", "channels", *_STRIDES)
@@ -17,7 +17,7 @@ def gather_variant(
     **flags: bool,
 ) -> Variant:  # fmt: skip
     """A call of the gathering kernel; odd: channels and strides that no vector fits, offsets of 64 bits."""
-    block_m = ELEMENTS // block_t // channels
+    block_m = block_pixels(taps, block_t, channels, odd)
     constants: dict[str, Any] = dict.fromkeys(("GRADIENT", "ADAPTIVE", "PADDING", "OVERRIDE"), False) | flags
     constants |= {"TAPS": taps, "INT64": odd, "BY_HAND": False}
     constants |= {"BLOCK_M": block_m, "BLOCK_T": block_t, "BLOCK_C": channels}

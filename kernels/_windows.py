@@ -220,6 +220,11 @@ def block_c(channels: int) -> int:
     return max(MIN_CHANNELS, min(MAX_CHANNELS, next_power_of_2(channels)))
 
 
+def block_pixels(taps: int, block_t: int, channels: int, wide: bool) -> int:
+    """BLOCK_M; wide offsets take twice the registers, and each unrolled addend has one."""
+    return max(1, ELEMENTS // (1 if not wide else 4 if taps > FEW else 2) // block_t // channels)
+
+
 def gather(
     h: Axis, w: Axis, batch: int, channels: int, src: torch.Tensor, src_strides: tuple[int, int, int],
     out: torch.Tensor, out_strides: tuple[int, int, int], *, gradient: bool, padding: bool = False, override: int = 0,
@@ -250,14 +255,14 @@ def gather(
     count = most_h * most_w
     taps = count if count in unrolled(labels is not None) else 0
     block_t = 1 if taps else BLOCKS_T[count > FEW]
-    block_m = ELEMENTS // block_t // block_c(channels)
+    wide = any(needs_int64(*zip(*extent, strict=True), (channels, 1)) for extent in extents)
+    block_m = block_pixels(taps, block_t, block_c(channels), wide)
     with on_device(out):
         launch(
             _gather, ceil_div(pixels, block_m) * ceil_div(channels, block_c(channels)),
             src, labels, out, batch, channels, out_h, out_w, src_h, src_w, h.taps, w.taps, h.stride, w.stride,
             h.pad, w.pad, override, most_h, most_w, *src_strides, *label_strides, *out_strides,
             GRADIENT=gradient, ADAPTIVE=h.taps == 0, PADDING=padding, OVERRIDE=override != 0, TAPS=taps,
-            INT64=any(needs_int64(*zip(*extent, strict=True), (channels, 1)) for extent in extents),
-            BY_HAND=by_hand(out.dtype), BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_C=block_c(channels),
+            INT64=wide, BY_HAND=by_hand(out.dtype), BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_C=block_c(channels),
             num_warps=NUM_WARPS,
         )  # fmt: skip
