@@ -70,7 +70,7 @@ PARTS = (
         {"CNNFAST_EMULATE_CUDA": "1", "OMP_NUM_THREADS": "1"},
     ),
     Part(
-        "checked", "CUDA kernels with races, bounds and uninitialised reads checked", 4, "emulated and not slow",
+        "checked", "CUDA kernels with races, bounds and uninitialised reads checked", 6, "emulated and not slow",
         {"CNNFAST_EMULATE_CUDA": "check", "OMP_NUM_THREADS": "1"}, beside=True,
     ),
     Part(
