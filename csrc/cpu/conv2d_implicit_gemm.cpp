@@ -43,6 +43,9 @@ namespace {
 constexpr int64_t kHotPanelBytes = 384 << 10;      // panels that stay in L2 beside everything else
 constexpr int64_t kHotPixels = 8 * kMostTileRows;  // pixels that pass through all of them in one go
 constexpr int64_t kMacsWorthThreads = 1 << 18;     // below, one thread
+constexpr int64_t kShortSum = 256;  // sums of so few products don't hide the fetching of y's lines: that is done ahead
+template <class S>
+constexpr int64_t kLineElements = 64 / sizeof(S);
 
 // A packed panel, or a chunk of one: the bias, then the weights.
 template <class T>
@@ -326,6 +329,7 @@ class Worker {
     args.a_step = 0;
     args.taps = taps_, args.ntaps = ntaps_, args.chains = chains_;
     args.b = data + width;
+    const bool fetch = last && v_.R * v_.S * v_.C <= kShortSum && v_.y_h == v_.Q * v_.y_w;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t i = count * t / tiles, rows = count * (t + 1) / tiles - i;
       args.a = a + i * row_step_;
@@ -340,6 +344,13 @@ class Worker {
       if constexpr (kSame<S, T>) {
         stored = last && linear && lanes == width && !epilogue_;
         if (stored) args.out = y, args.out_row = v_.y_w;
+      }
+      if (fetch && i + rows < count) {
+        const int64_t next = count * (t + 2) / tiles - i - rows;
+        for (int64_t j = 0; j < next; ++j) {
+          const S* line = y + (rows + j) * v_.y_w;
+          for (int64_t l = 0; l < lanes; l += kLineElements<S>) __builtin_prefetch(line + l, 1);
+        }
       }
       tile_function<T, true>(rows, panel.vecs)(args);
       if (!last || stored) continue;
