@@ -28,7 +28,7 @@ PEAK_FLOPS = {("f32", "fp32"): 67e12, ("f32", "high"): 495e12, ("bf16", "fp32"):
 PEAK_BYTES = 3.35e12
 DIRECTIONS = ("fprop", "dgrad", "wgrad")
 BACKENDS = ("cuda", "triton")
-TOO_SLOW_MS = 60.0  # seconds of a lent card are dear
+TOO_SLOW_MS = 60.0  # slower ones would take the whole time
 
 # name, C, H = W, K, R = S, stride, padding, groups
 LAYERS: tuple[tuple[str, int, int, int, int, int, int, int], ...] = (
