@@ -34,18 +34,6 @@ def _conv2d(p: Problem) -> list[str]:
     ]
 
 
-def _max_pool2d(p: Problem) -> list[str]:
-    return [
-        reason
-        for wrong, reason in (
-            (p.N * max(p.P * p.Q, p.H * p.W) >= _PROGRAMS, "numbers pixels in 32 bits"),
-            ((p.H + 2 * p.pad_h) * (p.W + 2 * p.pad_w) >= 2**31, "numbers the pixels of a map in 32 bits"),
-            (max(p.R, p.S) >= 2**15, "numbers taps in 16 bits"),
-        )
-        if wrong
-    ]
-
-
 def _avg_pool2d(p: Problem) -> list[str]:
     return [
         reason
@@ -55,6 +43,10 @@ def _avg_pool2d(p: Problem) -> list[str]:
         )
         if wrong
     ]
+
+
+def _max_pool2d(p: Problem) -> list[str]:
+    return _avg_pool2d(p) + (["numbers taps in 16 bits"] if max(p.R, p.S) >= 2**15 else [])
 
 
 def _adaptive_pool2d(p: Problem) -> list[str]:
@@ -162,11 +154,10 @@ def _binder(
         repeats: dict[tuple[Any, ...], _Repeat | None] = {}  # None: what can't be repeated
 
         def launch(operands: Sequence[torch.Tensor | None]) -> None:
-            given = [t for t in operands if t is not None]
-            device = given[0].device
+            device = next(t.device for t in operands if t is not None)
             extra = torch.empty(size, dtype=torch.uint8, device=device) if size else None
             # What Triton compiles for, beyond sizes and strides, which are the problem's.
-            key = (device.index, *(t is not None and t.data_ptr() % 16 == 0 for t in operands))
+            key = (device.index, *(None if t is None else t.data_ptr() % 16 == 0 for t in operands))
             repeat = repeats.get(key)
             if repeat is not None:
                 repeat(operands, extra)
