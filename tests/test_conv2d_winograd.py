@@ -79,6 +79,55 @@ def test_thread_count_changes_nothing(kernel: str, direction: str) -> None:
         assert torch.equal(results[0], other)
 
 
+def _wgrad(kernel: str, x: torch.Tensor, g: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
+    size = (g.shape[1], x.shape[1], 3, 3)
+    out: torch.Tensor = ops.conv2d_wgrad(x, g, size, channels_last, *GEOMETRY, "fp32", kernel, True)
+    return out
+
+
+def _wgrad_operands(n: int, c: int, k: int, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(n, channels, h, w, generator=generator) for channels in (c, k))
+    return x.contiguous(memory_format=CL), g.contiguous(memory_format=CL)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_wgrad_of_bad_values(kernel: str) -> None:
+    """A sum that isn't finite, by an operand or by what the transforms make of it, is the direct kernel's, and all others."""
+    isa = kernel.rsplit(".", 1)[1]
+    for operand, index in (("x", (0, 33, 9, 8)), ("x", (2, 0, 0, 0)), ("g", (1, 36, 18, 31))):
+        for value in (float("inf"), -float("inf"), float("nan"), 2e38):
+            x, g = _wgrad_operands(3, 34, 37, 19, 32)
+            (x if operand == "x" else g)[index] = value
+            (g if operand == "x" else x).clamp_(-1, 1)
+            out, expected = _wgrad(kernel, x, g), _wgrad(f"cpu.conv2d_direct.{isa}", x, g)
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True, msg=f"{kernel} {operand} {value}")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_wgrad_in_chunks_of_tiles(kernel: str) -> None:
+    """More tiles than are transformed at a time: accuracy, and the same bits for any thread count."""
+    n, c, k, h, w = 4, 71, 40, 62, 63
+    x, g = _wgrad_operands(n, c, k, h, w)
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
+
+    def torchs(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        grad: torch.Tensor = torch.ops.aten.convolution_backward(g, x, x.new_zeros(k, c, 3, 3), None, *geometry)[1]
+        return grad
+
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(_wgrad(kernel, x, g, channels_last=count == 3))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert torch.equal(results[0], other)
+    reference, magnitude = torchs(x.double(), g.double()), torchs(x.double().abs(), g.double().abs())
+    oracle.check(kernel, results[0], reference, torchs(x, g), magnitude)
+
+
 def test_when_it_may_serve() -> None:
     """Never under "ieee", nor where a filter, a step or the accuracy forbids it; the reasons say why."""
     kernel = next(
@@ -97,3 +146,17 @@ def test_when_it_may_serve() -> None:
     assert "stride 1" in reasons(stride=2)
     assert "not 16" in reasons(c=16, size=99)
     assert "20480" in reasons(size=14)
+
+
+def test_when_it_may_serve_wgrad() -> None:
+    """Few pixels are left to F(2x2): torch sums them too exactly for F(4x4)."""
+    kernels = {i.stem: i for i in dispatch.implementations("conv2d") if i.direction == "wgrad" and "winograd" in i.stem}
+
+    def reasons(stem: str, n: int) -> str:
+        shapes = (n, 64, 14, 14), (64, 64, 3, 3), (n, 64, 14, 14)
+        params = ((1, 1), (1, 1, 1, 1), (1, 1), 1, "fp32")
+        p = problem("wgrad", *shapes, torch.float32, torch.device("cpu"), params)
+        return "; ".join(kernels[stem].unsupported(p))
+
+    assert "sums over 1024 pixels" in reasons("conv2d_winograd_f4x4", 5)
+    assert reasons("conv2d_winograd_f4x4", 6) == reasons("conv2d_winograd_f2x2", 1) == ""

@@ -78,8 +78,12 @@ def _grouped(p: Problem, lanes: int) -> list[str]:
 
 def _winograd(p: Problem, isa: str, m: int) -> list[str]:
     # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
-    summed, inputs = p.C if p.direction == "fprop" else p.K, p.N * p.C * p.H * p.W
-    rounds, least = m == 4 and p.dtype == "f32", 64 if isa == "portable" else 32  # it has no fused multiply-add
+    summed, unit, least, inputs = p.C if p.direction == "fprop" else p.K, "channels", 32, p.N * p.C * p.H * p.W
+    if isa == "portable":
+        least = 64  # it has no fused multiply-add
+    if p.direction == "wgrad":
+        summed, unit, least, inputs = p.N * p.P * p.Q, "pixels", 1024, 1 << 62
+    rounds = m == 4 and p.dtype == "f32"
     return [
         reason
         for wrong, reason in (
@@ -87,7 +91,7 @@ def _winograd(p: Problem, isa: str, m: int) -> list[str]:
             ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
             ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
             (p.G != 1, f"needs one group, not {p.G}"),
-            (rounds and summed < least, f"needs sums over {least} channels to be as accurate as asked, not {summed}"),
+            (rounds and summed < least, f"needs sums over {least} {unit} to be as accurate as asked, not {summed}"),
             (rounds and inputs <= 20480, f"needs more than 20480 inputs to be as accurate as asked, not {inputs}"),
             (p.precision == "ieee", "precision ieee: multiplies sums of inputs by sums of weights, not each by each"),
         )
@@ -147,7 +151,7 @@ def _with_weights(p: Problem, isa: str, multiply: float, vectors: float, pack: f
 
 def _winograd_cost(p: Problem, isa: str, m: int) -> float:
     lanes, products = _lanes(isa, p.dtype), (m + 2) ** 2
-    c, k, h, w = (p.C, p.K, p.P, p.Q) if p.direction == "fprop" else (p.K, p.C, p.H, p.W)
+    c, k, h, w = (p.K, p.C, p.H, p.W) if p.direction == "dgrad" else (p.C, p.K, p.P, p.Q)
     tiles, vectors = p.N * -(-h // m) * -(-w // m), -(-k // lanes)
     transforms = (6 if m == 4 else 3.6) * products * tiles * (-(-c // lanes) + vectors)
     multiply, pack = products * tiles * c * vectors / 2, (3 * products + 75) * c * vectors

@@ -1,5 +1,6 @@
 // Winograd's F(2 x 2, 3 x 3): conv2d_winograd.h with tiles of 2 x 2 outputs.
 #include "conv2d_winograd.h"
+#include "conv2d_winograd_wgrad.h"
 
 namespace cnnfast {
 namespace CNNFAST_ISA {
@@ -18,6 +19,12 @@ CNNFAST_KERNEL("conv2d_winograd_f2x2.dgrad.f32", Conv2dParams, (launch_dgrad<flo
 CNNFAST_KERNEL("conv2d_winograd_f2x2.dgrad.f64", Conv2dParams, (launch_dgrad<double, 2>), nullptr)
 CNNFAST_KERNEL("conv2d_winograd_f2x2.dgrad.bf16", Conv2dParams, (launch_dgrad<BFloat16, 2>), nullptr)
 CNNFAST_KERNEL("conv2d_winograd_f2x2.dgrad.f16", Conv2dParams, (launch_dgrad<Float16, 2>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f2x2.wgrad.f32", Conv2dParams, (launch_wgrad<float, 2>), (wgrad_workspace<float, 2>))
+CNNFAST_KERNEL("conv2d_winograd_f2x2.wgrad.f64", Conv2dParams, (launch_wgrad<double, 2>), (wgrad_workspace<double, 2>))
+CNNFAST_KERNEL("conv2d_winograd_f2x2.wgrad.bf16", Conv2dParams, (launch_wgrad<BFloat16, 2>),
+               (wgrad_workspace<BFloat16, 2>))
+CNNFAST_KERNEL("conv2d_winograd_f2x2.wgrad.f16", Conv2dParams, (launch_wgrad<Float16, 2>),
+               (wgrad_workspace<Float16, 2>))
 
 }  // namespace CNNFAST_ISA
 }  // namespace cnnfast

@@ -1,5 +1,6 @@
 // Winograd's F(4 x 4, 3 x 3): conv2d_winograd.h with tiles of 4 x 4 outputs.
 #include "conv2d_winograd.h"
+#include "conv2d_winograd_wgrad.h"
 
 namespace cnnfast {
 namespace CNNFAST_ISA {
@@ -18,6 +19,12 @@ CNNFAST_KERNEL("conv2d_winograd_f4x4.dgrad.f32", Conv2dParams, (launch_dgrad<flo
 CNNFAST_KERNEL("conv2d_winograd_f4x4.dgrad.f64", Conv2dParams, (launch_dgrad<double, 4>), nullptr)
 CNNFAST_KERNEL("conv2d_winograd_f4x4.dgrad.bf16", Conv2dParams, (launch_dgrad<BFloat16, 4>), nullptr)
 CNNFAST_KERNEL("conv2d_winograd_f4x4.dgrad.f16", Conv2dParams, (launch_dgrad<Float16, 4>), nullptr)
+CNNFAST_KERNEL("conv2d_winograd_f4x4.wgrad.f32", Conv2dParams, (launch_wgrad<float, 4>), (wgrad_workspace<float, 4>))
+CNNFAST_KERNEL("conv2d_winograd_f4x4.wgrad.f64", Conv2dParams, (launch_wgrad<double, 4>), (wgrad_workspace<double, 4>))
+CNNFAST_KERNEL("conv2d_winograd_f4x4.wgrad.bf16", Conv2dParams, (launch_wgrad<BFloat16, 4>),
+               (wgrad_workspace<BFloat16, 4>))
+CNNFAST_KERNEL("conv2d_winograd_f4x4.wgrad.f16", Conv2dParams, (launch_wgrad<Float16, 4>),
+               (wgrad_workspace<Float16, 4>))
 
 }  // namespace CNNFAST_ISA
 }  // namespace cnnfast

@@ -21,6 +21,10 @@
 //         0  b/2 -1/2  -b   1  0          1/6    -b/6   1/3
 //         0   1    0  -5/2  0  1           0       0     1
 //
+// wgrad is the derivative by g: the same matrices transposed,
+//
+//   dg = G' [ (A dY A') . (B' d B) ] G
+//
 // Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016); Barabasz et al., Error Analysis and
 // Improving the Accuracy of Winograd Convolution for Deep Neural Networks (2020).
 #pragma once
@@ -92,6 +96,41 @@ CNNFAST_INLINE void transform_output(const Vec<T>* m, Vec<T>* y) {
   } else {
     y[0] = m[0] + sum_a;
     y[1] = difference_a + m[3];
+  }
+}
+
+// t = A d
+template <class T, int M>
+CNNFAST_INLINE void transform_gradient(const Vec<T>* d, Vec<T>* t) {
+  t[0] = d[0];
+  if constexpr (M == 4) {
+    const Vec<T> even_a = d[0] + T(0.5) * d[2], odd_a = kA<T> * (d[1] + T(0.5) * d[3]);
+    t[1] = even_a + odd_a;
+    t[2] = even_a - odd_a;
+    const Vec<T> even_b = d[0] + T(2) * d[2], odd_b = kB<T> * (d[1] + T(2) * d[3]);
+    t[3] = even_b + odd_b;
+    t[4] = even_b - odd_b;
+    t[5] = d[3];
+  } else {
+    t[1] = d[0] + d[1];
+    t[2] = d[0] - d[1];
+    t[3] = d[1];
+  }
+}
+
+// g = G' m
+template <class T, int M>
+CNNFAST_INLINE void transform_taps(const Vec<T>* m, Vec<T>* g) {
+  const Vec<T> sum_a = m[1] + m[2], difference_a = m[1] - m[2];
+  if constexpr (M == 4) {
+    const Vec<T> sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+    g[0] = m[0] + (T(1.0L / 6) * sum_b - T(2.0L / 3) * sum_a);
+    g[1] = (T(1.0L / 6) * kB<T>)*difference_b - (T(2.0L / 3) * kA<T>)*difference_a;
+    g[2] = m[5] + T(1.0L / 3) * (sum_b - sum_a);
+  } else {
+    g[0] = m[0] + T(0.5) * sum_a;
+    g[1] = T(0.5) * difference_a;
+    g[2] = m[3] + T(0.5) * sum_a;
   }
 }
 
