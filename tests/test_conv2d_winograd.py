@@ -79,6 +79,36 @@ def test_thread_count_changes_nothing(kernel: str, direction: str) -> None:
         assert torch.equal(results[0], other)
 
 
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_each_group_is_a_convolution(kernel: str, direction: str) -> None:
+    """The bits of a group are those of a call with that group alone, with one thread, and with more threads than groups."""
+    generator = torch.Generator().manual_seed(0)
+    groups, c, k = 3, 64, 72
+    x = torch.randn(2, groups * (c if direction == "fprop" else k), 15, 21, generator=generator)
+    x, bias = x.contiguous(memory_format=CL), torch.randn(groups * k, generator=generator)
+    w = torch.randn(groups * k, c, 3, 3, generator=generator)
+
+    def run(t: torch.Tensor, w: torch.Tensor, b: torch.Tensor, groups: int) -> torch.Tensor:
+        params = (*GEOMETRY[:3], groups, "fp32", kernel, True)
+        if direction == "fprop":
+            y: torch.Tensor = ops.conv2d(t, w, b, *params)
+            return y
+        dx: torch.Tensor = ops.conv2d_dgrad(w, t, (2, groups * c, 15, 21), True, *params)
+        return dx
+
+    one_by_one = [
+        run(*operands, 1) for operands in zip(x.chunk(groups, 1), w.chunk(groups), bias.chunk(groups), strict=True)
+    ]
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            assert torch.equal(run(x, w, bias, groups), torch.cat(one_by_one, 1))
+    finally:
+        torch.set_num_threads(before)
+
+
 def _wgrad(kernel: str, x: torch.Tensor, g: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
     size = (g.shape[1], x.shape[1], 3, 3)
     out: torch.Tensor = ops.conv2d_wgrad(x, g, size, channels_last, *GEOMETRY, "fp32", kernel, True)

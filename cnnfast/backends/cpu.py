@@ -78,9 +78,12 @@ def _grouped(p: Problem, lanes: int) -> list[str]:
 
 def _winograd(p: Problem, isa: str, m: int) -> list[str]:
     # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
-    summed, unit, least, inputs = p.C if p.direction == "fprop" else p.K, "channels", 32, p.N * p.C * p.H * p.W
+    summed, unit, least = (p.C if p.direction == "fprop" else p.K) // p.G, "channels", 32
+    inputs = p.N * p.C * p.H * p.W
+    if p.G > 1:
+        least = 16  # oneDNN sums these as we do
     if isa == "portable":
-        least = 64  # it has no fused multiply-add
+        least *= 2  # it has no fused multiply-add
     if p.direction == "wgrad":
         summed, unit, least, inputs = p.N * p.P * p.Q, "pixels", 1024, 1 << 62
     rounds = m == 4 and p.dtype == "f32"
@@ -90,7 +93,8 @@ def _winograd(p: Problem, isa: str, m: int) -> list[str]:
             ((p.R, p.S) != (3, 3), f"needs a 3x3 filter, not {p.R}x{p.S}"),
             ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
             ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
-            (p.G != 1, f"needs one group, not {p.G}"),
+            (p.direction == "wgrad" and p.G != 1, f"needs one group for wgrad, not {p.G}"),
+            (p.G > 1 and min(p.C, p.K) < 16 * p.G, "needs 16 or more channels a group"),
             (rounds and summed < least, f"needs sums over {least} {unit} to be as accurate as asked, not {summed}"),
             (rounds and inputs <= 20480, f"needs more than 20480 inputs to be as accurate as asked, not {inputs}"),
             (p.precision == "ieee", "precision ieee: multiplies sums of inputs by sums of weights, not each by each"),
@@ -152,10 +156,12 @@ def _with_weights(p: Problem, isa: str, multiply: float, vectors: float, pack: f
 def _winograd_cost(p: Problem, isa: str, m: int) -> float:
     lanes, products = _lanes(isa, p.dtype), (m + 2) ** 2
     c, k, h, w = (p.K, p.C, p.H, p.W) if p.direction == "dgrad" else (p.C, p.K, p.P, p.Q)
+    c, k = c // p.G, k // p.G
     tiles, vectors = p.N * -(-h // m) * -(-w // m), -(-k // lanes)
-    transforms = (6 if m == 4 else 3.6) * products * tiles * (-(-c // lanes) + vectors)
-    multiply, pack = products * tiles * c * vectors / 2, (3 * products + 75) * c * vectors
-    return _seconds(transforms + _with_weights(p, isa, multiply, products * c * vectors, pack)) + _conversions(p)
+    transforms = p.G * (6 if m == 4 else 3.6) * products * tiles * (-(-c // lanes) + vectors)
+    weights = p.G * c * vectors
+    multiply, pack = products * tiles * weights / 2, (3 * products + 75) * weights
+    return _seconds(transforms + _with_weights(p, isa, multiply, products * weights, pack)) + _conversions(p)
 
 
 def _direct_cost(p: Problem, isa: str) -> float:

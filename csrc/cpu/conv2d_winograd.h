@@ -17,7 +17,8 @@
 //
 // and then the output transform adds the bias and writes M x M pixels of y. Input channels are summed in chunks, each
 // a chain of at most 128; the chunks depend on C alone and no sum is split over threads, so that results are the same
-// bits whatever the thread count. A thread owns a range of panels times a range of tiles.
+// bits whatever the thread count. A thread owns a range of panels times a range of tiles, or, of a grouped convolution,
+// some of the groups: each is a convolution of its own.
 //
 // Where a result isn't finite (Inf or NaN among the operands spreads over the whole tile, large values may overflow in
 // between) the pixels of that tile are summed directly: infinities and NaNs come out where the direct kernel's do, and
@@ -69,7 +70,7 @@ struct WinogradPlan {
   int64_t chunk, chunks;            // of input channels
   int64_t u_product, u_unit;        // elements of one product, and of all, of one chunk of a panel
   int64_t v_pitch;                  // elements of a tile of a chunk
-  int threads_k, threads_t;
+  int threads_g, threads_k, threads_t;
 
   WinogradPlan(const Conv2dView& v, int threads) {
     tiles_h = ceil_div(v.P, M), tiles_w = ceil_div(v.Q, M), tiles = v.N * tiles_h * tiles_w;
@@ -79,7 +80,9 @@ struct WinogradPlan {
     chunks = max(1, ceil_div(v.C, max(1, chunk)));
     u_product = odd_lines<T>(max(1, chunk) * kMaxTileVecs * VL);
     u_unit = kProducts * u_product;
-    v_pitch = round_up(chunk, 64 / static_cast<int64_t>(sizeof(T))) + 64 / static_cast<int64_t>(sizeof(T));
+    v_pitch = odd_lines<T>(max(1, chunk));
+    threads_g = v.G >= threads ? threads : 1;
+    threads /= threads_g;
     // The split over threads, in cycles of a thread: products, and transforms that are done by more than one.
     double best = -1;
     for (int tk = 1; tk <= threads; ++tk) {
@@ -91,7 +94,7 @@ struct WinogradPlan {
       if (best < 0 || cost < best) best = cost, threads_k = tk, threads_t = threads / tk;
     }
   }
-  int64_t packed_elements() const { return panels * chunks * u_unit; }
+  int64_t packed_elements() const { return panels * chunks * u_unit; }  // of a group
   int64_t panel_vecs(int64_t panel) const { return min(kMaxTileVecs, vecs - panel * kMaxTileVecs); }
   int64_t chunk_channels(int64_t i, int64_t C) const { return min(chunk, C - i * chunk); }
 };
@@ -200,7 +203,8 @@ class Worker {
 
   // False: out of memory.
   bool run(int64_t task) {
-    const int64_t tk = task / plan_.threads_t, tt = task % plan_.threads_t;
+    const int64_t tg = task / (plan_.threads_k * plan_.threads_t);
+    const int64_t tk = task / plan_.threads_t % plan_.threads_k, tt = task % plan_.threads_t;
     first_panel_ = plan_.panels * tk / plan_.threads_k;
     last_panel_ = plan_.panels * (tk + 1) / plan_.threads_k;
     const int64_t first = plan_.tiles * tt / plan_.threads_t, last = plan_.tiles * (tt + 1) / plan_.threads_t;
@@ -230,12 +234,13 @@ class Worker {
     if (!scratch) return false;
     carve(Carver(scratch));
     memset(zeros_, 0, static_cast<size_t>(v_.C) * sizeof(S));
-    if (keep_)
-      for (int64_t panel = first_panel_; panel < last_panel_; ++panel)
-        for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk)
-          transform_panel<T, M>(weights_ + ((panel - first_panel_) * plan_.chunks + chunk) * plan_.u_unit, slice_, w_,
-                                v_, plan_, panel, chunk);
-    for (int64_t tile = first; tile < last; tile += block_) run_block(tile, min(block_, last - tile));
+    for (group_ = v_.G * tg / plan_.threads_g; group_ < v_.G * (tg + 1) / plan_.threads_g; ++group_) {
+      if (keep_)
+        for (int64_t panel = first_panel_; panel < last_panel_; ++panel)
+          for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk)
+            transform(weights_ + ((panel - first_panel_) * plan_.chunks + chunk) * plan_.u_unit, panel, chunk);
+      for (int64_t tile = first; tile < last; tile += block_) run_block(tile, min(block_, last - tile));
+    }
     return true;
   }
 
@@ -251,6 +256,10 @@ class Worker {
     return {row / plan_.tiles_h, row % plan_.tiles_h * M, tile % plan_.tiles_w * M};
   }
 
+  void transform(T* u, int64_t panel, int64_t chunk) const {
+    transform_panel<T, M>(u, slice_, w_ + group_ * v_.w_g, v_, plan_, panel, chunk);
+  }
+
   void run_block(int64_t tile, int64_t count) {
     for (int64_t i = 0; i < count; ++i) load_tile(i, place(tile + i));
     for (int64_t panel = first_panel_; panel < last_panel_; ++panel) {
@@ -260,7 +269,7 @@ class Worker {
   }
 
   void load_tile(int64_t index, const Place& at) {
-    const S* x = x_ + at.n * v_.x_n;
+    const S* x = x_ + at.n * v_.x_n + group_ * v_.C;
     for (int64_t a = 0; a < P; ++a) {
       const int64_t h = at.p - v_.pad_h + a;
       for (int64_t b = 0; b < P; ++b) {
@@ -278,11 +287,11 @@ class Worker {
     const int64_t channels = plan_.chunk_channels(chunk, v_.C), vecs = plan_.panel_vecs(panel), width = vecs * VL;
     const T* u = weights_;
     if (packed_)
-      u = packed_ + (panel * plan_.chunks + chunk) * plan_.u_unit;
+      u = packed_ + ((group_ * plan_.panels + panel) * plan_.chunks + chunk) * plan_.u_unit;
     else if (keep_)
       u = weights_ + ((panel - first_panel_) * plan_.chunks + chunk) * plan_.u_unit;
     else
-      transform_panel<T, M>(weights_, slice_, w_, v_, plan_, panel, chunk);
+      transform(weights_, panel, chunk);
     TapList taps(taps_, v_.C > kSumChain ? kSumChain : kShortChain);
     if (channels) taps.add(0, channels, sizeof(T));
     TileArgs<T> args;
@@ -330,9 +339,10 @@ class Worker {
       }
 #pragma GCC unroll 4
       for (int i = 0; i < M; ++i) transform_output<T, M>(half[i], values[i]);
-      const Vec<T> bias = bias_ ? load_wide(bias_ + k, lanes) : Vec<T>{};
-      S* y = y_ + at.n * v_.y_n + at.p * v_.y_h + at.q * v_.y_w + k;
-      if (epilogue_ ? !finish_values(y, at, rows, columns, k, lanes, values, bias)
+      const int64_t channel = group_ * v_.K + k;
+      const Vec<T> bias = bias_ ? load_wide(bias_ + channel, lanes) : Vec<T>{};
+      S* y = y_ + at.n * v_.y_n + at.p * v_.y_h + at.q * v_.y_w + channel;
+      if (epilogue_ ? !finish_values(y, at, rows, columns, channel, lanes, values, bias)
                     : !store_tile<T, M>(y, v_.y_h, v_.y_w, rows, columns, lanes, values, bias))
         redo_tile(at, rows, columns, k, lanes);
     }
@@ -356,7 +366,8 @@ class Worker {
   __attribute__((noinline)) void redo_tile(const Place& at, int64_t rows, int64_t columns, int64_t k, int64_t lanes) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j)
-        direct_pixel(v_, x_, w_, bias_, y_, (at.n * v_.P + at.p + i) * v_.Q + at.q + j, 0, k, k + lanes, epilogue_);
+        direct_pixel(v_, x_, w_, bias_, y_, (at.n * v_.P + at.p + i) * v_.Q + at.q + j, group_, k, k + lanes,
+                     epilogue_);
   }
 
   const Conv2dView& v_;
@@ -365,7 +376,7 @@ class Worker {
   S* y_;
   const T* packed_;
   const Epilogue<S>* epilogue_;
-  int64_t first_panel_ = 0, last_panel_ = 0, block_ = 0, v_product_ = 0, m_product_ = 0;
+  int64_t group_ = 0, first_panel_ = 0, last_panel_ = 0, block_ = 0, v_product_ = 0, m_product_ = 0;
   bool keep_ = false;
   Tap* taps_ = nullptr;
   const S** pixels_ = nullptr;
@@ -377,8 +388,8 @@ template <class S, int M>
 const char* run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, const void* packed, int threads,
                      const Epilogue<S>* epilogue) {
   using T = Compute<S>;
-  if (v.N * v.P * v.Q * v.K == 0) return nullptr;
-  if (v.N * v.P * v.Q * v.K * v.C * kTapsAcross * kTapsAcross < kMacsWorthThreads) threads = 1;
+  if (v.N * v.P * v.Q * v.K * v.G == 0) return nullptr;
+  if (v.N * v.P * v.Q * v.K * v.C * v.G * kTapsAcross * kTapsAcross < kMacsWorthThreads) threads = 1;
   const WinogradPlan<T, M> plan(v, threads);
   bool no_memory = false;
   parallel_for(
@@ -400,7 +411,7 @@ const char* launch_fprop(const void* params, const Launch& l) {
                         l.operands[kPackedOperand], l.threads, epilogue.or_null());
 }
 
-// Every panel's U, for fprop, into the workspace.
+// Every group's and panel's U, for fprop, into the workspace.
 template <class S, int M>
 const char* launch_pack(const void* params, const Launch& l) {
   using T = Compute<S>;
@@ -408,11 +419,12 @@ const char* launch_pack(const void* params, const Launch& l) {
   const WinogradPlan<T, M> plan(v, 1);
   const S* w = static_cast<const S*>(l.operands[1]);
   bool no_memory = false;
-  parallel_for(l.threads, plan.panels * plan.chunks, [&](int64_t task) {
+  parallel_for(l.threads, v.G * plan.panels * plan.chunks, [&](int64_t task) {
     T* taps = static_cast<T*>(thread_scratch(slice_elements<T>() * sizeof(T)));
+    const int64_t chunk = task % plan.chunks, panel = task / plan.chunks % plan.panels;
+    const S* of_group = w + task / plan.chunks / plan.panels * v.w_g;
     if (taps)
-      transform_panel<T, M>(static_cast<T*>(l.workspace) + task * plan.u_unit, taps, w, v, plan, task / plan.chunks,
-                            task % plan.chunks);
+      transform_panel<T, M>(static_cast<T*>(l.workspace) + task * plan.u_unit, taps, of_group, v, plan, panel, chunk);
     else
       __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
   });
@@ -422,8 +434,8 @@ const char* launch_pack(const void* params, const Launch& l) {
 template <class S, int M>
 int64_t packed_bytes(const void* params) {
   using T = Compute<S>;
-  const WinogradPlan<T, M> plan(fprop_view(*static_cast<const Conv2dParams*>(params)), 1);
-  return plan.packed_elements() * static_cast<int64_t>(sizeof(T));
+  const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
+  return v.G * WinogradPlan<T, M>(v, 1).packed_elements() * static_cast<int64_t>(sizeof(T));
 }
 
 template <class S, int M>
