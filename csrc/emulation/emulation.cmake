@@ -45,8 +45,10 @@ function(cnnfast_emulated_module name check)
                                                  -fno-strict-aliasing  # as nvcc compiles device code
                                                  -Wno-unknown-pragmas -Wno-builtin-declaration-mismatch)
   if(check)
-    # Only compiled so: checker.cpp has the functions that the instrumentation calls, libtsan is not linked.
-    target_compile_options(${name}_kernels PRIVATE -fsanitize=thread)
+    # Only compiled so: checker.cpp has the functions that the instrumentation calls, no sanitizer is linked.
+    target_compile_options(
+      ${name}_kernels PRIVATE -g1 -fsanitize=thread
+                              -fsanitize=alignment,signed-integer-overflow,shift,bounds,integer-divide-by-zero)
   endif()
   cnnfast_module(${name} ${emulation_runtime} $<TARGET_OBJECTS:${name}_kernels>)
   target_include_directories(${name} SYSTEM PRIVATE "${CNNFAST_CUDA_INCLUDE}" "${CNNFAST_CUDA_INCLUDE}/cccl")
