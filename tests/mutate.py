@@ -75,7 +75,7 @@ class Runner:
         variables = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         with log.open("w") as output:
             process = subprocess.Popen(
-                [*command, "tests/test_kernels.py"], cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=output,
+                [*command, *self.files(unit)], cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             try:
@@ -84,6 +84,12 @@ class Runner:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 return None
+
+    def files(self, unit: str) -> list[str]:
+        """The test files: that of all kernels, and what a kernel has of its own."""
+        own = (ROOT / "tests").glob(f"test_{self.language.NAME}_*.py")
+        named = [p for p in own if unit.startswith(p.stem.removeprefix(f"test_{self.language.NAME}_"))]
+        return [str(p) for p in (ROOT / "tests" / "test_kernels.py", *sorted(named))]
 
     def calibrate(self, unit: str, quick: bool, folder: Path) -> float:
         """Seconds that the unchanged kernel's tests take; ends the run if they fail."""

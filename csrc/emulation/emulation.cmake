@@ -37,6 +37,8 @@ file(GLOB emulated_kernels CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/cuda/*
 file(GLOB emulation_runtime CONFIGURE_DEPENDS "${CMAKE_CURRENT_LIST_DIR}/*.cpp")
 set_source_files_properties(${emulated_kernels} PROPERTIES LANGUAGE CXX)
 
+set(CMAKE_STRIP "")  # the check variant names lines of source
+
 # cnnfast_emulated_module(<name> CHECK <on or off>)
 function(cnnfast_emulated_module name check)
   add_library(${name}_kernels OBJECT ${emulated_kernels})

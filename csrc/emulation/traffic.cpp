@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <map>
 #include <tuple>
-#include <unordered_map>
 
 #include "checker.h"
 #include "state.h"
@@ -40,6 +39,7 @@ void reset() { tallies().clear(); }
 
 namespace {
 
+constexpr size_t kLookBack = 8;  // pieces of other accesses that may lie between those of one
 constexpr uintptr_t kBankBytes = 4, kBanks = 32, kSectorBytes = 32, kVectorBytes = 16;
 
 struct Piece {
@@ -113,9 +113,11 @@ void on_access(const void* address, size_t bytes, bool writes, uintptr_t where) 
       shared ? (writes ? Kind::shared_write : Kind::shared_read) : (writes ? Kind::global_write : Kind::global_read);
   const uintptr_t at = shared ? offset : reinterpret_cast<uintptr_t>(address);
   std::vector<Piece>& mine = pieces()[current_thread->linear];
-  if (!mine.empty() && extends(mine.back(), at, bytes, kind, where)) {
-    mine.back().bytes += static_cast<uint32_t>(bytes);
-    mine.back().last = where;
+  const size_t oldest = mine.size() - std::min(mine.size(), kLookBack);
+  for (size_t i = mine.size(); i-- > oldest;) {
+    if (!extends(mine[i], at, bytes, kind, where)) continue;
+    mine[i].bytes += static_cast<uint32_t>(bytes);
+    mine[i].last = where;
     return;
   }
   mine.push_back({at, where, where, static_cast<uint32_t>(bytes), kind});
@@ -130,16 +132,19 @@ void flush() {
   const Block& block = *current_block;
   for (uint32_t warp = 0; warp * kWarp < block.threads; ++warp) {
     // (instruction, how often a lane executed it before) -> the lanes' pieces
-    std::map<std::pair<uintptr_t, uint32_t>, std::vector<std::pair<uint32_t, const Piece*>>> accesses;
+    using Instruction = std::pair<uintptr_t, Kind>;
+    std::map<std::pair<Instruction, uint32_t>, std::vector<std::pair<uint32_t, const Piece*>>> accesses;
     for (uint32_t lane = 0; lane < kWarp && warp * kWarp + lane < block.threads; ++lane) {
-      std::unordered_map<uintptr_t, uint32_t> executed;
-      for (const Piece& piece : pieces()[warp * kWarp + lane])
-        accesses[{piece.where, executed[piece.where]++}].push_back({lane, &piece});
+      std::map<Instruction, uint32_t> executed;
+      for (const Piece& piece : pieces()[warp * kWarp + lane]) {
+        const Instruction instruction{piece.where, piece.kind};
+        accesses[{instruction, executed[instruction]++}].push_back({lane, &piece});
+      }
     }
     for (const auto& [key, lanes] : accesses) {
-      const Kind kind = lanes.front().second->kind;
+      const auto [where, kind] = key.first;
       const bool shared = kind == Kind::shared_read || kind == Kind::shared_write;
-      count(kind, key.first, shared ? wavefronts(lanes) : sectors(lanes));
+      count(kind, where, shared ? wavefronts(lanes) : sectors(lanes));
     }
   }
   for (uint32_t t = 0; t < block.threads; ++t) pieces()[t].clear();

@@ -4,7 +4,8 @@
 // Threads run one after the other here, so a warp's instruction is put together from them: the nth time that its lanes
 // execute one since the last barrier counts as one access of the warp. The compiler splits vector accesses: pieces that
 // follow each other in the program and in memory, within 16 aligned bytes, count as the one access that they are in the
-// source. What nvcc really loads at a time is in the machine code (tests/test_cuda_static.py).
+// source, also where a few others lie between them. What nvcc really loads at a time is in the machine code
+// (tests/test_cuda_static.py).
 //
 // Wavefronts of shared memory: 32 banks of 4 bytes; a warp's access goes by quarters where a lane has 16 bytes, by
 // halves where it has 8; one more wavefront for each further word in the same bank. Sectors of global memory: 32 bytes.

@@ -94,14 +94,19 @@ def build(check: bool) -> Path:
 class Library:
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
-        for name in ("run_planted", "run_probe", "bug_names"):
+        for name in ("run_planted", "run_probe", "bug_names", "accesses"):
             getattr(self._library, name).restype = ctypes.c_char_p
         # name -> the kernel that the bug is planted in; the numbers are the order
         self.bugs: dict[str, str] = dict(line.split() for line in self._library.bug_names().decode().splitlines())
         self._kept: list[np.ndarray] = []
 
-    def configure(self, mode: Mode) -> None:
-        self._library.configure(ORDERS.index(mode.order), mode.seed, int(mode.lazy_async))
+    def configure(self, mode: Mode, count_accesses: bool = False) -> None:
+        self._library.configure(ORDERS.index(mode.order), mode.seed, int(mode.lazy_async), int(count_accesses))
+
+    def accesses(self) -> list[tuple[str, int, int, int, str]]:
+        """(kind, accesses of a warp, wavefronts or sectors, the fewest, line) of each place since the last call."""
+        lines = [line.split(maxsplit=4) for line in self._library.accesses().decode().splitlines()]
+        return [(kind, int(a), int(units), int(least), line) for kind, a, units, least, line in lines]
 
     def register(self, *arrays: tuple[np.ndarray, bool]) -> None:
         self._library.clear_ranges()
@@ -121,9 +126,10 @@ class Library:
         b: np.ndarray | None = None,
         out: np.ndarray | None = None,
         size: int = 0,
+        count_accesses: bool = False,
     ) -> str | None:
         self._library.clear_ranges()
-        self.configure(MODES[0])
+        self.configure(MODES[0], count_accesses)
         return text(self._library.run_probe(name.encode(), pointer(a), pointer(b), pointer(out), size))
 
 
