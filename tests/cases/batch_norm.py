@@ -131,7 +131,9 @@ def inputs(case: Case, direction: str, dtype: torch.dtype, device: str = "cpu", 
             made[role] = place(value, layouts[role], dtype, device)
             continue
         if role in "mv" and case.training and made["x"].tensor.numel():
-            x = made["x"].tensor.double()
+            # On the CPU whatever the device: an operand, and so the same bits as the reference's. A card's variance of
+            # many pixels, summed in another order, differs by dozens of float64's roundings.
+            x = made["x"].tensor.cpu().double()
             value = x.mean(_DIMS) if role == "m" else (x.var(_DIMS, correction=0) + EPS).rsqrt()
         elif role == "v":
             value = value.abs() + 0.1
