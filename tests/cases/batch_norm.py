@@ -86,6 +86,7 @@ CASES = (
     Case("NCHW", 2, 12, 6, 7, activation="relu", x_layout="nchw", g_layout="nchw"),
     Case("NCHW with a residual, evaluated", 2, 12, 6, 7, False, "wbmvr", "relu", "nchw", "nchw", "nchw"),
     Case("sliced", 2, 21, 6, 7, has="wbmvr", activation="relu", x_layout="sliced", r_layout="sliced"),
+    Case("only the pixels' stride is unaligned", 2, 24, 6, 6, has="wbmvr", activation="relu", x_layout="sliced"),
     Case("a part of a concatenation", 2, 24, 7, 7, activation="relu", x_layout="channels", g_layout="channels"),
     Case("a short pixel of a concatenation", 2, 5, 7, 11, activation="relu", x_layout="channels"),
     Case("expanded batch", 3, 8, 7, 6, activation="relu", x_layout="expanded"),
