@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -51,9 +52,10 @@ SPILLS = {
 
 def compiler() -> str | None:
     """An nvcc: the system's, or the one of PyPI's wheels."""
-    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
+    include = os.environ.get("CNNFAST_CUDA_INCLUDE")  # a toolkit's
+    beside = str(Path(include).resolve().parent / "bin" / "nvcc") if include else None
+    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc"), beside]
     roots = [Path(sysconfig.get_path("purelib")), ROOT / "build" / "cuda-headers"]
-    roots += [Path(os.environ["CNNFAST_CUDA_INCLUDE"]).parents[2]] if "CNNFAST_CUDA_INCLUDE" in os.environ else []
     candidates += [str(p) for root in roots for p in sorted(root.glob("nvidia/cu[0-9]*/bin/nvcc"))]
     return next((c for c in candidates if c and os.access(c, os.X_OK)), None)
 
@@ -102,32 +104,32 @@ def readable(names: list[str]) -> list[str]:
 
 
 @functools.cache
-def constant(header: str, expression: str) -> int:
-    """The value of a constant of a header, by the C++ compiler."""
+def constants(header: str, expressions: frozenset[str]) -> dict[str, int]:
+    """The values of a header's constants, by the compiler: sizes of arrays in PTX."""
+    names = dict(enumerate(sorted(expressions)))
     with tempfile.TemporaryDirectory() as folder:
-        source, program = Path(folder) / "constant.cpp", Path(folder) / "constant.cubin"
-        text = f'#include "{SOURCES / header}"\nusing namespace cnnfast::cuda;\n'
-        text += f"__device__ char bytes[{expression}];\n"
-        source.with_suffix(".cu").write_text(text)
-        nvcc, cuobjdump = compiler(), tool("cuobjdump")
+        source, ptx = Path(folder) / "constants.cu", Path(folder) / "constants.ptx"
+        arrays = "".join(f"__device__ char bytes{i}[{expression}];\n" for i, expression in names.items())
+        source.write_text(f'#include "{SOURCES / header}"\nusing namespace cnnfast::cuda;\n{arrays}')
+        nvcc = compiler()
         assert nvcc
-        assert cuobjdump
-        command = [nvcc, "-std=c++17", "-cubin", "-arch=sm_80", "-o", program, source.with_suffix(".cu")]
+        command = [nvcc, "-std=c++17", "-ptx", "-arch=compute_80", "-o", str(ptx), str(source)]
         subprocess.run(command, check=True, capture_output=True)
-        listing = [cuobjdump, "--dump-resource-usage", program]
-        usage = subprocess.run(listing, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"GLOBAL:(\d+)", usage)
-    assert found, usage
-    return int(found[1])
+        found = dict(re.findall(r"bytes(\d+)\[(\d+)\]", ptx.read_text()))
+    return {expression: int(found[str(i)]) for i, expression in names.items()}
 
 
-def dynamic(kernel: str) -> int:
-    """Bytes of dynamic shared memory that every launch of a kernel has; 0 where it has none, or they differ."""
-    for pattern, (header, expression) in DYNAMIC.items():
-        found = re.search(pattern, kernel)
-        if found and kernel.startswith(TENSOR_KERNELS):
-            return constant(header, expression.format(*found.groups()))
-    return 0
+def dynamic(kernels: list[str]) -> dict[str, int]:
+    """Bytes of dynamic shared memory that every launch of a kernel has, of those where they don't differ."""
+    found: dict[str, tuple[str, str]] = {}
+    for kernel, (pattern, (header, expression)) in itertools.product(kernels, DYNAMIC.items()):
+        match = re.search(pattern, kernel)
+        if match and kernel.startswith(TENSOR_KERNELS):
+            found[kernel] = header, expression.format(*match.groups())
+    values: dict[str, int] = {}
+    for header in {h for h, _ in found.values()}:
+        values |= constants(header, frozenset(e for h, e in found.values() if h == header))
+    return {kernel: values[expression] for kernel, (_, expression) in found.items()}
 
 
 def examine(file: str, architecture: int) -> list[Facts]:
@@ -153,8 +155,10 @@ def examine(file: str, architecture: int) -> list[Facts]:
     used = re.findall(r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
     # From sm_90 on the bytes that the system takes are counted, too, in files that use shared memory.
     reserved = SHARED_RESERVED if architecture >= 90 else 0
+    names = readable([u[0] for u in used])
+    more = dynamic(names)
     facts = []
-    for (name, registers, stack, shared, local), kernel in zip(used, readable([u[0] for u in used]), strict=True):
+    for (name, registers, stack, shared, local), kernel in zip(used, names, strict=True):
         spilled = int(stack) > SPILLS.get((file, architecture), 0) or int(local)
         problems = [f"{stack} bytes of stack, {local} of local memory"] if spilled else []
         problems += [] if name in threads else ["no __launch_bounds__"]
@@ -166,7 +170,7 @@ def examine(file: str, architecture: int) -> list[Facts]:
             problems += [f"no {what}" for what, pattern in wanted.items() if not re.search(pattern, body)]
         facts.append(
             Facts(file, kernel, architecture, int(threads.get(name, 1024)), int(registers),
-                  max(0, int(shared) - reserved) + dynamic(kernel), tuple(problems + complaints))
+                  max(0, int(shared) - reserved) + more.get(kernel, 0), tuple(problems + complaints))
         )  # fmt: skip
         if not facts[-1].blocks:
             facts[-1] = dataclasses.replace(facts[-1], problems=(*facts[-1].problems, "not one block fits"))
