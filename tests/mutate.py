@@ -69,9 +69,8 @@ class Runner:
 
     def tests(self, unit: str, environment: dict[str, str], quick: bool, log: Path, limit: float) -> int | None:
         """pytest's exit code; None where the time was up."""
-        script = ROOT / "tests" / "mutation" / "run_tests.py"
         count = str(QUICK if quick else 0)
-        command = [sys.executable, str(script), self.language.selection(unit), count, str(self.seed)]
+        command = [sys.executable, "-m", "mutation.run_tests", self.language.selection(unit), count, str(self.seed)]
         variables = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         with log.open("w") as output:
             process = subprocess.Popen(

@@ -1,6 +1,6 @@
 """The tests of one mutant, in a process of their own: the first failure ends it with pytest's exit code 1.
 
-    python tests/mutation/run_tests.py SELECTION COUNT SEED FILE...
+    python -m mutation.run_tests SELECTION COUNT SEED FILE...
 
 COUNT tests are chosen by a hash with the seed; 0: all of the selection.
 """
