@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import process
+from support.occupancy import LIMITS, blocks_at_once
 
 import cnnfast
 from cnnfast.backends.cuda import RULES
@@ -19,14 +20,19 @@ from cnnfast.ops.conv2d import problem
 REPOSITORY = Path(__file__).resolve().parents[1]
 PLAN = REPOSITORY / "csrc" / "cuda" / "conv2d_implicit_gemm_plan.h"
 TILES = ((128, 128), (128, 64), (64, 64))
-PROCESSORS = {"A100": 108, "RTX 4090": 128, "H100": 132, "L4": 58, "a single one": 1}
+# Compute capability and multiprocessors.
+CARDS = {
+    "A100": (80, 108), "RTX 3090": (86, 82), "L4": (89, 58), "RTX 4090": (89, 128), "H100": (90, 132), "B200": (100, 148),
+    "RTX 5090": (120, 170), "a single one": (90, 1),
+}  # fmt: skip
 
 SOURCE = f"""
 #include "{PLAN}"
 using namespace cnnfast::cuda::implicit_gemm;
-extern "C" int64_t tile(int64_t rows, int64_t columns, int64_t depth, int64_t products, int64_t processors) {{
-  return choose_tile(rows, columns, depth, products, processors);
+extern "C" int64_t tile(int64_t rows, int64_t columns, int64_t depth, int64_t products, int64_t processors, int64_t shared) {{
+  return choose_tile(rows, columns, depth, products, processors, shared);
 }}
+extern "C" int64_t at_once(int64_t i, int64_t shared) {{ return blocks_at_once(kShapes[i], shared); }}
 extern "C" void split(int64_t rows, int64_t columns, int64_t depth, int64_t products, int64_t* out) {{
   const Split s = choose_split(rows, columns, depth, products);
   out[0] = s.tile, out[1] = s.slices, out[2] = s.depth;
@@ -66,15 +72,46 @@ def test_shapes(plan: ctypes.CDLL) -> None:
         assert tuple(out) == expected
 
 
-@pytest.mark.parametrize("card", PROCESSORS)
+@pytest.mark.parametrize("capability", LIMITS)
+def test_blocks_at_once(plan: ctypes.CDLL, capability: int) -> None:
+    """As many as shared memory holds, by the rule that the static table's occupancy follows, too."""
+    shared = LIMITS[capability].shared
+    for i, (rows, columns) in enumerate(TILES):
+        bounded = plan.at_once(ctypes.c_int64(i), ctypes.c_int64(1 << 40))  # by registers
+        threads = 128
+        expected = min(bounded, blocks_at_once(capability, threads, 32, (rows + columns) * 256))
+        assert plan.at_once(ctypes.c_int64(i), ctypes.c_int64(shared)) == expected
+
+
+@pytest.mark.parametrize("card", CARDS)
 def test_tiles(plan: ctypes.CDLL, card: str) -> None:
     """ResNet-50's 3x3 layers at batch 64 (pixels, filters, depth): large tiles, as far as the filters fill them."""
-    processors = PROCESSORS[card]
-    assert tile(plan, 64 * 56 * 56, 64, 576, 1, processors)[1] == 64
-    assert tile(plan, 64 * 28 * 28, 128, 1152, 1, processors) == (128, 128)
-    assert tile(plan, 64 * 28 * 28, 512, 128, 1, processors) == (128, 128)
+    capability, processors = CARDS[card]
+    shared = LIMITS[capability].shared
+    assert tile(plan, 64 * 56 * 56, 64, 576, 1, processors, shared)[1] == 64
+    assert tile(plan, 64 * 28 * 28, 128, 1152, 1, processors, shared) == (128, 128)
+    assert tile(plan, 64 * 28 * 28, 512, 128, 1, processors, shared) == (128, 128)
     if processors > 1:  # a single image of 7x7: as many blocks as there can be
-        assert tile(plan, 49, 512, 4608, 1, processors) == (64, 64)
+        assert tile(plan, 49, 512, 4608, 1, processors, shared) == (64, 64)
+
+
+# What each card gets for ResNet-50's layers (pixels, filters, depth) at batch 1 and 32: a change is to be seen.
+LAYERS = (
+    (56 * 56, 64, 576), (28 * 28, 128, 1152), (14 * 14, 1024, 256), (7 * 7, 2048, 512),
+    (32 * 56 * 56, 256, 64), (32 * 28 * 28, 128, 1152), (32 * 14 * 14, 256, 2304), (32 * 7 * 7, 512, 4608),
+)  # fmt: skip
+CHOSEN = {
+    "A100": "SSSSLLLS", "RTX 3090": "SSSSLLLL", "L4": "SSMSLLLL", "RTX 4090": "SSSSLLLM", "H100": "SSSSLMLS",
+    "B200": "SSSSLMLS", "RTX 5090": "SSSSLLLM", "a single one": "MLLSLLLL",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("card", CHOSEN)
+def test_tiles_of_a_network(plan: ctypes.CDLL, card: str) -> None:
+    capability, processors = CARDS[card]
+    names = {(128, 128): "L", (128, 64): "M", (64, 64): "S"}
+    got = "".join(names[tile(plan, *layer, 1, processors, LIMITS[capability].shared)] for layer in LAYERS)
+    assert got == CHOSEN[card]
 
 
 def test_splits(plan: ctypes.CDLL) -> None:

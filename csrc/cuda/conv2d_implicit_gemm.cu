@@ -319,16 +319,18 @@ const char* launch_tile(const Conv2dParams& p, const Tiling& tiling, const Launc
       forward ? static_cast<const T*>(run.operands[2]) : nullptr, const_cast<T*>(forward ? y : x), Epilogue<T>(p, run));
 }
 
+static_assert(kStagedBytes == kStages * kRowVectors * sizeof(Vector), "what the plan takes a block's memory for");
+
 template <class Math, Direction direction, bool kByElement>
 const char* launch_correlate(const void* params, const Launch& run) {
   const auto& p = *static_cast<const Conv2dParams*>(params);
   constexpr bool forward = direction == Direction::fprop;
   const Classes classes(p, direction);
   const int64_t taps = ceil_div(p.R * p.S, int64_t{classes.h} * classes.w);
-  const auto tile = kByElement
-                        ? k128x64
-                        : choose_tile(p.N * classes.positions, (forward ? p.K : p.C) / p.G,
-                                      taps * (forward ? p.C : p.K) / p.G, p.G * classes.h * classes.w, processors());
+  const auto tile =
+      kByElement ? k128x64
+                 : choose_tile(p.N * classes.positions, (forward ? p.K : p.C) / p.G, taps * (forward ? p.C : p.K) / p.G,
+                               p.G * classes.h * classes.w, processors(), shared_bytes_of_a_processor());
   const Tiling tiling(p, classes, direction, kShapes[tile]);
   if (tiling.blocks() == 0) return nullptr;
   if constexpr (kByElement) return launch_tile<Math, typename Math::ByElement, direction, true>(p, tiling, run);

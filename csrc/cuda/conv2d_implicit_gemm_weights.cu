@@ -252,7 +252,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     else
       store_four(to, values);
   };
-  results<Tile>(sums, shared, [&](int row, const Four& values) {
+  results<Tile>(sums, shared, [&](int row, const Four values) {
     if (row0 + row >= b.filters || present <= 0) return;
     const int64_t at = static_cast<int64_t>(group * b.filters + row0 + row) * b.columns + column;
     if (partial)

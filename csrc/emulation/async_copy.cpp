@@ -4,6 +4,7 @@
 
 #include "checker.h"
 #include "state.h"
+#include "traffic.h"
 
 namespace cnnfast::emulation {
 
@@ -19,12 +20,16 @@ void async_copy(void* shared, const void* global, int bytes, int valid_bytes, in
   if (reinterpret_cast<uintptr_t>(shared) % bytes || reinterpret_cast<uintptr_t>(global) % bytes)
     fail("cp.async: addresses not aligned to " + std::to_string(bytes) + " bytes" + at_line(line));
   checker::require_shared(shared, bytes, "cp.async");
-  checker::on_access(shared, bytes, checker::kPendingWrite);
-  if (valid_bytes) checker::on_access(global, valid_bytes, checker::kRead);
+  checker::on_access(shared, bytes, checker::kPendingWrite, line);
+  traffic::on_access(shared, bytes, true, line);
+  if (valid_bytes) {
+    checker::on_access(global, valid_bytes, checker::kRead, line);
+    traffic::on_access(global, valid_bytes, false, line);
+  }
   ++statistics().async_copies;
   if (thread.async_groups.empty()) thread.async_groups.emplace_back();
   const AsyncCopy copy{static_cast<unsigned char*>(shared), static_cast<const unsigned char*>(global), bytes,
-                       valid_bytes};
+                       valid_bytes, line};
   thread.async_groups.back().push_back(copy);
   if (!config().lazy_async) land(copy);
 }
@@ -42,7 +47,7 @@ void async_wait(int pending) {
   const auto end = groups.begin() + (closed - pending);
   for (auto group = groups.begin(); group != end; ++group)
     for (const AsyncCopy& copy : *group) {
-      checker::on_access(copy.shared, copy.bytes, checker::kWrite);
+      checker::on_access(copy.shared, copy.bytes, checker::kWrite, copy.line);
       if (config().lazy_async) land(copy);
     }
   groups.erase(groups.begin(), end);

@@ -3,6 +3,7 @@
 
 #include "../common/device.h"
 #include "runtime.h"
+#include "traffic.h"
 
 namespace py = pybind11;
 
@@ -16,7 +17,8 @@ void bind_extras(py::module_& m) {
   using namespace emulation;
   m.def(
       "configure",
-      [](const std::string& order, uint32_t seed, bool lazy_async, int64_t max_grid, int64_t processors) {
+      [](const std::string& order, uint32_t seed, bool lazy_async, int64_t max_grid, int64_t processors,
+         bool count_accesses) {
         Config next;
         if (order == "ascending")
           next.order = Order::ascending;
@@ -30,12 +32,26 @@ void bind_extras(py::module_& m) {
         next.lazy_async = lazy_async;
         if (max_grid > 0) next.max_grid = max_grid;
         if (processors > 0) next.processors = processors;
+        next.count_accesses = count_accesses;
         config() = next;
       },
       py::arg("order") = "ascending", py::arg("seed") = 0, py::arg("lazy_async") = false, py::arg("max_grid") = 0,
-      py::arg("processors") = 0,
+      py::arg("processors") = 0, py::arg("count_accesses") = false,
       "How launches run: the order of threads and blocks, when asynchronous copies land, the largest grid a kernel may "
-      "use (0: the GPU's limit), and how many multiprocessors there are (0: an H100's).");
+      "use (0: the GPU's limit), and how many multiprocessors there are (0: an H100's). count_accesses: see "
+      "accesses().");
+  m.def(
+      "accesses",
+      [] {
+        constexpr const char* kinds[] = {"shared read", "shared write", "global read", "global write"};
+        py::list out;
+        for (const traffic::Count& c : traffic::counts())
+          out.append(py::make_tuple(c.kernel, kinds[static_cast<int>(c.kind)], c.where, c.accesses, c.units, c.least));
+        traffic::reset();
+        return out;
+      },
+      "Counts of the check variant since the last call, where the configuration asked for them: (kernel, kind, line, "
+      "accesses of a warp, wavefronts or sectors, the fewest that the bytes need).");
   m.def(
       "statistics",
       [](bool reset) {

@@ -37,6 +37,8 @@ file(GLOB emulated_kernels CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/cuda/*
 file(GLOB emulation_runtime CONFIGURE_DEPENDS "${CMAKE_CURRENT_LIST_DIR}/*.cpp")
 set_source_files_properties(${emulated_kernels} PROPERTIES LANGUAGE CXX)
 
+set(CMAKE_STRIP "")  # the check variant names lines of source
+
 # cnnfast_emulated_module(<name> CHECK <on or off>)
 function(cnnfast_emulated_module name check)
   add_library(${name}_kernels OBJECT ${emulated_kernels})
@@ -45,8 +47,10 @@ function(cnnfast_emulated_module name check)
                                                  -fno-strict-aliasing  # as nvcc compiles device code
                                                  -Wno-unknown-pragmas -Wno-builtin-declaration-mismatch)
   if(check)
-    # Only compiled so: checker.cpp has the functions that the instrumentation calls, libtsan is not linked.
-    target_compile_options(${name}_kernels PRIVATE -fsanitize=thread)
+    # Only compiled so: checker.cpp has the functions that the instrumentation calls, no sanitizer is linked.
+    target_compile_options(
+      ${name}_kernels PRIVATE -g1 -fsanitize=thread
+                              -fsanitize=alignment,signed-integer-overflow,shift,bounds,integer-divide-by-zero)
   endif()
   cnnfast_module(${name} ${emulation_runtime} $<TARGET_OBJECTS:${name}_kernels>)
   target_include_directories(${name} SYSTEM PRIVATE "${CNNFAST_CUDA_INCLUDE}" "${CNNFAST_CUDA_INCLUDE}/cccl")

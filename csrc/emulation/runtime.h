@@ -29,6 +29,7 @@ struct Config {
   int64_t max_grid = (1LL << 31) - 1;  // what max_grid_x() says: a small one makes kernels loop over their tiles
   int64_t processors = 132;            // what processors() says: few make kernels choose large tiles
   int64_t max_shared = 227 * 1024;     // bytes a block
+  bool count_accesses = false;         // banks and sectors (traffic.h); check variant only
 };
 
 // Counted since the last reset; all launches together.

@@ -7,6 +7,7 @@
 
 #include "checker.h"
 #include "state.h"
+#include "traffic.h"
 
 namespace cnnfast::emulation {
 
@@ -95,6 +96,7 @@ void release_barrier_if_complete(Block& block) {
   if (!barrier.arrived || barrier.arrived < block.alive) return;
   ++statistics().barriers;
   ++block.epoch;
+  traffic::flush();
   if (config().order == Order::random) draw_priorities(block);  // nobody is in the ready set now
   for (uint32_t t : barrier.waiting) make_ready(t);
   barrier.waiting.clear();
@@ -105,6 +107,7 @@ void thread_main() {
   Block& block = *current_block;
   block.entry(block.arguments);
   Thread& thread = *current_thread;
+  checker::end_thread();
   thread.exited = true;
   --block.alive;
   block.warp[thread.warp].exited |= 1u << thread.lane;
@@ -219,6 +222,7 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared, voi
   block.size = size;
   block.threads = size.x * size.y * size.z;
   block.dynamic_bytes = block.shared_used = dynamic_shared;
+  block.shared_gaps = 0;
   block.entry = entry;
   block.arguments = arguments;
   block.error.clear();
@@ -252,12 +256,13 @@ void launch(const char* kernel, dim3 grid, dim3 size, size_t dynamic_shared, voi
   for (uint64_t i = 0; i < blocks && block.error.empty(); ++i) {
     start_block(block, config().order == Order::descending ? blocks - 1 - i : shuffled.empty() ? i : shuffled[i]);
     run_next(block.main);
+    traffic::flush();
     ++statistics().blocks;
     statistics().threads += block.threads;
   }
   current_block = nullptr;
   current_thread = nullptr;
-  statistics().shared_bytes = std::max<uint64_t>(statistics().shared_bytes, block.shared_used);
+  statistics().shared_bytes = std::max<uint64_t>(statistics().shared_bytes, block.shared_used - block.shared_gaps);
   if (!block.error.empty()) throw Error(block.error);
 }
 
@@ -267,12 +272,16 @@ void* shared_variable(const void* key, size_t bytes, size_t alignment) {
   Block& block = *current_block;
   for (const SharedVariable& variable : block.variables)
     if (variable.key == key) return block.shared + variable.offset;
-  const size_t offset = (block.shared_used + alignment - 1) / alignment * alignment;
-  if (static_cast<int64_t>(offset + bytes) > config().max_shared)
-    fail("needs " + std::to_string(offset + bytes) + " bytes of shared memory, a block has " +
+  const size_t begin = block.shared_used + checker::kGap;
+  const size_t offset = (begin + alignment - 1) / alignment * alignment;
+  block.shared_gaps += checker::kGap;
+  const size_t needed = offset + bytes - block.shared_gaps;
+  if (static_cast<int64_t>(needed) > config().max_shared)
+    fail("needs " + std::to_string(needed) + " bytes of shared memory, a block has " +
          std::to_string(config().max_shared));
   std::memset(block.shared + block.shared_used, 0xff, offset + bytes - block.shared_used);
   checker::clear_shared(block.shared_used, offset + bytes);
+  checker::mark_gap(block.shared_used, offset);
   block.shared_used = offset + bytes;
   block.variables.push_back({key, offset});
   return block.shared + offset;

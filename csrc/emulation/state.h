@@ -16,7 +16,7 @@ constexpr uint32_t kMaxThreads = 1024;
 struct AsyncCopy {
   unsigned char* shared;
   const unsigned char* global;
-  int bytes, valid_bytes;
+  int bytes, valid_bytes, line;
 };
 
 struct Thread {
@@ -79,8 +79,8 @@ struct Block {
   Stacks stacks;
 
   std::vector<unsigned char> arena = std::vector<unsigned char>(kArena + 1024);
-  unsigned char* shared = nullptr;  // the 1024-byte aligned start of the arena
-  size_t dynamic_bytes = 0, shared_used = 0;
+  unsigned char* shared = nullptr;                             // the 1024-byte aligned start of the arena
+  size_t dynamic_bytes = 0, shared_used = 0, shared_gaps = 0;  // used: with the gaps
   std::vector<SharedVariable> variables;
 };
 

@@ -4,6 +4,7 @@
 
 #include "checker.h"
 #include "state.h"
+#include "traffic.h"
 
 namespace cnnfast::emulation {
 
@@ -202,21 +203,24 @@ void ldmatrix(uint32_t* result, const void* row, int matrices, bool transposed, 
   if (static_cast<int>(current_thread->lane) < 8 * matrices) {  // the other lanes' addresses are not used
     if (reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix: row address not 16-byte aligned" + at_line(line));
     checker::require_shared(row, 16, "ldmatrix");
-    checker::on_access(row, 16, checker::kRead);
+    checker::on_access(row, 16, checker::kRead, line);
   }
   const Operation operation = transposed ? kLdmatrixTransposed : kLdmatrix;
   collective(~0u, operation, &mine, line, [=](Arguments** lanes, uint32_t present) {
     if (present != ~0u) fail("ldmatrix needs a full warp" + at_line(line));
     ++statistics().ldmatrix;
+    uint64_t wavefronts = 0;
     for (int m = 0; m < matrices; ++m) {
       uint16_t matrix[8][8];
-      int rows_in_bank_group[8] = {};
+      size_t vectors[8];
+      int rows_in_bank_group[8] = {};  // a row that several lanes give is read once
       for (int i = 0; i < 8; ++i) {
         const unsigned char* source = lanes[8 * m + i]->row;
         std::memcpy(matrix[i], source, 16);
-        ++rows_in_bank_group[(source - current_block->shared) / 16 % 8];
+        vectors[i] = static_cast<size_t>(source - current_block->shared) / 16;
+        if (std::find(vectors, vectors + i, vectors[i]) == vectors + i) ++rows_in_bank_group[vectors[i] % 8];
       }
-      statistics().ldmatrix_wavefronts += *std::max_element(rows_in_bank_group, rows_in_bank_group + 8);
+      wavefronts += *std::max_element(rows_in_bank_group, rows_in_bank_group + 8);
       for (int lane = 0; lane < 32; ++lane) {
         const int i = lane / 4, j = lane % 4 * 2;
         const uint16_t low = transposed ? matrix[j][i] : matrix[i][j];
@@ -224,6 +228,8 @@ void ldmatrix(uint32_t* result, const void* row, int matrices, bool transposed, 
         lanes[lane]->result[m] = low | uint32_t{high} << 16;
       }
     }
+    statistics().ldmatrix_wavefronts += wavefronts;
+    traffic::on_wavefronts(wavefronts, matrices, line);
   });
 }
 

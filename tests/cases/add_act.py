@@ -60,6 +60,8 @@ CASES = (
     Case("mixed, threads", 2, 40, 26, 27, r_layout="nchw"),
     Case("sliced", 2, 21, 6, 7, x_layout="sliced", r_layout="sliced"),
     Case("sliced and whole", 2, 21, 6, 7, r_layout="sliced"),
+    Case("only the pixels' stride is unaligned", 2, 24, 6, 6, x_layout="sliced"),
+    Case("only the residual's pixels' stride is unaligned", 2, 24, 6, 6, r_layout="sliced"),
     Case("sliced NCHW", 2, 21, 6, 7, x_layout="sliced_nchw", r_layout="nchw"),
     Case("a part of a concatenation", 2, 24, 7, 7, x_layout="channels"),
     Case("expanded batch", 3, 8, 7, 6, r_layout="expanded"),

@@ -2,6 +2,7 @@
 #include "../../csrc/cuda/primitives/async_copy.h"
 #include "../../csrc/cuda/primitives/launch.h"
 #include "../../csrc/cuda/primitives/matrix.h"
+#include "../../csrc/emulation/traffic.h"
 #include "planted.h"
 
 namespace cnnfast::test {
@@ -76,6 +77,30 @@ __global__ void dynamic_shared(int* out, int elements) {
   for (int i = threadIdx.x; i < elements; i += blockDim.x) values[i] = i;
   __syncthreads();
   if (threadIdx.x == 0) out[0] = values[elements - 1] + static_cast<int>(reinterpret_cast<uintptr_t>(values) % 1024);
+}
+
+// A word, and a vector of four, for each lane at a distance of `stride` of them, in shared and in global memory.
+struct alignas(16) Words {
+  float v[4];
+};
+
+__global__ void strided_words(float* out, int stride) {
+  CNNFAST_SHARED(float, values, [32 * 32]);
+  values[threadIdx.x * stride] = 1.0f;
+  out[threadIdx.x * stride] = values[threadIdx.x * stride];
+}
+
+__global__ void strided_vectors(Words* out, int stride) {
+  CNNFAST_SHARED(Words, values, [32 * 32]);
+  values[threadIdx.x * stride] = Words{{1, 2, 3, 4}};
+  out[threadIdx.x * stride] = values[threadIdx.x * stride];
+}
+
+__global__ void same_word(float* out) {
+  CNNFAST_SHARED(float, value, [1]);
+  if (threadIdx.x == 0) value[0] = 2.0f;
+  __syncwarp();
+  out[threadIdx.x] = value[0];
 }
 
 // ---- what a GPU would not forgive
@@ -153,6 +178,12 @@ CNNFAST_TEST_API const char* run_probe(const char* name_, const void* in0, const
       launch<early_exit>(one, two_warps, 0, nullptr, integers);
     else if (name == "dynamic_shared")
       launch<dynamic_shared>(one, two_warps, size * sizeof(int), nullptr, integers, size);
+    else if (name == "strided_words")
+      launch<strided_words>(one, warp, 0, nullptr, static_cast<float*>(out), size);
+    else if (name == "strided_vectors")
+      launch<strided_vectors>(one, warp, 0, nullptr, static_cast<Words*>(out), size);
+    else if (name == "same_word")
+      launch<same_word>(one, warp, 0, nullptr, static_cast<float*>(out));
     else if (name == "divergent_barrier")
       launch<divergent_barrier>(dim3(2, 1, 1), two_warps, 0, nullptr);
     else if (name == "missing_thread")
@@ -182,11 +213,25 @@ CNNFAST_TEST_API const char* run_probe(const char* name_, const void* in0, const
   });
 }
 
-CNNFAST_TEST_API void configure(int order, uint32_t seed, int lazy_async) {
+CNNFAST_TEST_API void configure(int order, uint32_t seed, int lazy_async, int count_accesses) {
   auto& config = cnnfast::emulation::config();
   config.order = static_cast<cnnfast::emulation::Order>(order);
   config.seed = seed;
   config.lazy_async = lazy_async != 0;
+  config.count_accesses = count_accesses != 0;
+}
+
+// A line for each place: kind, accesses, units, least, and the line of source; forgotten afterwards.
+CNNFAST_TEST_API const char* accesses() {
+  namespace traffic = cnnfast::emulation::traffic;
+  constexpr const char* kinds[] = {"shared_read", "shared_write", "global_read", "global_write"};
+  static thread_local std::string text;
+  text.clear();
+  for (const traffic::Count& c : traffic::counts())
+    text += std::string(kinds[static_cast<int>(c.kind)]) + " " + std::to_string(c.accesses) + " " +
+            std::to_string(c.units) + " " + std::to_string(c.least) + " " + c.where + "\n";
+  traffic::reset();
+  return text.c_str();
 }
 
 CNNFAST_TEST_API void register_range(const void* begin, uint64_t bytes, int writable) {

@@ -49,6 +49,14 @@ inline int64_t processors() {
   return std::max(count, 1);
 }
 
+// The shared memory of one, in bytes.
+inline int64_t shared_bytes_of_a_processor() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) == cudaSuccess)
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return bytes;
+}
+
 #else
 
 template <auto kernel, class... Args>
@@ -62,6 +70,7 @@ const char* launch(dim3 grid, dim3 block, size_t shared_bytes, void*, const Args
 
 inline int64_t max_grid_x() { return emulation::config().max_grid; }
 inline int64_t processors() { return emulation::config().processors; }
+inline int64_t shared_bytes_of_a_processor() { return emulation::config().max_shared + 1024; }
 
 #endif
 
