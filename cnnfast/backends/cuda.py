@@ -129,6 +129,54 @@ def _vectors(p: Problem) -> list[str]:
     ]
 
 
+_WORKSPACE = 128 * 2**20  # bytes
+
+
+def _winograd(p: Problem, m: int) -> list[str]:
+    # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
+    forward = p.direction == "fprop"
+    summed, computed, inputs = p.C if forward else p.K, p.K if forward else p.C, p.N * p.C * p.H * p.W
+    weights = 4 * (m + 2) ** 2 * (-(-summed // 8) * 8) * (-(-computed // 64) * 64)
+    return (
+        _direct(p)
+        + _pixels(p)
+        + [
+            reason
+            for wrong, reason in (
+                ((p.R, p.S) != (3, 3), f"needs a 3x3 filter, not {p.R}x{p.S}"),
+                ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
+                ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
+                (p.G != 1, f"needs one group, not {p.G}"),
+                (m == 4 and summed < 64, f"needs sums over 64 channels to be as accurate as asked, not {summed}"),
+                (m == 4 and inputs <= 20480, f"needs more than 20480 inputs to be as accurate as asked, not {inputs}"),
+                (weights > _WORKSPACE, f"transformed weights of {weights} bytes, {_WORKSPACE} at most"),
+                (
+                    p.precision == "ieee",
+                    "precision ieee: multiplies sums of inputs by sums of weights, not each by each",
+                ),
+            )
+            if wrong
+        ]
+    )
+
+
+def _grouped(p: Problem) -> list[str]:
+    c, k, taps = p.C // p.G, p.K // p.G, p.R * p.S
+    vector = 4 if p.dtype == "f32" else 8
+    patch = ((p.R - 1) * p.dilation_h + 1) * ((p.S - 1) * p.dilation_w + 1)  # of a single position
+    return _elements(p) + [
+        reason
+        for wrong, reason in (
+            (c != k or c not in (4, 8, 16, 32), f"needs 4, 8, 16 or 32 channels a group, in as out, not {c} and {k}"),
+            (p.C % vector != 0, f"needs channels in multiples of {vector}, not {p.C}"),
+            (taps * max(c, 8) > 320, f"holds the weights of {320 // max(c, 8)} taps in shared memory, not {taps}"),
+            (patch > 448, f"holds 448 pixels in shared memory, a position reads {patch}"),
+            (max(p.stride_h, p.stride_w) > 8, f"needs strides up to 8, not {p.stride_h}, {p.stride_w}"),
+        )
+        if wrong
+    ]
+
+
 def _if_high(p: Problem) -> list[str]:
     return [f"precision {p.precision}: rounds to tf32"] if p.precision != "high" else []
 
@@ -142,6 +190,22 @@ def _implicit_gemm_cost(p: Problem, rate: float) -> float:
     rows, columns = (p.K, p.C) if p.direction == "wgrad" else (64 * p.G, p.K if p.direction == "fprop" else p.C)
     used = min(1.0, columns / p.G / 64) * min(1.0, rows / p.G / 64)
     return 4e-6 + p.flops / (rate * used)
+
+
+def _winograd_cost(p: Problem, m: int) -> float:
+    # Predicted, at a quarter of an H100's fp32 rate (the half that such blocks reach elsewhere, and half of that again:
+    # what a card has measured goes first). A block is 32 tiles by 64 or 32 channels, a processor has one at a time.
+    c, k, h, w = (p.C, p.K, p.P, p.Q) if p.direction == "fprop" else (p.K, p.C, p.H, p.W)
+    products, columns = (m + 2) ** 2, 32 if m == 4 else 64
+    blocks = -(-p.N * -(-h // m) * -(-w // m) // 32) * -(-k // columns)
+    turns, depth = -(-blocks // 132), -(-c // 8) * 8 + 16  # 16: the transforms at the end
+    weights = 4 * products * c * k / 2e12
+    return 7e-6 + turns * 132 * 2 * products * 32 * columns * depth / 1.6e13 + weights
+
+
+def _grouped_cost(p: Problem, rate: float) -> float:
+    # Predicted: a quarter of an H100's bandwidth, or of what mma.sync does, half of it in vain where groups go in pairs.
+    return 4e-6 + max(p.bytes / 8e11, p.flops / (rate * (0.5 if p.C // p.G == 4 else 1.0)))
 
 
 def _direct_cost(p: Problem) -> float:
@@ -171,6 +235,11 @@ def _implicit_gemm(rate: float, *unsupported: Callable[[Problem], list[str]]) ->
     return "conv2d", lambda p: [r for f in unsupported for r in f(p)], lambda p: _implicit_gemm_cost(p, rate), options
 
 
+def _grouped_rule(rate: float, *unsupported: Callable[[Problem], list[str]]) -> _Rule:
+    options = {"layouts": dict.fromkeys("xy", "nhwc"), "alignment": 16}
+    return "conv2d", lambda p: [r for f in unsupported for r in f(p)], lambda p: _grouped_cost(p, rate), options
+
+
 # stem, or stem.variant -> (operation, capability, predicted seconds, options); in the order of preference
 RULES: dict[str, _Rule] = {
     "conv2d_implicit_gemm": _implicit_gemm(1.5e14, _vectors),
@@ -179,6 +248,11 @@ RULES: dict[str, _Rule] = {
     "conv2d_implicit_gemm.elements": _implicit_gemm(3e13, _elements),
     "conv2d_implicit_gemm.elements_tf32": _implicit_gemm(2e13, _if_high, _elements),
     "conv2d_implicit_gemm.elements_tf32x3": _implicit_gemm(1e13, _unless_ieee, _elements),
+    "conv2d_grouped": _grouped_rule(6e13, _grouped),
+    "conv2d_grouped.tf32": _grouped_rule(3e13, _if_high, _grouped),
+    "conv2d_grouped.tf32x3": _grouped_rule(1e13, _unless_ieee, _grouped),
+    "conv2d_winograd_f4x4": ("conv2d", lambda p: _winograd(p, 4), lambda p: _winograd_cost(p, 4), {}),
+    "conv2d_winograd_f2x2": ("conv2d", lambda p: _winograd(p, 2), lambda p: _winograd_cost(p, 2), {}),
     "conv2d_depthwise": ("conv2d", _depthwise, lambda p: 4e-6 + max(p.flops / 7e12, p.bytes / 1.5e12), {}),
     "conv2d_direct": ("conv2d", _direct, _direct_cost, {}),
     "max_pool2d": ("max_pool2d", _direct, _moved, {}),
@@ -190,7 +264,10 @@ RULES: dict[str, _Rule] = {
 }  # fmt: skip
 
 # stem -> operations that are its fprop with an epilogue: the same kernels under the same rules
-EPILOGUES = dict.fromkeys(("conv2d_implicit_gemm", "conv2d_direct"), ("conv_bn_act",))
+EPILOGUES = dict.fromkeys(
+    ("conv2d_implicit_gemm", "conv2d_grouped", "conv2d_winograd_f4x4", "conv2d_winograd_f2x2", "conv2d_direct"),
+    ("conv_bn_act",),
+)
 
 
 def _implementations() -> list[Implementation]:
