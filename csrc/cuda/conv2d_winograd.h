@@ -39,14 +39,14 @@
 
 namespace cnnfast::cuda::winograd {
 
-constexpr int kTiles = 32;    // of a block
-constexpr int kChannels = 8;  // transformed at a time
-constexpr int kPitch = 36;    // of V: eight channels of four tiles, which a warp writes at once, in different banks
+constexpr int kTiles = 32;  // of a block
+constexpr int kPitch = 36;  // of V: eight channels of four tiles, which a warp writes at once, in different banks
 constexpr int kTransformThreads = 256;
 
 template <int M>
 struct Block {
-  static constexpr int kPoints = M + 2, kProducts = kPoints * kPoints;
+  static constexpr int kOutputs = M, kPoints = M + 2, kProducts = kPoints * kPoints;
+  static constexpr int kChannels = 8;  // transformed at a time
   static constexpr int kColumns = M == 4 ? 32 : 64;
   static constexpr int kOwn = M == 4 ? 3 : 2;    // products of a warp
   static constexpr int kDepth = M == 4 ? 4 : 8;  // channels of a stage of weights
@@ -83,31 +83,32 @@ struct View {
   }
 };
 
-// How the output is cut: (tiles, columns), the last fastest.
-template <int M>
+// How the output is cut into blocks: (tiles, columns), the last fastest.
+template <class Block>
 struct Tiling {
   int tiles_h, tiles_w, tiles;  // of an image; of the batch
   int steps, column_tiles;      // of kChannels input channels
 
   explicit Tiling(const View& v)
-      : tiles_h(static_cast<int>(ceil_div(v.P, M))),
-        tiles_w(static_cast<int>(ceil_div(v.Q, M))),
+      : tiles_h(static_cast<int>(ceil_div(v.P, Block::kOutputs))),
+        tiles_w(static_cast<int>(ceil_div(v.Q, Block::kOutputs))),
         tiles(v.N * tiles_h * tiles_w),
-        steps(static_cast<int>(ceil_div(v.C, kChannels))),
-        column_tiles(static_cast<int>(ceil_div(v.K, Block<M>::kColumns))) {}
+        steps(static_cast<int>(ceil_div(v.C, Block::kChannels))),
+        column_tiles(static_cast<int>(ceil_div(v.K, Block::kColumns))) {}
   int64_t blocks() const { return ceil_div(tiles, kTiles) * column_tiles; }
   int64_t weights() const {  // floats of U
-    return int64_t{column_tiles} * steps * Block<M>::kStages * Block<M>::kWeights;
+    return int64_t{column_tiles} * steps * Block::kStages * Block::kWeights;
   }
 };
 
 // U, a thread an input and an output channel at a time.
 template <int M>
 __global__ void __launch_bounds__(kTransformThreads)
-    transform_filters(const View v, const Tiling<M> tiling, const float* __restrict__ weight, float* __restrict__ u) {
+    transform_filters(const View v, const Tiling<Block<M>> tiling, const float* __restrict__ weight,
+                      float* __restrict__ u) {
   using B = Block<M>;
   constexpr int P = B::kPoints, R = kTapsAcross;
-  const int64_t channels = int64_t{tiling.steps} * kChannels, count = tiling.column_tiles * channels * B::kColumns;
+  const int64_t channels = int64_t{tiling.steps} * B::kChannels, count = tiling.column_tiles * channels * B::kColumns;
   for (int64_t i = int64_t{blockIdx.x} * kTransformThreads + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * kTransformThreads) {
     const int column = static_cast<int>(i % B::kColumns);
@@ -149,7 +150,7 @@ struct Place {
 // The inputs of one tile and, step by step, every eighth channel.
 template <int M>
 struct Inputs {
-  static constexpr int P = M + 2;
+  static constexpr int P = M + 2, kChannels = Block<M>::kChannels;
   const float* from;       // the first pixel of the first channel, perhaps outside of the image
   unsigned rows, columns;  // which of them are inside, a bit each
   int channels;
@@ -201,8 +202,9 @@ struct alignas(16) Four {
 };
 
 // One pixel and output channel as a direct sum.
-__device__ __forceinline__ float direct(const View& v, const float* __restrict__ in, const float* __restrict__ weight,
-                                        int n, int p, int q, int k) {
+template <class T>
+__device__ __forceinline__ float direct(const View& v, const T* __restrict__ in, const T* __restrict__ weight, int n,
+                                        int p, int q, int k) {
   float total = 0.0f;
 #pragma unroll 1
   for (int r = 0; r < kTapsAcross; ++r) {
@@ -212,24 +214,73 @@ __device__ __forceinline__ float direct(const View& v, const float* __restrict__
     for (int s = 0; s < kTapsAcross; ++s) {
       const int w = q - v.pad_w + s;
       if (w < 0 || w >= v.W) continue;
-      const float* x = in + n * v.in_n + h * v.in_h + w * v.in_w;
-      const float* taps = weight + v.w_first + k * v.w_k + r * v.w_r + s * v.w_s;
+      const T* x = in + n * v.in_n + h * v.in_h + w * v.in_w;
+      const T* taps = weight + v.w_first + k * v.w_k + r * v.w_r + s * v.w_s;
       float sum = 0.0f;
 #pragma unroll 1
-      for (int c = 0; c < v.C; ++c) sum += x[c] * taps[c * v.w_c];
+      for (int c = 0; c < v.C; ++c) sum += Numeric<T>::widen(x[c]) * Numeric<T>::widen(taps[c * v.w_c]);
       total += sum;
     }
   }
   return total;
 }
 
+// The end of a tile's output channel, or of a chain of its sums: output transform, bias, epilogue, store. The products
+// are `pitch` apart; unless this is the first chain y holds what came before.
+template <int M, class T>
+__device__ __forceinline__ void finish(const View& v, const Place& at, int k, const float* products, int pitch,
+                                       bool first, bool last, const T* __restrict__ in, const T* __restrict__ weight,
+                                       const T* __restrict__ bias, T* __restrict__ out, const Epilogue<T>& epilogue,
+                                       const Activate<float>& act) {
+  constexpr int P = kPoints<M>;
+  float rows[M][P];
+#pragma unroll
+  for (int b = 0; b < P; ++b) {
+    float column[P], transformed[M];
+#pragma unroll
+    for (int a = 0; a < P; ++a) column[a] = products[(a * P + b) * pitch];
+    transform_output<M>(column, transformed);
+#pragma unroll
+    for (int i = 0; i < M; ++i) rows[i][b] = transformed[i];
+  }
+  T* to = out + at.n * v.out_n + at.p * v.out_h + at.q * v.out_w + k;
+  const T* residual = epilogue.residual ? epilogue.residual + at.n * v.r_n + at.p * v.r_h + at.q * v.r_w + k : nullptr;
+  const auto complete = [&](float sum, int i, int j) {
+    const float added = residual ? Numeric<T>::widen(residual[i * v.r_h + j * v.r_w]) : 0.0f;
+    const float bias_of = bias ? Numeric<T>::widen(bias[k]) : 0.0f, scale = epilogue.scale ? epilogue.scale[k] : 1.0f,
+                shift = epilogue.shift ? epilogue.shift[k] : 0.0f;
+    return act(scale * (sum + bias_of) + shift + added);
+  };
+  bool finite = true;
+#pragma unroll
+  for (int i = 0; i < M; ++i) {
+    float y[M];
+    transform_output<M>(rows[i], y);
+#pragma unroll
+    for (int j = 0; j < M; ++j) {
+      if (at.p + i >= v.P || at.q + j >= v.Q) continue;
+      T& stored = to[i * v.out_h + j * v.out_w];
+      if (!first) y[j] += Numeric<T>::widen(stored);
+      finite = finite && is_finite(y[j]);
+      stored = Numeric<T>::narrow(last ? complete(y[j], i, j) : y[j]);
+    }
+  }
+  if (finite || !last) return;
+#pragma unroll 1
+  for (int i = 0; i < M && at.p + i < v.P; ++i)
+#pragma unroll 1
+    for (int j = 0; j < M && at.q + j < v.Q; ++j)
+      to[i * v.out_h + j * v.out_w] =
+          Numeric<T>::narrow(complete(direct(v, in, weight, at.n, at.p + i, at.q + j, k), i, j));
+}
+
 template <int M>
 __global__ void __launch_bounds__(Block<M>::kThreads, 1)
-    correlate(const View v, const Tiling<M> tiling, const float* __restrict__ in, const float* __restrict__ u,
+    correlate(const View v, const Tiling<Block<M>> tiling, const float* __restrict__ in, const float* __restrict__ u,
               const float* __restrict__ weight, const float* __restrict__ bias, float* __restrict__ out,
               const Epilogue<float> epilogue) {
   using B = Block<M>;
-  constexpr int P = B::kPoints, kVectors = B::kColumns / 32;
+  constexpr int kVectors = B::kColumns / 32;
   CNNFAST_DYNAMIC_SHARED(float, shared);
   CNNFAST_SHARED(Place, places, [kTiles]);
   float *inputs = shared, *weights = shared + B::kInputs;
@@ -244,7 +295,7 @@ __global__ void __launch_bounds__(Block<M>::kThreads, 1)
   __syncthreads();
 
   // Neighbouring threads read neighbouring channels. Where there are more threads than inputs, a whole warp has none.
-  const int channel = t % kChannels, own_tile = t / kChannels;
+  const int channel = t % B::kChannels, own_tile = t / B::kChannels;
   const bool reads = own_tile < kTiles;
   Inputs<M> input(v, places[reads ? own_tile : 0], channel, in);
   const int stages = tiling.steps * B::kStages;
@@ -281,45 +332,7 @@ __global__ void __launch_bounds__(Block<M>::kThreads, 1)
         const Place at = places[half * kHalf + item / B::kColumns];
         const int k = column_tile * B::kColumns + item % B::kColumns;
         if (!at.present || k >= v.K) continue;
-        float rows[M][P];
-#pragma unroll
-        for (int b = 0; b < P; ++b) {
-          float column[P], transformed[M];
-#pragma unroll
-          for (int a = 0; a < P; ++a) column[a] = shared[(a * P + b) * kHalf * B::kColumns + item];
-          transform_output<M>(column, transformed);
-#pragma unroll
-          for (int i = 0; i < M; ++i) rows[i][b] = transformed[i];
-        }
-        const float bias_of = bias ? bias[k] : 0.0f, scale = epilogue.scale ? epilogue.scale[k] : 1.0f,
-                    shift = epilogue.shift ? epilogue.shift[k] : 0.0f;
-        float* to = out + at.n * v.out_n + at.p * v.out_h + at.q * v.out_w + k;
-        const float* residual =
-            epilogue.residual ? epilogue.residual + at.n * v.r_n + at.p * v.r_h + at.q * v.r_w + k : nullptr;
-        const auto finish = [&](float sum, int i, int j) {
-          const float added = residual ? residual[i * v.r_h + j * v.r_w] : 0.0f;
-          return act(scale * (sum + bias_of) + shift + added);
-        };
-        bool finite = true;
-#pragma unroll
-        for (int i = 0; i < M; ++i) {
-          float y[M];
-          transform_output<M>(rows[i], y);
-#pragma unroll
-          for (int j = 0; j < M; ++j) {
-            if (at.p + i >= v.P || at.q + j >= v.Q) continue;
-            float& stored = to[i * v.out_h + j * v.out_w];
-            if (!first) y[j] += stored;
-            finite = finite && is_finite(y[j]);
-            stored = last ? finish(y[j], i, j) : y[j];
-          }
-        }
-        if (finite || !last) continue;
-#pragma unroll 1
-        for (int i = 0; i < M && at.p + i < v.P; ++i)
-#pragma unroll 1
-          for (int j = 0; j < M && at.q + j < v.Q; ++j)
-            to[i * v.out_h + j * v.out_w] = finish(direct(v, in, weight, at.n, at.p + i, at.q + j, k), i, j);
+        finish<M>(v, at, k, shared + item, kHalf * B::kColumns, first, last, in, weight, bias, out, epilogue, act);
       }
       __syncthreads();  // what comes next overwrites the products
     }
@@ -342,13 +355,14 @@ __global__ void __launch_bounds__(Block<M>::kThreads, 1)
     const bool ends = in_chain + 1 == kChainStages || stage + 1 == stages;
     if (!ends) stage_weights(stage + 1);
     copy_async_commit();
-    const float* from_v = inputs + (warp * B::kOwn * kChannels + stage % B::kStages * B::kDepth) * kPitch + lane_row;
+    const float* from_v = inputs + (warp * B::kOwn * B::kChannels + stage % B::kStages * B::kDepth) * kPitch + lane_row;
     const float* from_u = weights + stage % 2 * B::kWeights + warp * B::kOwn * B::kDepth * B::kColumns + lane_column;
 #pragma unroll 4
     for (int c = 0; c < B::kDepth; ++c)
 #pragma unroll
       for (int f = 0; f < B::kOwn; ++f) {
-        const float *row = from_v + (f * kChannels + c) * kPitch, *column = from_u + (f * B::kDepth + c) * B::kColumns;
+        const float *row = from_v + (f * B::kChannels + c) * kPitch,
+                    *column = from_u + (f * B::kDepth + c) * B::kColumns;
         const Four rows[2] = {*reinterpret_cast<const Four*>(row), *reinterpret_cast<const Four*>(row + 16)};
         Four columns[kVectors];
 #pragma unroll
@@ -376,7 +390,7 @@ __global__ void __launch_bounds__(Block<M>::kThreads, 1)
 template <int M, Direction direction>
 int64_t workspace(const void* params) {
   const View v(*static_cast<const Conv2dParams*>(params), direction);
-  return Tiling<M>(v).weights() * static_cast<int64_t>(sizeof(float));
+  return Tiling<Block<M>>(v).weights() * static_cast<int64_t>(sizeof(float));
 }
 
 template <int M, Direction direction>
@@ -384,7 +398,7 @@ const char* launch_correlate(const void* params, const Launch& run) {
   const auto& p = *static_cast<const Conv2dParams*>(params);
   constexpr bool forward = direction == Direction::fprop;
   const View v(p, direction);
-  const Tiling<M> tiling(v);
+  const Tiling<Block<M>> tiling(v);
   if (tiling.blocks() == 0) return nullptr;
   const float *x = static_cast<const float*>(run.operands[0]), *w = static_cast<const float*>(run.operands[1]),
               *b = static_cast<const float*>(run.operands[2]), *y = static_cast<const float*>(run.operands[3]);

@@ -69,6 +69,7 @@ CASES = (
     Case(Conv("nothing: conv2d", 1, 5, 6, 5, 14, 3, 3, bias=True), "", "none"),
     Case(Conv("one channel", 1, 1, 6, 5, 1, 3, 3), "shr", "relu"),
     Case(Conv("a reduction in chunks", 1, 1200, 4, 4, 40, 3, 3, padding=(1, 1)), "shr", "relu"),
+    Case(Conv("Winograd's chains of sums", 1, 72, 18, 17, 36, 3, 3, padding=(1, 1)), "shr", "relu"),
     Case(Conv("wide maps", 1, 8, 3, 70, 20, 1, 7, padding=(0, 3)), "shr", "relu"),
     Case(Conv("no input channel reaches a pixel", 1, 4, 3, 3, 8, 1, 1, padding=(2, 2)), "shr", "none"),
     Case(Conv("asymmetric padding", 1, 4, 6, 7, 20, 2, 4, padding="same"), "shr", "relu"),
