@@ -11,12 +11,11 @@ from support import oracle, process
 from cnnfast import dispatch, ops
 from cnnfast.ops.conv2d import problem
 
-pytestmark = pytest.mark.skipif(
-    process.EMULATED or process.INTERPRETED, reason="kernels of the CPU: the plain process runs them"
-)
-KERNELS = sorted({
-    i.name for i in dispatch.implementations("conv2d") if i.backend == "cpu" and i.stem.startswith("conv2d_winograd")
-})  # fmt: skip
+FOUND = {i.name: i for i in dispatch.implementations("conv2d") if i.stem.startswith("conv2d_winograd")}
+KERNELS = [
+    pytest.param(name, marks=process.marks(FOUND[name])) for name in sorted(FOUND) if not process.not_here(FOUND[name])
+]
+THREADED = [name for name in sorted(FOUND) if FOUND[name].backend == "cpu"]
 CL = torch.channels_last
 GEOMETRY = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
 
@@ -40,14 +39,21 @@ def _operands(direction: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_bad_values_stay_where_they_are(kernel: str, direction: str, dtype: torch.dtype) -> None:
     """Infinities, NaNs, and finite values that overflow in the transforms: as the direct sum has them, and only there."""
+    device = process.device(FOUND[kernel])
+
+    def run(t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return _run(kernel, direction, t.to(device), w.to(device)).cpu()
+
+    if dtype not in {dispatch.TORCH_DTYPES[d] for d in FOUND[kernel].dtypes}:
+        pytest.skip(f"{kernel} has no {dtype}")
     for operand, index in (("t", (0, 33, 9, 8)), ("t", (1, 69, 0, 17)), ("t", (0, 0, 3, 4)), ("w", (36, 36, 1, 2))):
         for value in (float("inf"), -float("inf"), float("nan"), 2e38):
             t, w = _operands(direction, dtype)
             (t if operand == "t" else w)[index] = value
             if operand == "t":
                 w.clamp_(-1, 1)  # a direct sum with 2e38 is finite
-                clean = _run(kernel, direction, _operands(direction, dtype)[0], w)
-            out, expected = _run(kernel, direction, t, w), _run("cpu.conv2d_direct", direction, t, w)
+                clean = run(_operands(direction, dtype)[0], w)
+            out, expected = run(t, w), _run("cpu.conv2d_direct", direction, t, w)
             what = f"{kernel} {direction}, {value} in {operand} at {index}"
             oracle.check_nonfinite(what, out, expected)
             if operand == "t":  # tiles that don't see the value are computed as before
@@ -65,7 +71,7 @@ def test_bad_values_stay_where_they_are(kernel: str, direction: str, dtype: torc
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", THREADED)
 def test_thread_count_changes_nothing(kernel: str, direction: str) -> None:
     t, w = _operands(direction, torch.float32)
     before, results = torch.get_num_threads(), []
@@ -161,7 +167,9 @@ def test_wgrad_in_chunks_of_tiles(kernel: str) -> None:
 def test_when_it_may_serve() -> None:
     """Never under "ieee", nor where a filter, a step or the accuracy forbids it; the reasons say why."""
     kernel = next(
-        i for i in dispatch.implementations("conv2d") if i.stem == "conv2d_winograd_f4x4" and i.direction == "fprop"
+        i
+        for i in dispatch.implementations("conv2d")
+        if i.backend == "cpu" and i.stem == "conv2d_winograd_f4x4" and i.direction == "fprop"
     )
 
     def reasons(c: int = 64, size: int = 28, taps: int = 3, stride: int = 1, precision: str = "fp32") -> str:

@@ -37,6 +37,9 @@ extern "C" void split(int64_t rows, int64_t columns, int64_t depth, int64_t prod
   const Split s = choose_split(rows, columns, depth, products);
   out[0] = s.tile, out[1] = s.slices, out[2] = s.depth;
 }}
+extern "C" int64_t small_slices(int64_t rows, int64_t columns, int64_t depth, int64_t products) {{
+  return choose_small_split(rows, columns, depth, products).slices;
+}}
 extern "C" void shape(int64_t i, int64_t* out) {{ out[0] = kShapes[i].rows, out[1] = kShapes[i].columns; }}
 """
 
@@ -127,6 +130,20 @@ def test_splits(plan: ctypes.CDLL) -> None:
         assert slices == 1 or slices * rows * columns * products * 4 <= 2**27
         blocks = slices * products * -(-rows // tile_rows) * -(-columns // tile_columns)
         assert blocks >= 100 or depth < 32 * 8 * 100, "a long depth and few blocks"
+
+
+def test_splits_of_small_maps(plan: ctypes.CDLL) -> None:
+    """The last stage of a network at batch 1 is cut along its depth; what fills a card, or is soon summed, isn't."""
+
+    def slices(*sizes: int) -> int:
+        return int(plan.small_slices(*map(ctypes.c_int64, sizes)))
+
+    assert slices(7 * 7, 512, 512 * 9, 1) > 4  # ResNet-18, batch 1
+    assert slices(14 * 14, 256, 256 * 9, 1) > 1
+    assert slices(56 * 56, 64, 64 * 9, 1) == 1
+    assert slices(64 * 7 * 7, 512, 512 * 9, 1) == 1
+    assert slices(7 * 7, 512, 64, 1) == 1
+    assert slices(7 * 7, 512, 0, 1) == 1
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,13 @@ def _combinations(op: str, direction: str, case: Any) -> Iterator[tuple[Implemen
             continue
         # one step through the list for each case: neighbours in the table differ, and all combinations get their turn
         start = process.stable_hash(case, direction, stem)
-        yield from (fitting[(start + j * (len(fitting) // SHARE)) % len(fitting)] for j in range(SHARE))
+        chosen = [fitting[(start + j * (len(fitting) // SHARE)) % len(fitting)] for j in range(SHARE)]
+        # and a variant that no case has run so far takes its turn first: few cases fit some of them
+        waiting = [f for f in fitting if (op, direction, f[0].name) not in TAKEN]
+        if waiting and not any(f in waiting for f in chosen):
+            chosen[0] = waiting[0]
+        TAKEN.update((op, direction, f[0].name) for f in chosen)
+        yield from chosen
 
 
 def _parameters() -> list[Any]:
@@ -89,6 +95,7 @@ def _parameters() -> list[Any]:
     return found
 
 
+TAKEN: set[tuple[str, str, str]] = set()
 PARAMETERS = _parameters()
 RAN: set[tuple[str, str, str]] = set()
 EXECUTED: list[str] = []

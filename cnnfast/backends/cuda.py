@@ -129,6 +129,70 @@ def _vectors(p: Problem) -> list[str]:
     ]
 
 
+_WORKSPACE = 128 * 2**20  # bytes
+
+
+def _winograd(p: Problem, m: int) -> list[str]:
+    # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
+    forward = p.direction == "fprop"
+    summed, computed, inputs = p.C if forward else p.K, p.K if forward else p.C, p.N * p.C * p.H * p.W
+    weights = 4 * (m + 2) ** 2 * (-(-summed // 8) * 8) * (-(-computed // 64) * 64)
+    return (
+        _direct(p)
+        + _pixels(p)
+        + [
+            reason
+            for wrong, reason in (
+                ((p.R, p.S) != (3, 3), f"needs a 3x3 filter, not {p.R}x{p.S}"),
+                ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
+                ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
+                (p.G != 1, f"needs one group, not {p.G}"),
+                (m == 4 and summed < 64, f"needs sums over 64 channels to be as accurate as asked, not {summed}"),
+                (m == 4 and inputs <= 20480, f"needs more than 20480 inputs to be as accurate as asked, not {inputs}"),
+                (p.dtype != "f32" and summed % 2 != 0, f"needs an even number of channels to sum over, not {summed}"),
+                (weights > _WORKSPACE, f"transformed weights of {weights} bytes, {_WORKSPACE} at most"),
+                (
+                    p.precision == "ieee",
+                    "precision ieee: multiplies sums of inputs by sums of weights, not each by each",
+                ),
+            )
+            if wrong
+        ]
+    )
+
+
+def _grouped(p: Problem) -> list[str]:
+    c, k, taps = p.C // p.G, p.K // p.G, p.R * p.S
+    vector = 4 if p.dtype == "f32" else 8
+    patch = ((p.R - 1) * p.dilation_h + 1) * ((p.S - 1) * p.dilation_w + 1)  # of a single position
+    return _elements(p) + [
+        reason
+        for wrong, reason in (
+            (c != k or c not in (4, 8, 16, 32), f"needs 4, 8, 16 or 32 channels a group, in as out, not {c} and {k}"),
+            (p.C % vector != 0, f"needs channels in multiples of {vector}, not {p.C}"),
+            (p.direction == "wgrad" and taps > 10, f"holds the sums of 10 taps in registers, not {taps}"),
+            (taps * max(c, 8) > 320, f"holds the weights of {320 // max(c, 8)} taps in shared memory, not {taps}"),
+            (patch > 448, f"holds 448 pixels in shared memory, a position reads {patch}"),
+            (max(p.stride_h, p.stride_w) > 8, f"needs strides up to 8, not {p.stride_h}, {p.stride_w}"),
+        )
+        if wrong
+    ]
+
+
+def _stem(p: Problem) -> list[str]:
+    across = -(-p.S // 4) * 4  # taps, with those that fill a product
+    return _elements(p) + [
+        reason
+        for wrong, reason in (
+            (p.G != 1, f"needs one group, not {p.G}"),
+            (p.C > 4, f"needs 4 input channels at most, not {p.C}"),
+            ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
+            (p.R * across > 132, f"holds the weights of 132 taps in shared memory, not {p.R} x {across}"),
+        )
+        if wrong
+    ]
+
+
 def _if_high(p: Problem) -> list[str]:
     return [f"precision {p.precision}: rounds to tf32"] if p.precision != "high" else []
 
@@ -142,6 +206,28 @@ def _implicit_gemm_cost(p: Problem, rate: float) -> float:
     rows, columns = (p.K, p.C) if p.direction == "wgrad" else (64 * p.G, p.K if p.direction == "fprop" else p.C)
     used = min(1.0, columns / p.G / 64) * min(1.0, rows / p.G / 64)
     return 4e-6 + p.flops / (rate * used)
+
+
+def _winograd_cost(p: Problem, m: int, rate: float) -> float:
+    # Predicted: a block is 32 tiles by 64 (F(4x4): 32) channels, a processor has one at a time. The rates are a quarter
+    # of an H100's, for such blocks reach half of it elsewhere, and what a card has measured goes first.
+    c, k, h, w = (p.C, p.K, p.P, p.Q) if p.direction == "fprop" else (p.K, p.C, p.H, p.W)
+    products, columns = (m + 2) ** 2, 32 if m == 4 else 64
+    blocks = -(-p.N * -(-h // m) * -(-w // m) // 32) * -(-k // columns)
+    turns, depth = -(-blocks // 132), -(-c // 8) * 8 + 16  # 16: the transforms at the end
+    weights = 4 * products * c * k / 2e12
+    return 7e-6 + turns * 132 * 2 * products * 32 * columns * depth / rate + weights
+
+
+def _grouped_cost(p: Problem, rate: float) -> float:
+    # Predicted: a quarter of an H100's bandwidth, or of what mma.sync does, half of it in vain where groups go in pairs.
+    return 4e-6 + max(p.bytes / 8e11, p.flops / (rate * (0.5 if p.C // p.G == 4 else 1.0)))
+
+
+def _stem_cost(p: Problem, rate: float) -> float:
+    # Predicted, as above; the products are of 4 channels and whole fours of taps.
+    products = 2 * p.N * p.P * p.Q * p.K * p.R * (-(-p.S // 4) * 16)
+    return 4e-6 + max(p.bytes / 8e11, products / rate)
 
 
 def _direct_cost(p: Problem) -> float:
@@ -171,6 +257,22 @@ def _implicit_gemm(rate: float, *unsupported: Callable[[Problem], list[str]]) ->
     return "conv2d", lambda p: [r for f in unsupported for r in f(p)], lambda p: _implicit_gemm_cost(p, rate), options
 
 
+def _grouped_rule(rate: float, *unsupported: Callable[[Problem], list[str]]) -> _Rule:
+    options = {"layouts": dict.fromkeys("xwy", "nhwc"), "alignment": 16}
+    return "conv2d", lambda p: [r for f in unsupported for r in f(p)], lambda p: _grouped_cost(p, rate), options
+
+
+def _stem_rule(rate: float, *unsupported: Callable[[Problem], list[str]]) -> _Rule:
+    options = {"layouts": {"x": "any", "y": "nhwc"}}
+    return "conv2d", lambda p: [r for f in unsupported for r in f(p)], lambda p: _stem_cost(p, rate), options
+
+
+def _winograd_rule(m: int, rate: float, **options: Any) -> _Rule:
+    points = "0, 1, -1" if m == 2 else "0, +-sqrt(1/2), +-sqrt(2)"
+    options["error_bound"] = (3.0, f"transforms of inputs, weights and sums with the points {points}")
+    return "conv2d", lambda p: _winograd(p, m), lambda p: _winograd_cost(p, m, rate), options
+
+
 # stem, or stem.variant -> (operation, capability, predicted seconds, options); in the order of preference
 RULES: dict[str, _Rule] = {
     "conv2d_implicit_gemm": _implicit_gemm(1.5e14, _vectors),
@@ -179,6 +281,15 @@ RULES: dict[str, _Rule] = {
     "conv2d_implicit_gemm.elements": _implicit_gemm(3e13, _elements),
     "conv2d_implicit_gemm.elements_tf32": _implicit_gemm(2e13, _if_high, _elements),
     "conv2d_implicit_gemm.elements_tf32x3": _implicit_gemm(1e13, _unless_ieee, _elements),
+    "conv2d_grouped": _grouped_rule(6e13, _grouped),
+    "conv2d_grouped.tf32": _grouped_rule(3e13, _if_high, _grouped),
+    "conv2d_grouped.tf32x3": _grouped_rule(1e13, _unless_ieee, _grouped),
+    "conv2d_stem": _stem_rule(6e13, _stem),
+    "conv2d_stem.tf32": _stem_rule(3e13, _if_high, _stem),
+    "conv2d_stem.tf32x3": _stem_rule(1e13, _unless_ieee, _stem),
+    "conv2d_winograd_f4x4": _winograd_rule(4, 1.6e13),
+    "conv2d_winograd_f2x2": _winograd_rule(2, 1.6e13),
+    "conv2d_winograd_f2x2.mma": _winograd_rule(2, 6e13, layouts=dict.fromkeys("xwy", "nhwc"), alignment=16),
     "conv2d_depthwise": ("conv2d", _depthwise, lambda p: 4e-6 + max(p.flops / 7e12, p.bytes / 1.5e12), {}),
     "conv2d_direct": ("conv2d", _direct, _direct_cost, {}),
     "max_pool2d": ("max_pool2d", _direct, _moved, {}),
@@ -190,7 +301,17 @@ RULES: dict[str, _Rule] = {
 }  # fmt: skip
 
 # stem -> operations that are its fprop with an epilogue: the same kernels under the same rules
-EPILOGUES = dict.fromkeys(("conv2d_implicit_gemm", "conv2d_direct"), ("conv_bn_act",))
+EPILOGUES = dict.fromkeys(
+    (
+        "conv2d_implicit_gemm",
+        "conv2d_grouped",
+        "conv2d_stem",
+        "conv2d_winograd_f4x4",
+        "conv2d_winograd_f2x2",
+        "conv2d_direct",
+    ),
+    ("conv_bn_act",),
+)
 
 
 def _implementations() -> list[Implementation]:

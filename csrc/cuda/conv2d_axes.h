@@ -21,8 +21,8 @@ struct Axis {
   int taps, tap_first, tap_step;
 };
 
-__device__ __forceinline__ Axis fprop_axis(int64_t out, int64_t in, int64_t filter, int64_t stride, int64_t pad,
-                                           int64_t dilation) {
+__host__ __device__ __forceinline__ Axis fprop_axis(int64_t out, int64_t in, int64_t filter, int64_t stride,
+                                                    int64_t pad, int64_t dilation) {
   Axis axis;
   axis.positions = static_cast<int>(out);
   axis.out_first = 0;
@@ -40,8 +40,8 @@ __device__ __forceinline__ Axis fprop_axis(int64_t out, int64_t in, int64_t filt
 // The class of the positions h = parity, parity + stride, ... of dx. Tap r meets them where h + pad - r * dilation is a
 // multiple of the stride: for every step-th r, step = stride / gcd(stride, dilation), from the first, if any, that
 // does.
-__device__ __forceinline__ Axis dgrad_axis(int parity, int64_t in, int64_t out, int64_t filter_, int64_t stride_,
-                                           int64_t pad_, int64_t dilation_) {
+__host__ __device__ __forceinline__ Axis dgrad_axis(int parity, int64_t in, int64_t out, int64_t filter_,
+                                                    int64_t stride_, int64_t pad_, int64_t dilation_) {
   const int stride = static_cast<int>(stride_), pad = static_cast<int>(pad_), dilation = static_cast<int>(dilation_);
   const int filter = static_cast<int>(filter_);
   int step = 1;

@@ -13,8 +13,10 @@
 // Mapping: a block computes a tile of pixels x channels of one group (and class) over j in steps of 64 bytes, through
 // four stages of shared memory (conv2d_implicit_gemm.h); blocks that share pixels follow each other. For fprop the
 // weights lie along the depth, for dgrad across it. Which tile: conv2d_implicit_gemm_plan.h; every tile adds in the
-// same order and gives the same bits. Accumulator f32, bias and epilogue (conv_bn_act) applied to it, one
-// rounding at the end. Memory offsets are 64-bit; pixels of the batch and weights are numbered in 32 bits.
+// same order and gives the same bits. Where a small map gives too few blocks fprop's depth is cut into slices, by sizes
+// alone, whose sums lie in the workspace; a second kernel adds them in order and applies bias and epilogue. Accumulator
+// f32, bias and epilogue (conv_bn_act) applied to it, one rounding at the end. Memory offsets are 64-bit; pixels of the
+// batch and weights are numbered in 32 bits.
 #include "../common/kernel_table.h"
 #include "conv2d_axes.h"
 #include "conv2d_implicit_gemm.h"
@@ -27,19 +29,29 @@ namespace {
 
 using namespace implicit_gemm;
 
-// How the output is cut into tiles: (row tile, class, group, column tile), the last fastest.
+constexpr int kAddThreads = 256;
+
+// How the output is cut into tiles: (slice, row tile, class, group, column tile), the last fastest.
 struct Tiling {
   int column_tiles, groups, classes, classes_w;
-  int64_t row_tiles;  // of the largest class
+  int row_tiles;            // of the largest class
+  int slices, slice_depth;  // of the depth; elements of it, whole steps
+  int64_t elements;         // of the result
 
-  Tiling(const Conv2dParams& p, const Classes& c, Direction direction, const TileShape& tile)
+  Tiling(const Conv2dParams& p, const Classes& c, Direction direction, const TileShape& tile, const Split& split)
       : column_tiles(
             static_cast<int>(ceil_div((direction == Direction::fprop ? p.K : p.C) / p.G, int64_t{tile.columns}))),
         groups(static_cast<int>(p.G)),
         classes(c.h * c.w),
         classes_w(c.w),
-        row_tiles(ceil_div(p.N * c.positions, int64_t{tile.rows})) {}
-  int64_t blocks() const { return row_tiles * classes * groups * column_tiles; }
+        row_tiles(static_cast<int>(ceil_div(p.N * c.positions, int64_t{tile.rows}))),
+        slices(static_cast<int>(split.slices)),
+        slice_depth(static_cast<int>(split.depth)),
+        elements(direction == Direction::fprop ? p.N * p.P * p.Q * p.K : p.N * p.H * p.W * p.C) {}
+  int64_t blocks() const { return int64_t{slices} * row_tiles * classes * groups * column_tiles; }
+  __device__ __forceinline__ int slice(unsigned block) const {
+    return static_cast<int>(block / (static_cast<unsigned>(row_tiles) * classes * groups * column_tiles));
+  }
 };
 
 // Pixel m of all the positions of a class.
@@ -78,7 +90,8 @@ struct Block {
   int row0, pixels;                       // the tile's first position, and all of the class
   int column0, columns, group, channels;  // computed and summed over, of a group
   int in_height, in_width, in_channels;
-  int S, filter;  // elements of a filter
+  int S, filter;           // elements of a filter
+  int slice, slice_depth;  // the block's part of the depth
 };
 
 // sums += A B, staged 16 bytes at a time: for fprop both along the depth, for dgrad the weights across it.
@@ -89,6 +102,7 @@ __device__ __forceinline__ void accumulate_vectors(const Block& b, const typenam
   using T = typename Math::Element;
   constexpr int kVector = Math::kVector;
   const int t = threadIdx.x, channel_vectors = b.channels / kVector;
+  const int begin = kForward ? b.slice * (b.slice_depth / kVector) : 0;  // of the depth, in vectors
 
   // ---- A: this thread's vector of each step, for some pixels
   constexpr int kRowsAtOnce = Tile::kThreads / kRowVectors, kRowsA = Tile::kRows / kRowsAtOnce;
@@ -106,7 +120,7 @@ __device__ __forceinline__ void accumulate_vectors(const Block& b, const typenam
   }
   const T* channel_at = input + b.group * b.channels;
   Position at_a;
-  at_a.advance(vector, channel_vectors, b.aw.taps);
+  at_a.advance(begin + vector, channel_vectors, b.aw.taps);
 
   // ---- B: along the depth a vector of some filters, across it a vector of channels of some filters
   constexpr int kWidthB = Tile::kColumns / kVector, kDepthsAtOnce = Tile::kThreads / kWidthB;
@@ -114,12 +128,12 @@ __device__ __forceinline__ void accumulate_vectors(const Block& b, const typenam
   static_assert(kRowsAtOnce % 8 == 0 && kDepthsAtOnce % kVector == 0, "rows staged together share a swizzle");
   const int vector_b = kForward ? vector : t % kWidthB, first_b = kForward ? first : t / kWidthB;
   const int column_b = b.column0 + (kForward ? first_b : vector_b * kVector);
-  int filter_at = kForward ? (b.group * b.columns + column_b) * b.filter + vector * kVector
+  int filter_at = kForward ? (b.group * b.columns + column_b) * b.filter + (begin + vector) * kVector
                            : (b.group * b.channels + first_b % kVector) * b.filter + column_b +
                                  (b.ah.tap_first * b.S + b.aw.tap_first) * b.columns;
   const int tap_r = b.ah.tap_step * b.S * b.columns, tap_s = b.aw.tap_step * b.columns;
-  int depth_b = vector * kVector;  // of this thread's vector, fprop
-  Position at_b;                   // of this thread's first filter, dgrad
+  int depth_b = (begin + vector) * kVector;  // of this thread's vector, fprop
+  Position at_b;                             // of this thread's first filter, dgrad
   const int taps_b = column_b < b.columns ? b.ah.taps : 0;
   if (!kForward) at_b.advance(first_b / kVector, channel_vectors, b.aw.taps);
   const int place_b = kForward ? along(first_b, vector) : Math::template across<kWidthB>(first_b, vector_b);
@@ -154,7 +168,8 @@ __device__ __forceinline__ void accumulate_vectors(const Block& b, const typenam
       }
     }
   };
-  const int depth_vectors = b.ah.taps * b.aw.taps * channel_vectors;
+  int depth_vectors = b.ah.taps * b.aw.taps * channel_vectors - begin;
+  if (kForward && depth_vectors > b.slice_depth / kVector) depth_vectors = b.slice_depth / kVector;
   accumulate<Math, Tile, false, !kForward>(sums, shared, (depth_vectors + kRowVectors - 1) / kRowVectors, stage_next);
 }
 
@@ -225,8 +240,8 @@ template <class Math, class Tile, Direction direction, bool kByElement>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
     correlate(const Conv2dParams p, const Tiling tiling, const typename Math::Element* __restrict__ input,
               const typename Math::Element* __restrict__ weight, const typename Math::Element* __restrict__ bias,
-              typename Math::Element* __restrict__ output, const Epilogue<typename Math::Element> epilogue) {
-  using T = typename Math::Element;
+              typename Math::Element* __restrict__ output, const Epilogue<typename Math::Element> epilogue,
+              float* __restrict__ partial) {
   constexpr bool forward = direction == Direction::fprop;
   CNNFAST_DYNAMIC_SHARED(Vector, shared);
   CNNFAST_SHARED(int64_t, targets, [Tile::kRows]);  // offset of each row's results; -1: no such row
@@ -237,7 +252,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   const int group = static_cast<int>(rest % tiling.groups);
   rest /= tiling.groups;
   const int klass = static_cast<int>(rest % tiling.classes);
-  const int row0 = static_cast<int>(rest / tiling.classes) * Tile::kRows;
+  rest /= tiling.classes;
+  const int row0 = static_cast<int>(rest % tiling.row_tiles) * Tile::kRows;
 
   const Axis ah = forward ? fprop_axis(p.P, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h)
                           : dgrad_axis(klass / tiling.classes_w, p.H, p.P, p.R, p.stride_h, p.pad_h, p.dilation_h);
@@ -271,7 +287,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
                     static_cast<int>(forward ? p.W : p.Q),
                     in_channels,
                     static_cast<int>(p.S),
-                    static_cast<int>(p.R * p.S * (p.C / p.G))};
+                    static_cast<int>(p.R * p.S * (p.C / p.G)),
+                    tiling.slice(blockIdx.x),
+                    tiling.slice_depth};
   Sums<Tile> sums;
   sums.clear();
   if constexpr (kByElement)
@@ -293,6 +311,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   results<Tile>(sums, shared, [&](int row, Four values) {
     const int64_t target = targets[row];
     if (target < 0 || present <= 0) return;
+    if constexpr (forward && !kByElement) {
+      if (partial) return store_four(partial + tiling.slice(blockIdx.x) * tiling.elements + target + column, values);
+    }
     if constexpr (forward) {
       Four residual{};
       if (epilogue.residual) residual = load(epilogue.residual + target + column);
@@ -307,16 +328,66 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
   });
 }
 
+// y = the sum over slices, in order, and what becomes of it; four channels a thread.
+template <class T>
+__global__ void __launch_bounds__(kAddThreads, 4)
+    add_slices(const float* __restrict__ partial, const T* __restrict__ bias, T* __restrict__ output,
+               const int64_t elements, const int slices, const int channels, const Epilogue<T> epilogue) {
+  const Activate<float> act(epilogue.act);
+  for (int64_t i = (int64_t{blockIdx.x} * kAddThreads + threadIdx.x) * 4; i < elements;
+       i += int64_t{gridDim.x} * kAddThreads * 4) {
+    Four sum = load_four(partial + i);
+    for (int slice = 1; slice < slices; ++slice) {
+      const Four term = load_four(partial + slice * elements + i);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum.v[e] += term.v[e];
+    }
+    const int channel = static_cast<int>(i % channels);
+    Four bias_of{}, scale{{1, 1, 1, 1}}, shift{}, residual{};
+    if (bias) bias_of = load_four(bias + channel);
+    if (epilogue.scale) scale = load_four(epilogue.scale + channel);
+    if (epilogue.shift) shift = load_four(epilogue.shift + channel);
+    if (epilogue.residual) residual = load_four(epilogue.residual + i);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum.v[e] = act(scale.v[e] * (sum.v[e] + bias_of.v[e]) + shift.v[e] + residual.v[e]);
+    store_four(output + i, sum);
+  }
+}
+
+// How the depth of fprop is cut, decided from the sizes alone; dgrad's isn't.
+template <Direction direction, bool kByElement>
+Split split_of(const Conv2dParams& p) {
+  if (direction == Direction::dgrad || kByElement) return {k64x64, 1, 1};
+  const Split split = choose_small_split(p.N * p.P * p.Q, p.K / p.G, p.R * p.S * (p.C / p.G), p.G);
+  return {split.tile, split.slices, ceil_div(split.depth, kStepDepth) * kStepDepth};
+}
+
+int64_t fprop_workspace(const void* params) {
+  const auto& p = *static_cast<const Conv2dParams*>(params);
+  const Split split = split_of<Direction::fprop, false>(p);
+  return split.slices == 1 ? 0 : split.slices * p.N * p.P * p.Q * p.K * static_cast<int64_t>(sizeof(float));
+}
+
 template <class Math, class Tile, Direction direction, bool kByElement>
 const char* launch_tile(const Conv2dParams& p, const Tiling& tiling, const Launch& run) {
   using T = typename Math::Element;
   constexpr bool forward = direction == Direction::fprop;
   const T* x = static_cast<const T*>(run.operands[0]);
   const T* y = static_cast<const T*>(run.operands[3]);
-  return launch<correlate<Math, Tile, direction, kByElement>>(
+  T* out = const_cast<T*>(forward ? y : x);
+  const T* bias = forward ? static_cast<const T*>(run.operands[2]) : nullptr;
+  float* partial = static_cast<float*>(tiling.slices == 1 ? nullptr : run.workspace);
+  const Epilogue<T> epilogue(p, run);
+  const char* error = launch<correlate<Math, Tile, direction, kByElement>>(
       dim3(static_cast<unsigned>(tiling.blocks()), 1, 1), dim3(Tile::kThreads, 1, 1), kSharedBytes<Math, Tile>,
-      run.stream, p, tiling, forward ? x : y, static_cast<const T*>(run.operands[1]),
-      forward ? static_cast<const T*>(run.operands[2]) : nullptr, const_cast<T*>(forward ? y : x), Epilogue<T>(p, run));
+      run.stream, p, tiling, forward ? x : y, static_cast<const T*>(run.operands[1]), bias, out, epilogue, partial);
+  if constexpr (forward && !kByElement) {
+    if (!error && partial)
+      error = launch<add_slices<T>>(grid_for(ceil_div(tiling.elements, int64_t{kAddThreads} * 4)),
+                                    dim3(kAddThreads, 1, 1), 0, run.stream, static_cast<const float*>(partial), bias,
+                                    out, tiling.elements, tiling.slices, static_cast<int>(p.K), epilogue);
+  }
+  return error;
 }
 
 static_assert(kStagedBytes == kStages * kRowVectors * sizeof(Vector), "what the plan takes a block's memory for");
@@ -327,11 +398,13 @@ const char* launch_correlate(const void* params, const Launch& run) {
   constexpr bool forward = direction == Direction::fprop;
   const Classes classes(p, direction);
   const int64_t taps = ceil_div(p.R * p.S, int64_t{classes.h} * classes.w);
-  const auto tile =
-      kByElement ? k128x64
-                 : choose_tile(p.N * classes.positions, (forward ? p.K : p.C) / p.G, taps * (forward ? p.C : p.K) / p.G,
-                               p.G * classes.h * classes.w, processors(), shared_bytes_of_a_processor());
-  const Tiling tiling(p, classes, direction, kShapes[tile]);
+  const Split split = split_of<direction, kByElement>(p);
+  const auto tile = kByElement         ? k128x64
+                    : split.slices > 1 ? split.tile
+                                       : choose_tile(p.N * classes.positions, (forward ? p.K : p.C) / p.G,
+                                                     taps * (forward ? p.C : p.K) / p.G, p.G * classes.h * classes.w,
+                                                     processors(), shared_bytes_of_a_processor());
+  const Tiling tiling(p, classes, direction, kShapes[tile], split);
   if (tiling.blocks() == 0) return nullptr;
   if constexpr (kByElement) return launch_tile<Math, typename Math::ByElement, direction, true>(p, tiling, run);
   switch (tile) {
@@ -347,13 +420,13 @@ const char* launch_correlate(const void* params, const Launch& run) {
 }  // namespace
 
 CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.bf16", Conv2dParams,
-               (launch_correlate<Half<__nv_bfloat16>, Direction::fprop, false>), nullptr)
+               (launch_correlate<Half<__nv_bfloat16>, Direction::fprop, false>), fprop_workspace)
 CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f16", Conv2dParams,
-               (launch_correlate<Half<__half>, Direction::fprop, false>), nullptr)
+               (launch_correlate<Half<__half>, Direction::fprop, false>), fprop_workspace)
 CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.tf32", Conv2dParams, (launch_correlate<Tf32, Direction::fprop, false>),
-               nullptr)
+               fprop_workspace)
 CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.tf32x3", Conv2dParams,
-               (launch_correlate<Tf32x3, Direction::fprop, false>), nullptr)
+               (launch_correlate<Tf32x3, Direction::fprop, false>), fprop_workspace)
 CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.bf16", Conv2dParams,
                (launch_correlate<Half<__nv_bfloat16>, Direction::dgrad, false>), nullptr)
 CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f16", Conv2dParams,

@@ -27,7 +27,7 @@ constexpr int64_t kOverhead = 10;            // of a block, in steps of kStepDep
 constexpr int64_t kStepDepth = 32;
 constexpr double kBytesASecond = 2e12;
 
-// wgrad's cut decides how its sums are rounded: it doesn't depend on the card.
+// A cut of the depth decides how sums are rounded: it doesn't depend on the card.
 constexpr int64_t kNominalProcessors = 132, kNominalSharedBytes = int64_t{228} << 10;
 constexpr int64_t kSliceSteps = 8;  // at least, of a slice
 constexpr int64_t kMaxSlices = 512;
@@ -102,6 +102,14 @@ inline Split choose_split(int64_t rows, int64_t columns, int64_t depth, int64_t 
     }
   }
   return best;
+}
+
+// The same for fprop: only where the smallest tiles leave processors without a block.
+inline Split choose_small_split(int64_t rows, int64_t columns, int64_t depth, int64_t products) {
+  const TileShape& s = kShapes[k64x64];
+  if (products * divide_up(rows, s.rows) * divide_up(columns, s.columns) >= kNominalProcessors)
+    return {k64x64, 1, std::max<int64_t>(depth, 1)};
+  return choose_split(rows, columns, depth, products);
 }
 
 }  // namespace cnnfast::cuda::implicit_gemm

@@ -240,6 +240,23 @@ GROUPS = _net(
     Case("4 channels a group, many pixels: parts of the pixels", 3, 20, 31, 33, 20, 3, 3, padding=(1, 1), groups=5),
     Case("16 channels a group, 1x1 and stride 2", 2, 48, 9, 9, 48, 1, 1, (2, 2), groups=3),
     Case("8 channels a group, even kernel, asymmetric padding", 1, 40, 8, 7, 40, 2, 4, padding=(1, 0, 2, 1), groups=5),
+    Case(
+        "8 channels a group, 5x5 stride 2: large patches", 1, 24, 33, 30, 24, 5, 5, (2, 2), (2, 2), groups=3, bias=True
+    ),
+    Case(
+        "32 channels a group, 1x3 dilated, several tiles",
+        1,
+        96,
+        9,
+        33,
+        96,
+        1,
+        3,
+        padding=(0, 2),
+        dilation=(1, 2),
+        groups=3,
+    ),
+    Case("a stem of 4 channels with more filters than a block", 1, 4, 21, 37, 70, 5, 5, (2, 1), (2, 1), bias=True),
     Case("a stem on many pixels: parts of the pixels", 2, 3, 49, 47, 24, 7, 7, (2, 2), (3, 3)),
     Case("odd channels on many pixels: equal parts of both", 3, 37, 29, 31, 43, 1, 1),
     Case("many pixels without padding: x is read in place", 2, 21, 41, 40, 19, 3, 3),

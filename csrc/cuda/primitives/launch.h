@@ -28,10 +28,10 @@ cudaError_t prepare(size_t shared_bytes) {
 }
 
 // launch<kernel<float>>(grid, block, dynamic shared bytes, stream, arguments...): null, or the driver's reason. The
-// bytes are the same in every launch of a kernel.
-template <auto kernel, class... Args>
+// bytes are the same in every launch of a kernel, or `most_shared` at most.
+template <auto kernel, size_t most_shared = 0, class... Args>
 const char* launch(dim3 grid, dim3 block, size_t shared_bytes, void* stream, const Args&... arguments) {
-  cudaError_t error = shared_bytes ? prepare<kernel>(shared_bytes) : cudaSuccess;
+  cudaError_t error = shared_bytes ? prepare<kernel>(most_shared ? most_shared : shared_bytes) : cudaSuccess;
   if (error == cudaSuccess) {
     kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
     error = cudaGetLastError();
@@ -59,8 +59,9 @@ inline int64_t shared_bytes_of_a_processor() {
 
 #else
 
-template <auto kernel, class... Args>
+template <auto kernel, size_t most_shared = 0, class... Args>
 const char* launch(dim3 grid, dim3 block, size_t shared_bytes, void*, const Args&... arguments) {
+  if (most_shared && shared_bytes > most_shared) return "more dynamic shared memory than the kernel asked for";
   auto body = [&]() __attribute__((no_sanitize_thread)) { kernel(arguments...); };
   emulation::launch(
       __PRETTY_FUNCTION__, grid, block, shared_bytes,
