@@ -66,7 +66,7 @@ fuzz: $(STAMP) ## 100,000 random calls, valid and not, beside torch's: verdict, 
 sanitize: $(STAMP) ## the CPU kernels' tests under the address, undefined-behaviour and thread sanitizers (half an hour)
 	@$(PY) tests/sanitize.py
 
-static: $(STAMP) ## compiles every GPU kernel offline and prints registers, spills and instructions
+static: $(STAMP) ## compiles the Triton kernels offline: no spills, masks, and the table of registers and instructions
 	@$(PY) tests/run.py --static
 
 # ---- style
@@ -92,8 +92,8 @@ bench: $(STAMP) ## benchmarks against torch on this machine (3 minutes; pytest b
 	$(PY) -m pytest benchmarks --benchmark-only
 
 # Offline, in the active environment, with the system's nvcc.
-gpu: ## on a machine with an NVIDIA GPU, offline: builds, tests the GPU kernels, benchmarks into benchmarks/results
-	@$(or $(wildcard $(PY)),$(PYTHON)) tests/run.py --gpu
+gpu: ## on a machine with an NVIDIA GPU, offline: builds, tests, benchmarks into benchmarks/results; goes on where it stopped
+	@$(or $(wildcard $(PY)),$(PYTHON)) tests/run.py --gpu $(if $(FRESH),--fresh) $(if $(MINUTES),--minutes $(MINUTES))
 
 clean: ## removes what was built; environments stay
 	rm -rf build dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
