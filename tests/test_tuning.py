@@ -284,6 +284,7 @@ def test_the_budget_goes_to_what_takes_longest() -> None:
     assert shares[-1] < 1
     assert tuning.lookup("NVIDIA L4", "a") is None
     assert tuning.lookup("NVIDIA L4", "c") is not None
+    assert run(tasks, clock, seconds=4.0)[0].label == "fprop a"  # the same again goes on
 
 
 @plain

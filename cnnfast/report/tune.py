@@ -2,7 +2,8 @@
 
 A tile counts only if its result agrees with that of the tile before, and is only taken if it is faster by more than the
 noise. What was found is kept after every problem, so that an interruption loses nothing. Where time is short the problems
-that are predicted to take most of the network's time come first, and of each the tiles predicted to be fastest.
+that were never measured come first, of these the ones predicted to take most of the network's time, and of each the tiles
+predicted to be fastest.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def tune(
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tuning measures, which a CUDA graph can't capture: tune before")
     begin = clock()
-    for task, calls in sorted(tasks, key=lambda pair: -pair[0].predicted * pair[1]):
+    for task, calls in sorted(tasks, key=_urgency):
         spent = (clock() - begin) / seconds
         if spent >= 1:
             return
@@ -166,6 +167,12 @@ def tune(
             task.label, calls, task.before, best, entry.before, entry.seconds, len(problem.times) + len(problem.failed),
             len(task.tiles), tuple(problem.failed),
         )  # fmt: skip
+
+
+def _urgency(pair: tuple[tuning.Task, int]) -> tuple[bool, float]:
+    """What was never measured comes first, so that the same command again goes on; then what takes the network longest."""
+    task, calls = pair
+    return tuning.lookup(task.card, task.key) is not None, -task.predicted * calls
 
 
 class _Problem:
