@@ -66,7 +66,7 @@ fuzz: $(STAMP) ## 100,000 random calls, valid and not, beside torch's: verdict, 
 sanitize: $(STAMP) ## the CPU kernels' tests under the address, undefined-behaviour and thread sanitizers (half an hour)
 	@$(PY) tests/sanitize.py
 
-static: $(STAMP) ## compiles the Triton kernels offline: no spills, masks, and the table of registers and instructions
+static: $(STAMP) ## compiles every GPU kernel offline and prints registers, spills and instructions
 	@$(PY) tests/run.py --static
 
 # ---- style
