@@ -13,7 +13,7 @@ import torch
 
 from ._cards import Card, Product, seconds
 from ._common import Conv2dProblem, ceil_div, next_power_of_2
-from ._tiles import INPUT_PRECISION, Config, config, fit_depth, selectable
+from ._tiles import INPUT_PRECISION, Config, candidates, config, fit_depth
 from .conv2d_implicit_gemm import PACKED_CHANNELS, _even, _pointwise, _wgrad_splits
 
 DIRECTIONS = {"fprop": 3, "dgrad": 0, "wgrad": 1}  # and the result's place among the operands
@@ -80,7 +80,7 @@ def configs(p: Conv2dProblem, direction: str, of: Facts, card: Card) -> tuple[Co
     """The tiles that a direction can take on a card, without doubles, the predicted fastest first."""
     wanted = product(p, direction, of)
     width = max(16, next_power_of_2(wanted.n))
-    found = selectable(p.precision, of.itemsize, vectors(p, direction, of), card.arch, of.residual)
+    found = candidates(p.precision, of.itemsize, vectors(p, direction, of), card.arch, of.residual)
     found = tuple(c for c in found if c.block_n <= width)
     if direction != "wgrad":  # whose reduction runs over pixels
         found = tuple(fit_depth(c, wanted.depth) for c in found)

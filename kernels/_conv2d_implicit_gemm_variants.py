@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ._common import Variant
-from ._tiles import INPUT_PRECISION, Config, selectable
+from ._tiles import INPUT_PRECISION, Config, candidates
 from .conv2d_implicit_gemm import (
     BGRAD_BLOCK_M,
     BGRAD_BLOCK_N,
@@ -120,7 +120,7 @@ def _variant(kind: Kind, mode: str, arch: int, tile: Config) -> Variant:
 
 
 def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", *PRECISIONS)) -> Iterator[Variant]:
-    """Every kind of call with every tile that config() or tuning may select for sm_<arch>."""
+    """Every kind of call with every tile that config() may select for sm_<arch>."""
     for mode in modes:
         precision, itemsize = PRECISIONS.get(mode, "high"), (2 if mode in ("bf16", "fp16") else 4)
         for kind in KINDS:
@@ -129,7 +129,7 @@ def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", *PRECISIONS)) 
             elif kind.fn is _sum_splits:
                 yield _variant(kind, mode, arch, Config(1, 1, 1, 4, 1))
             else:
-                for tile in selectable(precision, itemsize, kind.vectors, arch, kind.present == _EPILOGUE):
+                for tile in candidates(precision, itemsize, kind.vectors, arch, kind.present == _EPILOGUE):
                     block_k = tile.block_k
                     # Only the gathering kernel's blocks are cut to the channels.
                     while block_k >= (16 if kind.fn is _gather_gemm else tile.block_k):

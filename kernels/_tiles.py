@@ -1,7 +1,7 @@
 """Tiles of matrix products: the configurations, and which of them a problem gets where nobody has tuned.
 
 Everything here is a pure function of sizes, so that a choice can be tested, and compiled, without a card. The lists are
-predicted from the instruction sets; ``candidates`` has those that config() takes, ``selectable`` also those that are there
+predicted from the instruction sets; ``untuned`` has those that config() takes, ``candidates`` also those that are there
 for tuning, both without what the model in _cards.py finds no room or no registers for.
 """
 
@@ -122,7 +122,7 @@ INPUT_PRECISION = {"ieee": "ieee", "fp32": "tf32x3", "high": "tf32"}
 RESIDUAL_BLOCK_N = {2: 128, 4: 64}
 
 
-def candidates(precision: str, itemsize: int, vectors: bool, arch: int, residual: bool = False) -> tuple[Config, ...]:
+def untuned(precision: str, itemsize: int, vectors: bool, arch: int, residual: bool = False) -> tuple[Config, ...]:
     """What config() selects from."""
     how = INPUT_PRECISION[precision]
     if itemsize == 4 and how == "ieee":
@@ -136,15 +136,15 @@ def candidates(precision: str, itemsize: int, vectors: bool, arch: int, residual
     return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual))
 
 
-def selectable(precision: str, itemsize: int, vectors: bool, arch: int, residual: bool = False) -> tuple[Config, ...]:
-    """What tuning selects from: candidates() first."""
+def candidates(precision: str, itemsize: int, vectors: bool, arch: int, residual: bool = False) -> tuple[Config, ...]:
+    """All that a launcher may be given: untuned() first, then what only tuning takes."""
     found: tuple[Config, ...] = ()
     if vectors and itemsize == 2:
         found = TUNED_HALF_CONFIGS[table_arch(arch)]
     elif vectors and INPUT_PRECISION[precision] == "tf32":
         found = TUNED_TF32_CONFIGS
     fitting = (c for c in found if _fits(c, precision, itemsize, arch, residual))
-    return (*candidates(precision, itemsize, vectors, arch, residual), *fitting)
+    return (*untuned(precision, itemsize, vectors, arch, residual), *fitting)
 
 
 def _fits(c: Config, precision: str, itemsize: int, arch: int, residual: bool) -> bool:
@@ -169,7 +169,7 @@ def config(
     """
     if INTERPRETED:
         return INTERPRETER_CONFIGS[0] if n > 16 else INTERPRETER_CONFIGS[1]
-    tile = _fit_tile(m, n, candidates(precision, itemsize, vectors, arch, residual), MULTIPROCESSORS[table_arch(arch)])
+    tile = _fit_tile(m, n, untuned(precision, itemsize, vectors, arch, residual), MULTIPROCESSORS[table_arch(arch)])
     return fit_depth(tile, depth)
 
 

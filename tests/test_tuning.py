@@ -70,8 +70,8 @@ def test_lists_fit_their_cards(arch: int) -> None:
     for precision, itemsize, wide, residual in itertools.product(
         ("ieee", "fp32", "high"), (2, 4), (False, True), (False, True)
     ):
-        usual = _tiles.candidates(precision, itemsize, wide, arch, residual)
-        tiles = _tiles.selectable(precision, itemsize, wide, arch, residual)
+        usual = _tiles.untuned(precision, itemsize, wide, arch, residual)
+        tiles = _tiles.candidates(precision, itemsize, wide, arch, residual)
         assert usual
         assert tiles[: len(usual)] == usual
         assert len(set(tiles)) == len(tiles)
@@ -88,20 +88,20 @@ def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too much shared memory for a small card, too many sums for a thread; with a residual, fewer."""
     deep, fat = _tiles.Config(128, 128, 64, 8, 5), _tiles.Config(256, 256, 64, 8, 2)
     monkeypatch.setitem(_tiles.HALF_CONFIGS, 80, (deep, fat, *_tiles.HALF_CONFIGS[80]))
-    assert deep in _tiles.candidates("high", 2, True, 80)
+    assert deep in _tiles.untuned("high", 2, True, 80)
     for arch in (86, 89, 120):
-        assert deep not in _tiles.candidates("high", 2, True, arch)
-    assert fat not in _tiles.candidates("high", 2, True, 80)
+        assert deep not in _tiles.untuned("high", 2, True, arch)
+    assert fat not in _tiles.untuned("high", 2, True, 80)
     assert _cards.seconds(_cards.Product(10**5, 256, 256), fat, _cards.CARDS["A100"]) == math.inf
     for arch in ARCHITECTURES:
-        assert all(t.block_m * t.block_n // t.num_warps <= 2048 for t in _tiles.selectable("high", 2, True, arch, True))
+        assert all(t.block_m * t.block_n // t.num_warps <= 2048 for t in _tiles.candidates("high", 2, True, arch, True))
 
 
 @plain
 @pytest.mark.parametrize(("arch", "as_if"), [(87, 87), (88, 87), (103, 100), (110, 100), (121, 120), (75, 80)])
 def test_unknown_architectures_are_like_the_one_before(arch: int, as_if: int) -> None:
     assert _cards.known(arch) == as_if
-    assert _tiles.selectable("high", 2, True, arch)
+    assert _tiles.candidates("high", 2, True, arch)
 
 
 @plain
@@ -160,7 +160,7 @@ def test_large_products_get_large_tiles_and_small_ones_fill_the_card() -> None:
 def test_more_of_a_card_is_never_slower() -> None:
     """The predicted time falls with multiprocessors and rises with the product."""
     wanted = configs.product(problem(8, 128, 28, 128), "fprop", HALF)
-    for tile in _tiles.selectable("high", 2, True, 80):
+    for tile in _tiles.candidates("high", 2, True, 80):
         times = [_cards.seconds(wanted, tile, _cards.Card(80, count)) for count in (8, 16, 32, 64, 108)]
         assert times == sorted(times, reverse=True)
         deeper = dataclasses.replace(wanted, taps=2 * wanted.taps)
