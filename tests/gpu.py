@@ -165,7 +165,7 @@ def collect() -> Counter[str]:
 
 def benchmark_parts(target: Path, suites: dict[str, float]) -> list[Part]:
     """A part a suite, which adds to the results, and one that makes tables and plots of them."""
-    script = str(ROOT / "benchmarks" / "gpu.py")
+    script = str(ROOT / "benchmarks" / "cudnn.py")
     parts = [
         Part(f"benchmark {name}", (sys.executable, script, "--suite", name, "--output", str(target)), seconds)
         for name, seconds in suites.items()
@@ -296,9 +296,9 @@ def main(fresh: bool = False, minutes: float = MINUTES) -> int:
 
 
 def _suites() -> dict[str, float]:
-    """The suites of benchmarks/gpu.py, with the seconds that each may take."""
+    """The suites of benchmarks/cudnn.py, with the seconds that each may take."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--list"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, str(ROOT / "benchmarks" / "cudnn.py"), "--list"], cwd=ROOT, capture_output=True, text=True, check=True
     )  # fmt: skip
     found: dict[str, Any] = json.loads(done.stdout)
     return {name: float(seconds) for name, seconds in found.items()}

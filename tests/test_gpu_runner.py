@@ -188,7 +188,7 @@ def test_card_names() -> None:
 def _benchmarks() -> Any:
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("gpu_benchmarks", ROOT / "benchmarks" / "gpu.py")
+    spec = importlib.util.spec_from_file_location("cudnn_benchmarks", ROOT / "benchmarks" / "cudnn.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -307,7 +307,7 @@ def test_suites_measure_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_line_of_the_benchmarks() -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "gpu.py")], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, str(ROOT / "benchmarks" / "cudnn.py")], capture_output=True, text=True, cwd=ROOT, timeout=120
     )  # fmt: skip
     assert done.returncode == 2
     assert "--suite with --output" in done.stderr

@@ -309,6 +309,15 @@ def test_an_interruption_keeps_what_was_found() -> None:
 
 
 @plain
+def test_operands_lie_as_the_calls_do() -> None:
+    """Channels_last, a slice, an expanded gradient."""
+    for shape, strides in (((2, 3, 4, 5), (60, 1, 15, 3)), ((2, 3), (8, 1)), ((4, 5), (0, 0)), ((1,), (7,))):
+        made = tune._random(shape, strides, torch.bfloat16, torch.device("cpu"))
+        assert (made.shape, made.stride()) == (torch.Size(shape), strides)
+        assert made.isfinite().all()
+
+
+@plain
 def test_never_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

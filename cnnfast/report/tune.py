@@ -73,7 +73,8 @@ def collect(model: torch.nn.Module, x: torch.Tensor, direction: str = "both") ->
                     model.eval()(x)
             else:
                 out = model.train()(x)
-                (out if isinstance(out, torch.Tensor) else out[0]).float().sum().backward()
+                out = out if isinstance(out, torch.Tensor) else out[0]
+                out.backward(torch.randn_like(out))
         finally:
             model.train(training)
             for parameter, gradient in gradients:
@@ -209,8 +210,9 @@ class _Problem:
 
 
 def _random(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Values whose sums neither overflow nor hide a mistake."""
-    return torch.empty_strided(shape, strides, dtype=dtype, device=device).normal_()
+    """Values whose sums neither overflow nor hide a mistake, in any strides, those of expanded tensors included."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return torch.empty(extent, dtype=dtype, device=device).normal_().as_strided(shape, strides)
 
 
 # ---- showing ---------------------------------------------------------------------------------------------------------

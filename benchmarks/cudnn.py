@@ -1,8 +1,8 @@
 """Convolutions, networks and training steps on a GPU against cuDNN at its best, by suite, into one file of results.
 
-    python benchmarks/gpu.py --list                                   suites, and the seconds that each may take
-    python benchmarks/gpu.py --suite layers-bf16-32 --output FILE     measures one, and adds it to the file
-    python benchmarks/gpu.py --report FILE                            FILE's tables (.md) and plots (.png), on the terminal, too
+    python benchmarks/cudnn.py --list                                   suites, and the seconds that each may take
+    python benchmarks/cudnn.py --suite layers-bf16-32 --output FILE     measures one, and adds it to the file
+    python benchmarks/cudnn.py --report FILE                            FILE's tables (.md) and plots (.png), on the terminal, too
 
 ``make gpu`` runs them all. cuDNN at its best: cudnn.benchmark, everything channels_last, in the same dtype; with precision
 "fp32" without tf32. Both sides are timed as CUDA graphs, eager calls beside them: there Python's time counts, too.
