@@ -79,7 +79,7 @@ CAREFUL_CONFIGS: tuple[Config, ...] = (
     Config(64, 16, 32, 4, 3),
 )
 CAREFUL_SPLIT_CONFIGS: tuple[Config, ...] = (
-    Config(64, 64, 16, 4, 3),
+    Config(64, 64, 16, 8, 3),
     Config(64, 32, 16, 4, 3),
     Config(128, 16, 16, 4, 3),
 )
@@ -92,7 +92,6 @@ CAREFUL_IEEE_CONFIGS: tuple[Config, ...] = (
 TUNED_HALF_CONFIGS: dict[int, tuple[Config, ...]] = {
     80: (
         Config(128, 256, 64, 8, 3),
-        Config(256, 128, 64, 8, 3),
         Config(128, 128, 64, 8, 4),
         Config(128, 128, 32, 4, 4),
         Config(256, 64, 64, 8, 3),
