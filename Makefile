@@ -95,8 +95,8 @@ bench: $(STAMP) ## benchmarks against torch on this machine (3 minutes; pytest b
 	$(PY) -m pytest benchmarks --benchmark-only
 
 # Offline, in the active environment, with the system's nvcc.
-gpu: ## on a machine with an NVIDIA GPU, offline: builds, tests the GPU kernels, benchmarks into benchmarks/results
-	@$(or $(wildcard $(PY)),$(PYTHON)) tests/run.py --gpu
+gpu: ## on a machine with an NVIDIA GPU, offline: builds, tests, benchmarks into benchmarks/results; goes on where it stopped
+	@$(or $(wildcard $(PY)),$(PYTHON)) tests/run.py --gpu $(if $(FRESH),--fresh) $(if $(MINUTES),--minutes $(MINUTES))
 
 clean: ## removes what was built; environments stay
 	rm -rf build dist *.egg-info .benchmarks .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

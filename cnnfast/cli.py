@@ -1,4 +1,4 @@
-"""The command line: ``python -m cnnfast info | explain | describe | bench``."""
+"""The command line: ``python -m cnnfast info | explain | describe | bench | tune``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 import cnnfast
-from cnnfast import _render, dispatch
-from cnnfast.report import bench, networks, plots, tables, timing
+from cnnfast import _render, dispatch, tuning
+from cnnfast.report import bench, networks, plots, tables, timing, tune
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NETWORKS = ("resnet18", "resnet50", "resnext50_32x4d", "googlenet", "vgg16", networks.LITE0)
 # Environment variables that cnnfast, or what it stands on, reads.
 VARIABLES = (
-    "CNNFAST_CPU_ISA", "CNNFAST_EMULATE_CUDA", "CNNFAST_EMULATION_DIR", "TRITON_INTERPRET", "TRITON_CACHE_DIR",
+    "CNNFAST_CPU_ISA", "CNNFAST_TUNING", "CNNFAST_EMULATE_CUDA", "CNNFAST_EMULATION_DIR", "TRITON_INTERPRET", "TRITON_CACHE_DIR",
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "KMP_AFFINITY", "ONEDNN_MAX_CPU_ISA", "CUDA_VISIBLE_DEVICES",
     "CUDA_LAUNCH_BLOCKING", "NVIDIA_TF32_OVERRIDE", "TORCH_HOME", "XDG_CACHE_HOME",
 )  # fmt: skip
@@ -34,8 +34,8 @@ def info() -> dict[str, Any]:
     """What cnnfast finds on this machine, as a dict: :func:`cnnfast.report.timing.machine`, and more.
 
     ``triton`` (version or None), ``package`` (folder), ``caches`` (what is kept to its folder, and whether that is there
-    and could be written), ``implementations`` (how many each backend has, by operation), ``environment`` (of the
-    variables that matter, those that are set). Writes nothing.
+    and could be written), ``tuning`` (its folder, and how many problems are kept there), ``implementations`` (how many each
+    backend has, by operation), ``environment`` (of the variables that matter, those that are set). Writes nothing.
     """
     import importlib.metadata
 
@@ -52,6 +52,7 @@ def info() -> dict[str, Any]:
         "triton": triton,
         "package": str(Path(cnnfast.__file__).parent),
         "caches": {what: _cache(path) for what, path in _caches().items()},
+        "tuning": tuning.summary(),
         "implementations": counts,
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
@@ -89,6 +90,7 @@ def _info(options: argparse.Namespace) -> int:
         *((f"backend {name}", _backend(found, name, status)) for name, status in found["backends"].items()),
         ("package", found["package"]),
         *((f"cache: {what}", _state(cache)) for what, cache in found["caches"].items()),
+        ("tuning", _tuned(found["tuning"])),
         *(("environment", f"{name}={value}") for name, value in found["environment"].items()),
     ]
     print(_render.as_text(_render.table("", [("", "left"), ("", "left")], rows), markup=False))
@@ -103,6 +105,11 @@ def _backend(found: dict[str, Any], name: str, status: str) -> str:
 def _state(cache: dict[str, Any]) -> str:
     state = "in use" if cache["exists"] else "not made yet"
     return f"{cache['path']} ({state}{'' if cache['writable'] else ', not writable: nothing is kept'})"
+
+
+def _tuned(found: dict[str, Any]) -> str:
+    outdated = f", {found['outdated']} for other versions" if found["outdated"] else ""
+    return f"{found['path']} ({found['entries']} problems{outdated})"
 
 
 # ---- explain ---------------------------------------------------------------------------------------------------------
@@ -230,6 +237,52 @@ def _bench(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
+# ---- tune ------------------------------------------------------------------------------------------------------------
+
+
+def _tune(options: argparse.Namespace) -> int:
+    interpreted = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")  # for tests: tiles are chosen, not timed
+    if not torch.cuda.is_available() and not interpreted:
+        raise ValueError("tune measures on an NVIDIA GPU, and torch can use none here")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, x, _ = workload(options.network, options.batch, DTYPES[options.dtype], options.size)
+    model = cnnfast.convert(model.to(device=device, dtype=x.dtype), inplace=True)
+    x = x.to(device)
+    with _running(options.network, x):
+        found = [tune.collect(model, x, options.direction)]
+        if options.direction != "backward" and options.network in cnnfast.models.list():  # of ours: with epilogues
+            own = cnnfast.models.create(options.network).to(device=device, dtype=x.dtype)
+            found.append(tune.collect(own, x, "forward"))
+    tasks = tune.merged(found)
+    if not tasks:
+        raise ValueError(f"{options.network}: no call of it has a choice of tiles")
+    results: list[tune.Result] = []
+    interrupted = False
+    with _progress() as report:
+        try:
+            for result in tune.tune(
+                tasks,
+                options.seconds,
+                measure=tune.device_seconds,
+                progress=lambda text, share: report(text, share, 1.0),
+            ):
+                results.append(result)
+        except KeyboardInterrupt:
+            interrupted = True
+    print(tune.table(results, f"{options.network}, {options.dtype}, {options.batch} images, {tasks[0][0].card}"))
+    rest = len(tasks) - len(results)
+    if rest:
+        why = "interrupted" if interrupted else f"the {options.seconds:g} seconds are over"
+        print(
+            f"{rest} of {len(tasks)} problems are left: {why}; what was found is kept. Go on: the same command again."
+        )
+    for result in results:
+        for reason in result.failed:
+            print(f"{result.label}: left out {reason}", file=sys.stderr)
+    print(f"Kept in {tuning.file(tasks[0][0].card)}")
+    return 130 if interrupted else 0
+
+
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, float, float], None]]:
     """A progress bar on the error stream, where that is a terminal."""
@@ -252,7 +305,7 @@ def _write(path: str | Path, data: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("cnnfast", description="Convolution kernels for PyTorch.")
     parser.add_argument("--version", action="version", version=f"cnnfast {cnnfast.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="info | explain | describe | bench")
+    commands = parser.add_subparsers(required=True, metavar="info | explain | describe | bench | tune")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], what: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".")
@@ -260,14 +313,15 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     def images(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--batch", type=_positive, default=1, metavar="N", help="images at once; default: 1")
+        command.add_argument("--batch", type=_positive, default=1, metavar="N",
+                             help="images at once; default: %(default)s")  # fmt: skip
         command.add_argument("--size", type=_positive, metavar="PIXELS",
                              help="height and width of the images; default: the network's own")  # fmt: skip
 
     def common(command: argparse.ArgumentParser) -> None:
         images(command)
         command.add_argument(
-            "--dtype", choices=list(DTYPES), default="fp32", help="of weights and images; default: fp32"
+            "--dtype", choices=list(DTYPES), default="fp32", help="of weights and images; default: %(default)s"
         )
 
     command = add("info", _info, "what cnnfast finds on this machine")
@@ -305,6 +359,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--budget", type=_seconds, default=20.0, metavar="SECONDS",
                          help="for each workload, at most; default: 20")  # fmt: skip
     command.add_argument("--output", metavar="DIR", help="write bench.json, bench.md and bench.png there")
+
+    command = add("tune", _tune, "measures the tiles of a network's Triton kernels on this GPU, and keeps the fastest")
+    command.add_argument("network", metavar="network[.layer]", help="as resnet50, or resnet50.layer1.0.conv2")
+    common(command)
+    command.set_defaults(batch=32, dtype="bf16")
+    command.add_argument("--direction", choices=list(tune.DIRECTIONS), default="both", help="default: both")
+    command.add_argument("--seconds", type=_seconds, default=60.0, metavar="S", help="in all, at most; default: 60")
     return parser
 
 

@@ -193,9 +193,9 @@ class Variant:
     aligned: tuple[str, ...]  # arguments known to be divisible by 16
     num_warps: int
     num_stages: int
-    capability: int  # 80 or 90
-    tensor_cores: bool  # HMMA is expected; on sm_90 HGMMA where the operands allow it
-    asynchronous: bool  # LDGSTS (cp.async) is expected
+    capability: int  # 80, 90 or 100
+    tensor_cores: bool  # HMMA is expected, on sm_90 HGMMA, on sm_100 UTCHMMA
+    asynchronous: bool  # LDGSTS (cp.async) or UTMALDG (TMA) is expected
 
 
 def compile_variant(variant: Variant) -> Any:
@@ -204,15 +204,43 @@ def compile_variant(variant: Variant) -> Any:
     Not in an interpreting process: there the kernels are no longer Triton's own functions.
     """
     from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return triton.compile(_source(variant), target=GPUTarget("cuda", variant.capability, 32), options=options)
+
+
+def _source(variant: Variant) -> Any:
     from triton.compiler import ASTSource
 
     names = list(variant.fn.arg_names)
-    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
-    source = ASTSource(
+    return ASTSource(
         fn=variant.fn,
         signature={name: variant.signature[name] for name in names},
         constexprs=dict(variant.constexprs),
-        attrs=attrs,
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
     )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options=options)
+
+
+def lower_variant(variant: Variant) -> str:
+    """Triton's IR of a variant as its source says it, helpers inlined and nothing optimised; a tenth of compiling it.
+
+    Equal text is equal code: it has no line numbers.
+    """
+    from triton._C.libtriton import ir, passes
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+
+    target = GPUTarget("cuda", variant.capability, 32)
+    backend = make_backend(target)
+    options = backend.parse_options({"num_warps": variant.num_warps, "num_stages": variant.num_stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = _source(variant).make_ir(
+        target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+    )
+    manager = ir.pass_manager(context)
+    passes.common.add_inliner(manager)
+    passes.common.add_symbol_dce(manager)
+    manager.run(module, "inline")
+    return module.str_nodebug()

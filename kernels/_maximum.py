@@ -171,6 +171,11 @@ def unrolled(h: Windows, w: Windows) -> int:
     return h.taps if h.taps == w.taps and h.taps in UNROLLED else 0
 
 
+def warps(itemsize: int, adaptive: bool, index: bool) -> int:
+    """More where 64-bit labels stand beside 32-bit values and windows of their own sizes: the unrolled search spilled."""
+    return 2 * NUM_WARPS if itemsize == 4 and adaptive and index else NUM_WARPS
+
+
 def int64(p: Any, h: Windows, w: Windows, *, i: bool = False, t: bool = False) -> bool:
     """Whether offsets pass 32 bits in x, y or the optional operands; windows begin and end beyond the map."""
     reach_h, reach_w = h.size + h.pad + h.taps * h.dilation, w.size + w.pad + w.taps * w.dilation
@@ -205,5 +210,6 @@ def search(
             *((p.i_n, p.i_h, p.i_w) if i is not None else (0, 0, 0)),
             *((p.t_n, p.t_h, p.t_w) if t is not None else (0, 0, 0)),
             ADAPTIVE=adaptive, TAPS=unrolled(h, w), INT64=int64(p, h, w, i=i is not None, t=t is not None),
-            BY_HAND=by_hand(x.dtype), BLOCK_M=block_m, BLOCK_C=channels, num_warps=NUM_WARPS,
+            BY_HAND=by_hand(x.dtype), BLOCK_M=block_m, BLOCK_C=channels,
+            num_warps=warps(x.element_size(), adaptive, i is not None),
         )  # fmt: skip

@@ -1,13 +1,15 @@
-"""Tiles of matrix products: the configurations, and which of them a problem gets.
+"""Tiles of matrix products: the configurations, and which of them a problem gets where nobody has tuned.
 
-Everything here is a pure function of sizes, so that a choice can be tested, and compiled, without a card. Predicted
-from the instruction sets and occupancy, not tuned: no card has timed them yet.
+Everything here is a pure function of sizes, so that a choice can be tested, and compiled, without a card. The lists are
+predicted from the instruction sets; ``untuned`` has those that config() takes, ``candidates`` also those that are there
+for tuning, both without what the model in _cards.py finds no room or no registers for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ._cards import CARDS, LIMITS, MOST_REGISTERS, known, registers, resident
 from ._common import INTERPRETED, ceil_div, next_power_of_2
 
 
@@ -28,8 +30,8 @@ class Config:
 
 
 # What a block may use, and the number of blocks that fill the card: sm_80 (A100) and sm_90 (H100).
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-MULTIPROCESSORS = {80: 108, 90: 132}
+SHARED_BYTES = {arch: limits.shared_block for arch, limits in LIMITS.items()}
+MULTIPROCESSORS = {80: CARDS["A100"].multiprocessors, 90: CARDS["H100"].multiprocessors}
 
 # Largest first: config() takes the first that wastes no channels and fills the card.
 HALF_CONFIGS: dict[int, tuple[Config, ...]] = {
@@ -77,7 +79,7 @@ CAREFUL_CONFIGS: tuple[Config, ...] = (
     Config(64, 16, 32, 4, 3),
 )
 CAREFUL_SPLIT_CONFIGS: tuple[Config, ...] = (
-    Config(64, 64, 16, 4, 3),
+    Config(64, 64, 16, 8, 3),
     Config(64, 32, 16, 4, 3),
     Config(128, 16, 16, 4, 3),
 )
@@ -85,6 +87,28 @@ CAREFUL_IEEE_CONFIGS: tuple[Config, ...] = (
     Config(64, 64, 16, 8, 3),
     Config(64, 32, 16, 4, 3),
     Config(64, 16, 16, 4, 3),
+)
+# Tiles that only tuning takes: none of them is better everywhere, each was expected to be somewhere.
+TUNED_HALF_CONFIGS: dict[int, tuple[Config, ...]] = {
+    80: (
+        Config(128, 256, 64, 8, 3),
+        Config(128, 128, 64, 8, 4),
+        Config(128, 128, 32, 4, 4),
+        Config(256, 64, 64, 8, 3),
+        Config(64, 64, 64, 4, 4),
+    ),
+    90: (
+        Config(256, 128, 64, 8, 3),
+        Config(128, 128, 64, 8, 3),
+        Config(128, 128, 128, 8, 2),
+        Config(256, 64, 64, 8, 3),
+        Config(128, 64, 64, 4, 3),
+    ),
+}
+TUNED_TF32_CONFIGS: tuple[Config, ...] = (
+    Config(256, 64, 32, 8, 3),
+    Config(128, 64, 32, 4, 4),
+    Config(64, 64, 32, 4, 3),
 )
 # The interpreter pays by the program and by the operation: few, and tiles that small problems still cut.
 INTERPRETER_CONFIGS: tuple[Config, ...] = (Config(64, 64, 64, 4, 1), Config(64, 16, 64, 4, 1))
@@ -97,23 +121,42 @@ INPUT_PRECISION = {"ieee": "ieee", "fp32": "tf32x3", "high": "tf32"}
 RESIDUAL_BLOCK_N = {2: 128, 4: 64}
 
 
-def candidates(precision: str, itemsize: int, vectors: bool, arch: int, residual: bool = False) -> tuple[Config, ...]:
+def untuned(precision: str, itemsize: int, vectors: bool, arch: int, residual: bool = False) -> tuple[Config, ...]:
     """What config() selects from."""
+    how = INPUT_PRECISION[precision]
+    if itemsize == 4 and how == "ieee":
+        found = IEEE_CONFIGS if vectors else CAREFUL_IEEE_CONFIGS
+    elif itemsize == 4 and how == "tf32x3":
+        found = SPLIT_CONFIGS[table_arch(arch)] if vectors else CAREFUL_SPLIT_CONFIGS
+    elif not vectors:
+        found = CAREFUL_CONFIGS
+    else:
+        found = HALF_CONFIGS[table_arch(arch)] if itemsize == 2 else TF32_CONFIGS
+    return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual))
+
+
+def candidates(precision: str, itemsize: int, vectors: bool, arch: int, residual: bool = False) -> tuple[Config, ...]:
+    """All that a launcher may be given: untuned() first, then what only tuning takes."""
+    found: tuple[Config, ...] = ()
+    if vectors and itemsize == 2:
+        found = TUNED_HALF_CONFIGS[table_arch(arch)]
+    elif vectors and INPUT_PRECISION[precision] == "tf32":
+        found = TUNED_TF32_CONFIGS
+    fitting = (c for c in found if _fits(c, precision, itemsize, arch, residual))
+    return (*untuned(precision, itemsize, vectors, arch, residual), *fitting)
+
+
+def _fits(c: Config, precision: str, itemsize: int, arch: int, residual: bool) -> bool:
     if residual:
-        fitting = candidates(precision, itemsize, vectors, arch)
-        return tuple(c for c in fitting if c.block_n <= RESIDUAL_BLOCK_N[itemsize])
-    if itemsize == 4 and INPUT_PRECISION[precision] == "ieee":
-        return IEEE_CONFIGS if vectors else CAREFUL_IEEE_CONFIGS
-    if itemsize == 4 and INPUT_PRECISION[precision] == "tf32x3":
-        return SPLIT_CONFIGS[table_arch(arch)] if vectors else CAREFUL_SPLIT_CONFIGS
-    if not vectors:
-        return CAREFUL_CONFIGS
-    return HALF_CONFIGS[table_arch(arch)] if itemsize == 2 else TF32_CONFIGS
+        spare = MOST_REGISTERS - registers(c, itemsize, arch)
+        if c.block_n > RESIDUAL_BLOCK_N[itemsize] or spare < c.block_m * c.block_n // (64 * c.num_warps):
+            return False
+    return resident(c, itemsize, arch, "half" if itemsize == 2 else INPUT_PRECISION[precision]) > 0
 
 
 def table_arch(arch: int) -> int:
-    """The architecture whose tiles a card gets: consumer cards have sm_80's instructions, and room for its tiles."""
-    return 90 if 90 <= arch < 100 else 80
+    """The architecture whose tiles a card gets: sm_90's where tensor cores read shared memory, else sm_80's."""
+    return 90 if known(arch) in (90, 100) else 80
 
 
 def config(
@@ -125,8 +168,8 @@ def config(
     """
     if INTERPRETED:
         return INTERPRETER_CONFIGS[0] if n > 16 else INTERPRETER_CONFIGS[1]
-    tile = _fit_tile(m, n, candidates(precision, itemsize, vectors, arch, residual), MULTIPROCESSORS[table_arch(arch)])
-    return _fit_depth(tile, depth)
+    tile = _fit_tile(m, n, untuned(precision, itemsize, vectors, arch, residual), MULTIPROCESSORS[table_arch(arch)])
+    return fit_depth(tile, depth)
 
 
 def _fit_tile(m: int, n: int, configs: tuple[Config, ...], programs: int) -> Config:
@@ -139,7 +182,7 @@ def _fit_tile(m: int, n: int, configs: tuple[Config, ...], programs: int) -> Con
     return next((c for c in reversed(narrow_enough) if c.block_n >= min(32, width)), narrow_enough[-1])
 
 
-def _fit_depth(tile: Config, depth: int) -> Config:
+def fit_depth(tile: Config, depth: int) -> Config:
     """The deepest block that pads the channels at most 30 % more than the shallowest does."""
     shallowest = ceil_div(depth, 16) * 16
     block_k = tile.block_k

@@ -3,7 +3,7 @@
     python tests/run.py             the parts of `make test`: CPU, emulated CUDA (plain and checked), interpreted Triton
     python tests/run.py --full      the full products (make test-all)
     python tests/run.py --oldest    what concerns torch's interfaces (make test-oldest)
-    python tests/run.py --gpu       on a card (make gpu): build, tests, benchmarks
+    python tests/run.py --gpu       on a card (make gpu): build, tests, benchmarks; goes on where it stopped, --fresh: anew
     python tests/run.py --static    the machine code of the GPU kernels (make static)
     python tests/run.py --emulation only builds the emulation (make emulation)
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 import shutil
 import signal
@@ -26,6 +25,8 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from pathlib import Path
+
+import gpu
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
@@ -87,7 +88,6 @@ OLDEST = (
         {"PYTHONPATH": str(ROOT)}, options=tuple(f"--ignore-glob=*/{name}" for name in VERSIONLESS),
     ),
 )  # fmt: skip
-GPU = (Part("gpu", "everything that runs on the card", 15, "gpu"),)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -272,61 +272,7 @@ def build_emulation(requirement: str) -> float:
     return time.monotonic() - begin
 
 
-# ---- on a card -------------------------------------------------------------------------------------------------------
-
-
-def gpu() -> int:
-    """Builds without network in this environment, tests on the card, then benchmarks."""
-    modules = (
-        "torch",
-        "triton",
-        "numpy",
-        "pytest",
-        "pytest_benchmark",
-        "rich",
-        "platformdirs",
-        "pybind11",
-        "setuptools",
-    )
-    missing = [m.replace("_", "-") for m in modules if not importlib.util.find_spec(m)]
-    missing += [] if shutil.which("cmake") else ["cmake"]
-    if missing:
-        print(f"make gpu needs {', '.join(missing)} in {sys.prefix}: pip install {' '.join(missing)}")
-        return 1
-    import torch
-
-    if not torch.cuda.is_available():
-        print("make gpu needs an NVIDIA GPU that torch can use: torch.cuda.is_available() is False")
-        return 1
-    begin = time.monotonic()
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-build-isolation",
-        "--no-deps",
-        "--no-index",
-        "-e",
-        str(ROOT),
-    ]
-    call(command, BUILD / "test" / "gpu-build.log", "building")
-    if not list((ROOT / "cnnfast").glob("_cuda.*.so")):
-        print("WARNING: no nvcc on this system: the CUDA kernels are not built, only Triton's are tested")
-    steps = {"build": time.monotonic() - begin}
-    # Compiling Triton's kernels and computing the references is the CPU's work: with pytest-xdist on all its cores.
-    workers = min(16, len(os.sched_getaffinity(0)))
-    spread = ("-n", str(workers), "--dist", "worksteal") if importlib.util.find_spec("xdist") and workers > 2 else ()
-    results = run(tuple(dataclasses.replace(part, options=(*part.options, *spread)) for part in GPU))
-    card = "-".join(torch.cuda.get_device_name().lower().replace("nvidia", "").split())
-    target = ROOT / "benchmarks" / "results" / f"{card}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    begin = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--benchmark-only", f"--benchmark-json={target}"]
-    failed = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL).returncode
-    steps["benchmarks"] = time.monotonic() - begin
-    print(f"benchmarks: {'FAILED' if failed else target.relative_to(ROOT)}")
-    return summary(results, steps) or int(bool(failed))
+# ---- the parts that have files of their own ---------------------------------------------------------------------------
 
 
 def static() -> int:
@@ -338,13 +284,14 @@ def static() -> int:
 def main() -> int:
     """See the head of this file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for option in ("full", "oldest", "gpu", "static", "emulation"):
+    for option in ("full", "oldest", "gpu", "fresh", "static", "emulation"):
         parser.add_argument(f"--{option}", action="store_true")
     parser.add_argument("--headers", default="", help="what to install where the machine has no CUDA headers")
+    parser.add_argument("--minutes", type=float, default=gpu.MINUTES, help="with --gpu: start nothing after that many")
     parser.add_argument("--part", action="append", help="only the part(s) of this name")
     options = parser.parse_args()
     if options.gpu:
-        return gpu()
+        return gpu.main(options.fresh, options.minutes)
     if options.static:
         return static()
     if options.oldest:

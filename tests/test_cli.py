@@ -83,7 +83,7 @@ def test_help(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) ->
 
 BAD = {
     "no command": ([], "required: info | explain | describe | bench"),
-    "unknown command": (["tune"], "invalid choice: 'tune'"),
+    "unknown command": (["tone"], "invalid choice: 'tone'"),
     "no network": (["explain"], "required: network"),
     "batch 0": (["bench", "--batch", "0"], "--batch: expected a whole number above 0, got '0'"),
     "size by word": (["explain", "resnet18", "--size", "big"], "--size: expected a whole number above 0, got 'big'"),

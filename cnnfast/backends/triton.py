@@ -6,6 +6,7 @@ tensors, through the same registrations.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import types
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cnnfast.backends import _gpu
+from cnnfast.backends import _gpu, _tiles
 from cnnfast.dispatch import DTYPES, Backend, Implementation, Kernel, Problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
@@ -135,7 +136,9 @@ def _implementations() -> tuple[list[Implementation], str]:
                 direction=direction,
                 dtypes=tuple(DTYPES[t] for t in module.DTYPES),
                 unsupported=unsupported,
-                bind=_binder(launcher, getattr(module, "WORKSPACE", {}).get(direction)),
+                bind=_binder(
+                    launcher, getattr(module, "WORKSPACE", {}).get(direction), _tiles.chooser(stem, direction)
+                ),
                 cost=cost,
                 layouts=getattr(module, "LAYOUTS", {}).get(direction, {}),
             )
@@ -146,34 +149,44 @@ def _implementations() -> tuple[list[Implementation], str]:
 
 
 def _binder(
-    launcher: Callable[..., None], workspace: Callable[[Any], int] | None
+    launcher: Callable[..., None], workspace: Callable[[Any], int] | None, choose: _tiles.Chooser | None = None
 ) -> Callable[[Problem, Mapping[str, int]], Kernel]:
     def bind(problem: Problem, fields: Mapping[str, int]) -> Kernel:
         p = types.SimpleNamespace(**fields, precision=problem.precision, capability=problem.capability)
         size = workspace(p) if workspace is not None else 0
-        repeats: dict[tuple[Any, ...], _Repeat | None] = {}  # None: what can't be repeated
-
-        def launch(operands: Sequence[torch.Tensor | None]) -> None:
-            device = next(t.device for t in operands if t is not None)
-            extra = torch.empty(size, dtype=torch.uint8, device=device) if size else None
-            # What Triton compiles for, beyond sizes and strides, which are the problem's.
-            key = (device.index, *(None if t is None else t.data_ptr() % 16 == 0 for t in operands))
-            repeat = repeats.get(key)
-            if repeat is not None:
-                repeat(operands, extra)
-                return
-            keywords = {"workspace": extra} if size else {}
-            if INTERPRETED or key in repeats:
-                launcher(p, *operands, **keywords)
-                return
-            common = importlib.import_module("cnnfast.kernels._common")
-            with common.record() as launches:
-                launcher(p, *operands, **keywords)
-            repeats[key] = _Repeat.of(launches, operands, extra)
-
-        return launch
+        return _bound(functools.partial(launcher, p), size, choose and functools.partial(choose, p))
 
     return bind
+
+
+def _bound(launcher: Callable[..., None], size: int, choose: Callable[..., Any] | None) -> Kernel:
+    """A launcher over operands, with so many bytes of workspace and the tile that is chosen at the first call."""
+    repeats: dict[tuple[Any, ...], _Repeat | None] = {}  # None: what can't be repeated
+    tiles: dict[tuple[Any, ...], Any] = {}
+
+    def launch(operands: Sequence[torch.Tensor | None]) -> None:
+        device = next(t.device for t in operands if t is not None)
+        extra = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+        # What Triton compiles for, beyond sizes and strides, which are the problem's.
+        key = (device.index, *(None if t is None else t.data_ptr() % 16 == 0 for t in operands))
+        repeat = repeats.get(key)
+        if repeat is not None:
+            repeat(operands, extra)
+            return
+        keywords: dict[str, Any] = {"workspace": extra} if size else {}
+        if choose is not None:
+            if key not in tiles:
+                tiles[key] = choose(operands, lambda tile: _bound(functools.partial(launcher, tile=tile), size, None))
+            keywords |= {"tile": tiles[key]} if tiles[key] is not None else {}
+        if INTERPRETED or key in repeats:
+            launcher(*operands, **keywords)
+            return
+        common = importlib.import_module("cnnfast.kernels._common")
+        with common.record() as launches:
+            launcher(*operands, **keywords)
+        repeats[key] = _Repeat.of(launches, operands, extra)
+
+    return launch
 
 
 class _Repeat:

@@ -81,6 +81,11 @@ def _torch_allows_tf32() -> bool:
     return value == "tf32" if value not in (None, "none") else bool(torch.backends.cudnn.allow_tf32)
 
 
+# What torch.compiler.assume_constant_result does, without importing Dynamo, which can't trace these flags: a graph holds
+# their values as it was traced, like cuDNN's own convolution in it.
+_torch_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as autocast wants them: float tensors of an eligible device in the autocast dtype."""
     device = next(t.device.type for t in tensors if t is not None)

@@ -1,0 +1,120 @@
+"""Which tiles conv2d_implicit_gemm can take for a problem, the predicted best first, and which problems are alike.
+
+What tuning needs of a kernel file: ``DIRECTIONS``, ``configs`` and ``bucket``. A launcher takes the tile as ``tile``. Pure
+functions of the problem and the card: tested for cards that this machine need not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+
+from ._cards import Card, Product, seconds
+from ._common import Conv2dProblem, ceil_div, next_power_of_2
+from ._tiles import INPUT_PRECISION, Config, candidates, config, fit_depth
+from .conv2d_implicit_gemm import PACKED_CHANNELS, _even, _pointwise, _wgrad_splits
+
+DIRECTIONS = {"fprop": 3, "dgrad": 0, "wgrad": 1}  # and the result's place among the operands
+_RESIDUAL = 6  # its place
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a tile depends on beside the sizes and strides."""
+
+    itemsize: int
+    dtype: str  # "f32" | "bf16" | "f16"
+    aligned: bool = True  # addresses are multiples of 16
+    residual: bool = False
+
+
+def facts(operands: Sequence[torch.Tensor | None]) -> Facts:
+    """Of a call's operands, in the signature's order."""
+    given = [t for t in operands if t is not None]
+    return Facts(
+        itemsize=given[0].element_size(),
+        dtype={torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[given[0].dtype],
+        aligned=all(t.data_ptr() % 16 == 0 for t in given),
+        residual=len(operands) > _RESIDUAL and operands[_RESIDUAL] is not None,
+    )
+
+
+def product(p: Conv2dProblem, direction: str, of: Facts) -> Product:
+    """The matrix product that a direction is."""
+    c, k = p.C // p.G, p.K // p.G
+    how = "half" if of.itemsize == 2 else INPUT_PRECISION[p.precision]
+    moved = of.itemsize * (p.N * p.H * p.W * p.C + p.K * c * p.R * p.S + p.N * p.P * p.Q * p.K * (1 + of.residual))
+    if direction == "wgrad":
+        splits = _wgrad_splits(p)
+        pixels = ceil_div(p.N * p.P * p.Q, splits)
+        return Product(k, p.R * p.S * c, pixels, 1, p.G * splits, of.itemsize, how, moved)
+    if direction == "fprop":
+        phases, m, n, depth, taps = 1, p.N * p.P * p.Q, k, c, p.R * p.S
+    else:
+        phases = p.stride_h * p.stride_w
+        m = p.N * ceil_div(p.H, p.stride_h) * ceil_div(p.W, p.stride_w)
+        n, depth, taps = c, k, ceil_div(p.R, p.stride_h) * ceil_div(p.S, p.stride_w)
+    if _packed(p, depth, of):
+        depth, taps = depth * taps, 1
+    return Product(m, n, depth, taps, p.G * phases, of.itemsize, how, moved)
+
+
+def _packed(p: Conv2dProblem, depth: int, of: Facts) -> bool:
+    linear = _pointwise(p) and (not of.residual or _even(p, p.r_n, p.r_h, p.r_w))
+    return not linear and depth < PACKED_CHANNELS
+
+
+def vectors(p: Conv2dProblem, direction: str, of: Facts) -> bool:
+    """Whether operands are loaded 16 bytes at a time: the launchers' own rule."""
+    strides = [p.x_n, p.x_h, p.x_w, p.y_n, p.y_h, p.y_w, p.C // p.G, p.K // p.G]
+    strides += [stride for stride in (p.w_k, p.w_c, p.w_r, p.w_s) if stride != 1]
+    if not of.aligned or any(stride % 16 for stride in strides):
+        return False
+    depth = p.C // p.G if direction == "fprop" else p.K // p.G
+    return direction == "wgrad" or (p.w_c == 1 and not _packed(p, depth, of))
+
+
+def configs(p: Conv2dProblem, direction: str, of: Facts, card: Card) -> tuple[Config, ...]:
+    """The tiles that a direction can take on a card, without doubles, the predicted fastest first."""
+    wanted = product(p, direction, of)
+    width = max(16, next_power_of_2(wanted.n))
+    found = candidates(p.precision, of.itemsize, vectors(p, direction, of), card.arch, of.residual)
+    found = tuple(c for c in found if c.block_n <= width)
+    if direction != "wgrad":  # whose reduction runs over pixels
+        found = tuple(fit_depth(c, wanted.depth) for c in found)
+    return tuple(sorted(dict.fromkeys(found), key=lambda c: seconds(wanted, c, card)))
+
+
+def usual(p: Conv2dProblem, direction: str, of: Facts, card: Card) -> Config:
+    """The tile that the launcher takes where none is given."""
+    wanted, wide = product(p, direction, of), vectors(p, direction, of)
+    depth = 0 if direction == "wgrad" else wanted.depth
+    return config(
+        wanted.m * wanted.batches, wanted.n, depth, p.precision, of.itemsize, wide, card.arch,
+        of.residual and direction == "fprop",
+    )  # fmt: skip
+
+
+def bucket(p: Conv2dProblem, direction: str, of: Facts) -> str:
+    """What problems have in common that share a tile: all but the pixels, which count by the next power of 2."""
+    pixels = next_power_of_2(p.N * p.P * p.Q).bit_length() - 1
+    mode = f"f32-{p.precision}" if of.dtype == "f32" else of.dtype
+    flags = "v" * vectors(p, direction, of) + "l" * _pointwise(p) + "r" * of.residual
+    return (
+        f"{direction} {mode} {p.C}>{p.K} g{p.G} {p.R}x{p.S} s{p.stride_h}x{p.stride_w}"
+        f" d{p.dilation_h}x{p.dilation_w} 2^{pixels} {flags or '-'}"
+    )
+
+
+def parse(values: object) -> Config | None:
+    """A tile as it stands in a file; None where it is none."""
+    if not isinstance(values, list) or len(values) != 6 or not all(type(v) is int for v in values):
+        return None
+    return Config(*values)
+
+
+def dump(tile: Config) -> list[int]:
+    """A tile as it stands in a file."""
+    return list(astuple(tile))
