@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ._activation import activate
 from ._common import narrow, widen
-from ._gemm import accumulate, tile_order, wide
+from ._gemm import NOWHERE, accumulate, on_map, tile_order, wide
 
 
 @triton.jit
@@ -95,9 +95,9 @@ def _gather_gemm(
         rest = pixel - image * (rows * cols)
         row = rest // tl.maximum(cols, 1)
         col = rest - row * cols
-        src_i = row * mul_h + off_h
+        src_i = tl.where(in_m, row * mul_h + off_h, NOWHERE)  # off the map for every tap
         src_j = col * mul_w + off_w
-        base = image * src_n + src_i * src_row + src_j * src_col
+        base = image * src_n + (row * mul_h + off_h) * src_row + src_j * src_col
     src += group * c_src
     weight += group * w_group
     w_channel = channel * w_out
@@ -114,7 +114,7 @@ def _gather_gemm(
             in_k = k < depth
             i = src_i[:, None] + (r * step_h)[None, :]
             j = src_j[:, None] + (s * step_w)[None, :]
-            valid = (i >= 0) & (i < src_h) & (j >= 0) & (j < src_w) & in_m[:, None] & in_k[None, :]
+            valid = on_map(i, src_h) & on_map(j, src_w) & in_k[None, :]
             offset = r * step_h * src_row + s * step_w * src_col + c
             a = tl.load(src + (base[:, None] + offset[None, :]), mask=valid, other=0.0)
             w_offset = r * w_r + s * w_s + c * w_src
@@ -135,7 +135,7 @@ def _gather_gemm(
             else:
                 i = src_i + r * step_h
                 j = src_j + s * step_w
-                valid = (i >= 0) & (i < src_h) & (j >= 0) & (j < src_w) & in_m
+                valid = on_map(i, src_h) & on_map(j, src_w)
                 offset = r * step_h * src_row + s * step_w * src_col + c0
             a_ptrs = src + offset + (base[:, None] + lane[None, :])
             b_ptrs = weight + (r * w_r + s * w_s + c0 * w_src) + ((lane * w_src)[:, None] + w_channel[None, :])

@@ -76,19 +76,19 @@ KINDS: tuple[Kind, ...] = (
         unaligned=(*_X_ODD, *_Y_ODD, "w_src"),
         vectors=False,
     ),
-    Kind("wgrad_packed", _wgrad_gemm, {"PACKED": True, "SPLIT": True}, (*_UNIT, "w_c")),
+    Kind("wgrad_packed", _wgrad_gemm, {"PACKED": True, "EVEN": True, "SPLIT": True}, (*_UNIT, "w_c")),
     Kind("wgrad_odd", _wgrad_gemm, {"INT64": True}, (), unaligned=(*_X_ODD, *_Y_ODD, "w_c"), vectors=False),
     Kind("dgrad_stride1", _gather_gemm, {"TRANSPOSED": True, "EVEN_K": True}, (*_UNIT, *_STRIDE_1, "w_out")),
     Kind("dgrad_stride2", _gather_gemm, {"TRANSPOSED": True, "EVEN_K": True}, (*_UNIT, "w_out")),
-    Kind("wgrad", _wgrad_gemm, {}, (*_UNIT, *_STRIDE_1, "w_c")),
-    Kind("wgrad_linear", _wgrad_gemm, {"LINEAR": True, "SPLIT": True}, (*_UNIT, *_STRIDE_1, "w_c")),
-    Kind("wgrad_stem", _wgrad_gemm, {"PACKED": True, "SPLIT": True}, (*_UNIT, "w_c"), unaligned=_X_ODD, vectors=False),
+    Kind("wgrad", _wgrad_gemm, {"EVEN": True}, (*_UNIT, *_STRIDE_1, "w_c")),
+    Kind("wgrad_linear", _wgrad_gemm, {"LINEAR": True, "EVEN": True, "SPLIT": True}, (*_UNIT, *_STRIDE_1, "w_c")),
+    Kind("wgrad_stem", _wgrad_gemm, {"PACKED": True, "EVEN": True, "SPLIT": True}, (*_UNIT, "w_c"), unaligned=_X_ODD, vectors=False),
     Kind("bgrad", _bgrad_partial, {"SPLIT": True}, ()),
     Kind("sum_splits", _sum_splits, {}, ("w_c",)),
 )
 # How fp32 is multiplied -> the precision mode that asks for it.
 PRECISIONS = {how: mode for mode, how in INPUT_PRECISION.items()}
-_FLAGS = ("TRANSPOSED", "LINEAR", "PACKED", "EVEN_K", "HAS_BIAS", "INT64", "SPLIT", "BY_HAND")
+_FLAGS = ("TRANSPOSED", "LINEAR", "PACKED", "EVEN_K", "HAS_BIAS", "INT64", "SPLIT", "EVEN", "BY_HAND")
 
 
 def _variant(kind: Kind, mode: str, arch: int, tile: Config) -> Variant:

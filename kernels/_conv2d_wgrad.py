@@ -6,7 +6,16 @@ import triton
 import triton.language as tl
 
 from ._common import narrow, widen
-from ._gemm import accumulate, tile_order, wide
+from ._gemm import NOWHERE, accumulate, on_map, tile_order, wide
+
+
+@triton.jit
+def _coordinates(pixel, height, width):
+    """Image, row and column of a pixel by its number."""
+    image = pixel // (height * width)
+    inside = pixel - image * (height * width)
+    row = inside // width
+    return image, row, inside - row * width
 
 
 @triton.jit(do_not_specialize=["batch", "out_h", "out_w", "src_h", "src_w", "taps_r", "taps_s", "pad_h", "pad_w",
@@ -16,7 +25,7 @@ def _wgrad_gemm(
     batch, out_h, out_w, src_h, src_w, c_src, c_out, groups, taps_r, taps_s,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, splits, chunk,
     src_n, src_row, src_col, w_k, w_c, w_r, w_s, out_n, out_row, out_col,
-    SPLIT: tl.constexpr, LINEAR: tl.constexpr, PACKED: tl.constexpr, INT64: tl.constexpr,
+    SPLIT: tl.constexpr, LINEAR: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, INT64: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -61,46 +70,55 @@ def _wgrad_gemm(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     first = split * chunk
     last = tl.minimum(first + chunk, batch * out_h * out_w)
+    # Rows and columns of x advance by BLOCK_K pixels with carries: a division a pixel costs more than its products.
+    image, p, q = _coordinates(first + lane, out_h, out_w)
+    images = BLOCK_K // (out_h * out_w)
+    rows = BLOCK_K % (out_h * out_w) // out_w
+    columns = BLOCK_K % out_w
     for m0 in range(first, last, BLOCK_K):
         pixel = m0 + lane
         in_k = pixel < last
         if LINEAR:
             x_pixel = pixel * src_col
-            g_pixel = pixel * out_col
             valid = in_k[:, None] & in_n[None, :]
         else:
-            image = pixel // (out_h * out_w)
-            inside = pixel - image * (out_h * out_w)
-            p = inside // out_w
-            q = inside - p * out_w
             x_pixel = image * src_n + p * stride_h * src_row + q * stride_w * src_col
-            g_pixel = image * out_n + p * out_row + q * out_col
+            i = tl.where(in_k, p * stride_h, NOWHERE)
+            j = q * stride_w
             if PACKED:
-                i = (p * stride_h)[:, None] + tap_i[None, :]
-                j = (q * stride_w)[:, None] + tap_j[None, :]
-                inside_map = (i >= 0) & (i < src_h) & (j >= 0) & (j < src_w)
-                valid = inside_map & in_k[:, None] & in_n[None, :]
+                inside_map = on_map(i[:, None] + tap_i[None, :], src_h) & on_map(j[:, None] + tap_j[None, :], src_w)
+                valid = inside_map & in_n[None, :]
             else:
-                i = p * stride_h + tap_i
-                j = q * stride_w + tap_j
-                valid = ((i >= 0) & (i < src_h) & (j >= 0) & (j < src_w) & in_k)[:, None] & in_n[None, :]
+                valid = (on_map(i + tap_i, src_h) & on_map(j + tap_j, src_w))[:, None] & in_n[None, :]
+        if EVEN:
+            g_pixel = pixel * out_col
+        else:
+            g_image, g_row, g_column = _coordinates(pixel, out_h, out_w)
+            g_pixel = g_image * out_n + g_row * out_row + g_column * out_col
         a = tl.load(grad + (k[:, None] + g_pixel[None, :]), mask=in_m[:, None] & in_k[None, :], other=0.0)
         b = tl.load(x + (x_pixel[:, None] + x_column[None, :]), mask=valid, other=0.0)
         acc = accumulate(a, b, acc, INPUT_PRECISION, BY_HAND)
+        if not LINEAR:
+            q += columns
+            carry = q >= out_w
+            q = tl.where(carry, q - out_w, q)
+            p += rows + carry.to(tl.int32)
+            carry = p >= out_h
+            p = tl.where(carry, p - out_h, p)
+            image += images + carry.to(tl.int32)
 
     inside_tile = in_m[:, None] & in_n[None, :]
     if SPLIT:
-        columns = taps_r * taps_s * c_src
         row = tl.cast((split * groups + group) * c_out + k, tl.int64)
-        tl.store(workspace + (row[:, None] * columns + (tap * c_src + c)[None, :]), acc, mask=inside_tile)
+        tl.store(workspace + (row[:, None] * (taps_r * taps_s * c_src) + (tap * c_src + c)[None, :]), acc, mask=inside_tile)
     else:
         target = ((group * c_out + k) * w_k)[:, None] + (r * w_r + s * w_s + c * w_c)[None, :]
         tl.store(out + target, narrow(acc, out.dtype.element_ty, BY_HAND), mask=inside_tile)
 
 
-@triton.jit(do_not_specialize=["pixels", "out_hw", "out_w", "splits", "chunk"])
+@triton.jit(do_not_specialize=["pixels", "out_h", "out_w", "splits", "chunk"])
 def _bgrad_partial(
-    grad, out, workspace, pixels, out_hw, out_w, channels, splits, chunk, out_n, out_row, out_col,
+    grad, out, workspace, pixels, out_h, out_w, channels, splits, chunk, out_n, out_row, out_col,
     SPLIT: tl.constexpr, INT64: tl.constexpr, BY_HAND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0) % splits
@@ -111,10 +129,8 @@ def _bgrad_partial(
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for m0 in range(first, last, BLOCK_M):
         pixel = m0 + tl.arange(0, BLOCK_M)
-        image = pixel // out_hw
-        inside = pixel - image * out_hw
-        p = inside // out_w
-        offset = image * out_n + p * out_row + (inside - p * out_w) * out_col
+        image, p, q = _coordinates(pixel, out_h, out_w)
+        offset = image * out_n + p * out_row + q * out_col
         valid = (pixel < last)[:, None] & (k < channels)[None, :]
         g = tl.load(grad + (offset[:, None] + k[None, :]), mask=valid, other=0.0)
         acc += widen(g, BY_HAND).to(tl.float32)

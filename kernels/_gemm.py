@@ -1,4 +1,4 @@
-"""Device code of every matrix product: program order, accumulation, and the type of offsets."""
+"""Device code of every matrix product: program order, accumulation, the type of offsets, and the edges of maps."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 
 from ._common import widen
+
+NOWHERE = tl.constexpr(-(2**30))  # a row or column that no tap moves onto the map
 
 
 @triton.jit
@@ -38,3 +40,9 @@ def wide(INT64: tl.constexpr, a, b, c):
         return tl.cast(a, tl.int64), tl.cast(b, tl.int64), tl.cast(c, tl.int64)
     else:
         return a, b, c
+
+
+@triton.jit
+def on_map(position, size):
+    """0 <= position < size in one comparison."""
+    return position.to(tl.uint32, bitcast=True) < tl.cast(size, tl.uint32)

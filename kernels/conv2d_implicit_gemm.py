@@ -213,7 +213,7 @@ def wgrad(
             p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w,
             splits, ceil_div(p.N * p.P * p.Q, splits),
             p.x_n, p.x_h, p.x_w, p.w_k, p.w_c, p.w_r, p.w_s, p.y_n, p.y_h, p.y_w,
-            SPLIT=splits > 1, LINEAR=_pointwise(p), PACKED=packed, INT64=_int64(p),
+            SPLIT=splits > 1, LINEAR=_pointwise(p), EVEN=_even(p, p.y_n, p.y_h, p.y_w), PACKED=packed, INT64=_int64(p),
             INPUT_PRECISION=_input_precision(p, x.dtype), BY_HAND=by_hand(x.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -241,7 +241,7 @@ def bgrad(
     with on_device(y):
         launch(
             _bgrad_partial, ceil_div(p.K, BGRAD_BLOCK_N) * splits,
-            y, b, chunks, pixels, p.P * p.Q, p.Q, p.K, splits, ceil_div(pixels, splits), p.y_n, p.y_h, p.y_w,
+            y, b, chunks, pixels, p.P, p.Q, p.K, splits, ceil_div(pixels, splits), p.y_n, p.y_h, p.y_w,
             SPLIT=splits > 1, INT64=_y_int64(p), BY_HAND=by_hand(y.dtype),
             BLOCK_M=BGRAD_BLOCK_M, BLOCK_N=BGRAD_BLOCK_N, num_warps=4,
         )  # fmt: skip
