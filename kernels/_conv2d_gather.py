@@ -5,8 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._activation import activate
+from ._activation import activate, activate_gradient
+from ._batch_norm import _factors, _normalised
 from ._common import narrow, widen
+from ._conv2d_norm import batch_normed, gradient_sums, tile_statistics
 from ._gemm import NOWHERE, accumulate, on_map, tile_order, wide
 
 
@@ -26,11 +28,12 @@ def _phase_taps(phase, taps, stride, pad, dilation, gcd, inverse):
 
 @triton.jit(do_not_specialize=["batch", "out_h", "out_w", "src_h", "src_w", "taps_r", "taps_s", "pad_h", "pad_w"])
 def _gather_gemm(
-    src, weight, bias, scale, shift, residual, out,
+    src, weight, bias, scale, shift, residual, mean, invstd, gamma, beta, sums, out,
     batch, out_h, out_w, src_h, src_w, c_src, c_out, groups, taps_r, taps_s,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, gcd_h, gcd_w, inverse_h, inverse_w,
     src_n, src_row, src_col, w_group, w_src, w_out, w_r, w_s, out_n, out_row, out_col, res_n, res_row, res_col,
     ACT: tl.constexpr, TRANSPOSED: tl.constexpr, LINEAR: tl.constexpr, PACKED: tl.constexpr, EVEN_K: tl.constexpr,
+    NORM_ACT: tl.constexpr, NORM_SOURCE: tl.constexpr, NORM_RESULT: tl.constexpr,
     HAS_BIAS: tl.constexpr, INT64: tl.constexpr, INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -59,6 +62,8 @@ def _gather_gemm(
         w_r *= every_r
         w_s *= every_s
     else:
+        num_phases = 1
+        phase = 0
         phase_h = 0
         phase_w = 0
         out_step_h = 1
@@ -146,6 +151,12 @@ def _gather_gemm(
                 in_k = c0 + lane < c_src
                 a = tl.load(a_ptrs, mask=valid[:, None] & in_k[None, :], other=0.0)
                 b = tl.load(b_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+            if NORM_SOURCE:
+                c = c0 + lane
+                a = batch_normed(
+                    a, valid[:, None] & (c < c_src)[None, :], group * c_src + c, c < c_src, mean, invstd, gamma, beta,
+                    NORM_ACT, BY_HAND,
+                )  # fmt: skip
             acc = accumulate(a, b, acc, INPUT_PRECISION, BY_HAND)
             c0 += BLOCK_K
             tap_done = c0 >= c_src
@@ -165,11 +176,17 @@ def _gather_gemm(
     inside = in_m[:, None] & in_n[None, :]
     if residual is not None:
         if LINEAR:
-            source = pixel * res_col
+            at = pixel * res_col
         else:
-            source = image * res_n + row * res_row + col * res_col
-        r_ptrs = residual + group * c_out + (source[:, None] + channel[None, :])
-        acc += widen(tl.load(r_ptrs, mask=inside, other=0.0), BY_HAND).to(tl.float32)
+            at = image * res_n + (row * out_step_h + phase_h) * res_row + (col * out_step_w + phase_w) * res_col
+        r_ptrs = residual + group * c_out + (at[:, None] + channel[None, :])
+        other = widen(tl.load(r_ptrs, mask=inside, other=0.0), BY_HAND).to(tl.float32)
+        if NORM_RESULT:
+            norm = _factors(gamma, beta, mean, invstd, group * c_out + channel, in_n, 0, True)
+            other -= norm[0]
+            acc = activate_gradient(acc, _normalised(other, norm[2], norm[3]), NORM_ACT)
+        else:
+            acc += other
     acc = activate(acc, ACT)
     if LINEAR:
         target = pixel * out_col
@@ -177,3 +194,12 @@ def _gather_gemm(
         target = image * out_n + (row * out_step_h + phase_h) * out_row + (col * out_step_w + phase_w) * out_col
     result = narrow(acc, out.dtype.element_ty, BY_HAND)
     tl.store(out + group * c_out + (target[:, None] + channel[None, :]), result, mask=inside)
+    if sums is not None:
+        # Of what was stored: its reader finds the very mean and sums that the values in memory have.
+        stored = widen(result, BY_HAND).to(tl.float32)
+        at = sums + group * c_out + channel
+        if NORM_RESULT:
+            tile = phase * num_m + tile_m
+            gradient_sums(stored, other * norm[1], inside, at, tile, num_m * num_phases, groups * c_out, in_n)
+        else:
+            tile_statistics(stored, in_m, at, tile_m, num_m, groups * c_out, in_n)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ._common import narrow, widen
+from ._conv2d_norm import batch_normed
 from ._gemm import NOWHERE, accumulate, on_map, tile_order, wide
 
 
@@ -21,12 +22,12 @@ def _coordinates(pixel, height, width):
 @triton.jit(do_not_specialize=["batch", "out_h", "out_w", "src_h", "src_w", "taps_r", "taps_s", "pad_h", "pad_w",
                                "splits", "chunk"])  # fmt: skip
 def _wgrad_gemm(
-    x, grad, out, workspace,
+    x, grad, mean, invstd, gamma, beta, out, workspace,
     batch, out_h, out_w, src_h, src_w, c_src, c_out, groups, taps_r, taps_s,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, splits, chunk,
     src_n, src_row, src_col, w_k, w_c, w_r, w_s, out_n, out_row, out_col,
     SPLIT: tl.constexpr, LINEAR: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, INT64: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr,
+    NORM_ACT: tl.constexpr, NORM_SOURCE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     # BLOCK_M output channels × BLOCK_N columns (r, s, c), over the pixels of one chunk, BLOCK_K at a time.
@@ -97,6 +98,8 @@ def _wgrad_gemm(
             g_pixel = g_image * out_n + g_row * out_row + g_column * out_col
         a = tl.load(grad + (k[:, None] + g_pixel[None, :]), mask=in_m[:, None] & in_k[None, :], other=0.0)
         b = tl.load(x + (x_pixel[:, None] + x_column[None, :]), mask=valid, other=0.0)
+        if NORM_SOURCE:
+            b = batch_normed(b, valid, group * c_src + c, in_n, mean, invstd, gamma, beta, NORM_ACT, BY_HAND)
         acc = accumulate(a, b, acc, INPUT_PRECISION, BY_HAND)
         if not LINEAR:
             q += columns
@@ -110,7 +113,9 @@ def _wgrad_gemm(
     inside_tile = in_m[:, None] & in_n[None, :]
     if SPLIT:
         row = tl.cast((split * groups + group) * c_out + k, tl.int64)
-        tl.store(workspace + (row[:, None] * (taps_r * taps_s * c_src) + (tap * c_src + c)[None, :]), acc, mask=inside_tile)
+        tl.store(
+            workspace + (row[:, None] * (taps_r * taps_s * c_src) + (tap * c_src + c)[None, :]), acc, mask=inside_tile
+        )
     else:
         target = ((group * c_out + k) * w_k)[:, None] + (r * w_r + s * w_s + c * w_c)[None, :]
         tl.store(out + target, narrow(acc, out.dtype.element_ty, BY_HAND), mask=inside_tile)

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -51,6 +52,30 @@ REDUCE_BLOCK = 512
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Launchers
+
+
+class Norm(NamedTuple):
+    """A batch norm and activation fused into the product: of what it reads, or, in dgrad, the gradient through them."""
+
+    mean: torch.Tensor | None = None
+    invstd: torch.Tensor | None = None
+    gamma: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
+    act: int = 0
+    sums: torch.Tensor | None = None  # where each tile leaves its sums: statistics, or in dgrad those of the gradient
+
+    @property
+    def operands(self) -> tuple[torch.Tensor | None, ...]:
+        """The vectors as kernels take them."""
+        return self[:4]
+
+    @property
+    def present(self) -> bool:
+        """Whether there is one; a convolution may want statistics alone."""
+        return self.mean is not None
+
+
+NO_NORM = Norm()
 
 
 def _x_int64(p: Conv2dProblem) -> bool:
@@ -95,12 +120,12 @@ def _input_precision(p: Conv2dProblem, dtype: torch.dtype) -> str:
     return INPUT_PRECISION[p.precision] if dtype == torch.float32 else "tf32"
 
 
-def _gather(
+def gather(
     p: Conv2dProblem, src: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor,
     tile: Config | None, *, transposed: bool, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
-    r: torch.Tensor | None = None, act: int = 0,
-) -> None:  # fmt: skip
-    """Launches _gather_gemm: fprop from x to y, or transposed, dgrad from y to x."""
+    r: torch.Tensor | None = None, act: int = 0, norm: Norm = NO_NORM,
+) -> tuple[int, int]:  # fmt: skip
+    """Launches _gather_gemm: fprop from x to y, or transposed, dgrad from y to x; returns BLOCK_M and the tiles of pixels."""
     x_side = (p.H, p.W, p.C // p.G, p.x_n, p.x_h, p.x_w)
     y_side = (p.P, p.Q, p.K // p.G, p.y_n, p.y_h, p.y_w)
     src_h, src_w, c_src, src_n, src_row, src_col = y_side if transposed else x_side
@@ -109,7 +134,7 @@ def _gather(
     phases = (p.stride_h, p.stride_w) if transposed else (1, 1)
     pixels = p.N * ceil_div(out_h, phases[0]) * ceil_div(out_w, phases[1])
     if pixels == 0 or c_out == 0:
-        return
+        return 1, 0
     launches = p.G * phases[0] * phases[1]
     res = (p.r_n, p.r_h, p.r_w) if r is not None else (0, 0, 0)
     linear = _pointwise(p) and (r is None or _even(p, *res))
@@ -118,24 +143,35 @@ def _gather(
         depth = c_src * p.R * p.S if packed else c_src
         vectors = not packed and _vectors(p, src, w, out, unit=w_out if transposed else w_src)
         itemsize, arch = src.element_size(), capability(src)
-        tile = config(pixels * launches, c_out, depth, p.precision, itemsize, vectors, arch, r is not None)
+        tile = config(
+            pixels * launches,
+            c_out,
+            depth,
+            p.precision,
+            itemsize,
+            vectors,
+            arch,
+            r is not None or norm.sums is not None,
+        )
     gcd_h, gcd_w = math.gcd(p.stride_h, p.dilation_h), math.gcd(p.stride_w, p.dilation_w)
     grid = ceil_div(pixels, tile.block_m) * ceil_div(c_out, tile.block_n) * launches
     with on_device(src):
         launch(
             _gather_gemm, grid,
-            src, w, b, scale, shift, r, out,
+            src, w, b, scale, shift, r, *norm.operands, norm.sums, out,
             p.N, out_h, out_w, src_h, src_w, c_src, c_out, p.G, p.R, p.S,
             p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w, gcd_h, gcd_w,
             _inverse(p.dilation_h // gcd_h, p.stride_h // gcd_h), _inverse(p.dilation_w // gcd_w, p.stride_w // gcd_w),
             src_n, src_row, src_col, p.K // p.G * p.w_k, w_src, w_out, p.w_r, p.w_s, out_n, out_row, out_col,
-            *res, ACT=act, TRANSPOSED=transposed and not linear, LINEAR=linear,
+            *res, ACT=act, NORM_ACT=norm.act, NORM_SOURCE=norm.present and not transposed,
+            NORM_RESULT=norm.present and transposed, TRANSPOSED=transposed and not linear, LINEAR=linear,
             PACKED=packed, EVEN_K=c_src % tile.block_k == 0 and not packed, HAS_BIAS=b is not None,
-            INT64=_int64(p) or needs_int64((p.N, res[0]), (p.P, res[1]), (p.Q, res[2]), (p.K, 1)),
+            INT64=_int64(p) or needs_int64((p.N, res[0]), (out_h, res[1]), (out_w, res[2]), (c_out * p.G, 1)),
             INPUT_PRECISION=_input_precision(p, src.dtype), BY_HAND=by_hand(src.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+    return tile.block_m, ceil_div(pixels, tile.block_m) * phases[0] * phases[1]
 
 
 def _inverse(a: int, modulus: int) -> int:
@@ -148,7 +184,7 @@ def fprop(
     *, tile: Config | None = None,
 ) -> None:  # fmt: skip
     """Writes y: conv2d's, or with the operands after it conv_bn_act's."""
-    _gather(p, x, w, b, y, tile, transposed=False, scale=scale, shift=shift, r=r, act=p.act)
+    gather(p, x, w, b, y, tile, transposed=False, scale=scale, shift=shift, r=r, act=p.act)
 
 
 def dgrad(
@@ -156,7 +192,7 @@ def dgrad(
     *, tile: Config | None = None,
 ) -> None:  # fmt: skip
     """Writes x, the input's gradient, from y, the output's."""
-    _gather(p, y, w, None, x, tile, transposed=True)
+    gather(p, y, w, None, x, tile, transposed=True)
 
 
 def _wgrad_splits(p: Conv2dProblem) -> int:
@@ -191,7 +227,7 @@ def _chunks(workspace: torch.Tensor | None, size: int) -> torch.Tensor | None:
 
 def wgrad(
     p: Conv2dProblem, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, y: torch.Tensor,
-    *, workspace: torch.Tensor | None = None, tile: Config | None = None,
+    *, workspace: torch.Tensor | None = None, tile: Config | None = None, norm: Norm = NO_NORM,
 ) -> None:  # fmt: skip
     """Writes w, the weight's gradient, from x and y, the output's gradient."""
     c_src, c_out, columns = p.C // p.G, p.K // p.G, p.R * p.S * (p.C // p.G)
@@ -208,12 +244,13 @@ def wgrad(
     with on_device(x):
         launch(
             _wgrad_gemm, grid,
-            x, y, w, chunks,
+            x, y, *norm.operands, w, chunks,
             p.N, p.P, p.Q, p.H, p.W, c_src, c_out, p.G, p.R, p.S,
             p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w,
             splits, ceil_div(p.N * p.P * p.Q, splits),
             p.x_n, p.x_h, p.x_w, p.w_k, p.w_c, p.w_r, p.w_s, p.y_n, p.y_h, p.y_w,
             SPLIT=splits > 1, LINEAR=_pointwise(p), EVEN=_even(p, p.y_n, p.y_h, p.y_w), PACKED=packed, INT64=_int64(p),
+            NORM_ACT=norm.act, NORM_SOURCE=norm.present,
             INPUT_PRECISION=_input_precision(p, x.dtype), BY_HAND=by_hand(x.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
