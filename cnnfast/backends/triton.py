@@ -76,6 +76,7 @@ def _bn_act_conv(p: Problem) -> list[str]:
     return _conv2d(p) + [
         reason
         for wrong, reason in (
+            (p.direction != "fprop" and not p.normed, "x isn't normalised: the gradient is conv2d's"),
             (p.N * p.P * p.Q == 0, "an empty result has no statistics"),
             (p.N * p.H * p.W >= _PROGRAMS, "numbers pixels in 32 bits"),
             (narrow < 16, f"{narrow} channels a group leave tiles empty: kernels for so few, and passes of their own"),
