@@ -36,6 +36,10 @@ class Case:
         """The convolution's reason."""
         return self.conv.why
 
+    def normed(self, direction: str) -> str:
+        """What a direction's batch norm has: statistics alone are fprop's, whose gradient is conv2d's."""
+        return self.has or ("" if direction == "fprop" else "mv")
+
     @property
     def params(self) -> tuple[Any, ...]:
         """As the operator takes them."""
@@ -89,7 +93,7 @@ def inputs(case: Case, direction: str, dtype: torch.dtype, device: str = "cpu", 
     offset = case.offset if dtype.itemsize > 2 else min(case.offset, 4.0)
     made["x"].tensor.add_(offset)
     made["x"] = Guarded(made["x"].tensor, made["x"].buffer, made["x"].buffer.clone())
-    if not case.has:
+    if not case.normed(direction):
         return made
     wide, x = accumulator(dtype), made["x"].tensor.double()
     values = {
@@ -97,7 +101,13 @@ def inputs(case: Case, direction: str, dtype: torch.dtype, device: str = "cpu", 
         "xw": torch.randn(case.conv.C, generator=generator, dtype=torch.float64),
         "xb": torch.randn(case.conv.C, generator=generator, dtype=torch.float64),
     }  # fmt: skip
-    made.update({role: place(values[role].cpu(), "nchw", wide, device) for role in _VECTORS if role[1] in case.has})
+    made.update(
+        {
+            role: place(values[role].cpu(), "nchw", wide, device)
+            for role in _VECTORS
+            if role[1] in case.normed(direction)
+        }
+    )
     return made
 
 
@@ -118,7 +128,7 @@ def _along(t: Mapping[str, Tensor], role: str, missing: float) -> Any:
 def _normed(case: Case, t: Mapping[str, Tensor], size: bool) -> Tensor:
     """What the convolution reads; with ``size`` of absolute terms."""
     x = t["x"]
-    if not case.has:
+    if "xm" not in t:
         return x.abs() if size else x
     wide, scale = x.to(accumulator(x.dtype)), t["xv"].reshape(1, -1, 1, 1) * _along(t, "xw", 1.0)
     shift = torch.as_tensor(_along(t, "xb", 0.0))
@@ -176,4 +186,6 @@ def problem(case: Case, direction: str, dtype: torch.dtype, precision: str, devi
     """The problem that dispatch sees."""
     s = case.shapes
     params = (*case.params, precision)
-    return describe(direction, s["x"], s["w"], s["y"], dtype, torch.device(device), params, normed=bool(case.has))
+    return describe(
+        direction, s["x"], s["w"], s["y"], dtype, torch.device(device), params, normed=bool(case.normed(direction))
+    )
