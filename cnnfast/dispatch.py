@@ -176,6 +176,16 @@ def served(op: str, device: str) -> bool:
     )
 
 
+def has_kernel(op: str, dtype: str, device: str, forced: str) -> bool:
+    """Whether a backend that is asked by itself, or the forced one, has a kernel of ours for an operation and a dtype."""
+    problem = Problem(op, "", dtype, device, "", ())
+    return any(
+        not backend.unavailable(problem) and any(i.op == op and dtype in i.dtypes for i in backend.implementations)
+        for backend in _candidates(problem, forced)[0]
+        if backend.name != "aten"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """What serves a problem, and why the others don't."""

@@ -33,12 +33,13 @@ class Kind:
 
 
 _AFFINE, _EPILOGUE = ("scale", "shift"), ("scale", "shift", "residual")
+_NORM = ("mean", "invstd", "gamma", "beta", "sums")
 _UNIT = ("groups", "dilation_h", "dilation_w", "gcd_h", "gcd_w")
 _STRIDE_1 = ("stride_h", "stride_w")
 _ALIGNED = (
     "src", "weight", "bias", "scale", "shift", "residual", "out", "x", "grad", "workspace", "c_src", "c_out", "src_n", "src_row", "src_col",
     "w_group", "w_src", "w_out", "w_k", "w_c", "w_r", "w_s", "out_n", "out_row", "out_col", "res_n", "res_row", "res_col",
-    "columns", "channels",
+    "columns", "channels", "mean", "invstd", "gamma", "beta", "sums",
 )  # fmt: skip
 _X_ODD = ("c_src", "src_n", "src_row", "src_col", "w_out", "w_group", "w_r", "w_s", "w_k")
 _Y_ODD = ("c_out", "out_n", "out_row", "out_col", "res_n", "res_row", "res_col", "w_group")
@@ -76,19 +77,74 @@ KINDS: tuple[Kind, ...] = (
         unaligned=(*_X_ODD, *_Y_ODD, "w_src"),
         vectors=False,
     ),
-    Kind("wgrad_packed", _wgrad_gemm, {"PACKED": True, "SPLIT": True}, (*_UNIT, "w_c")),
+    Kind("wgrad_packed", _wgrad_gemm, {"PACKED": True, "EVEN": True, "SPLIT": True}, (*_UNIT, "w_c")),
     Kind("wgrad_odd", _wgrad_gemm, {"INT64": True}, (), unaligned=(*_X_ODD, *_Y_ODD, "w_c"), vectors=False),
     Kind("dgrad_stride1", _gather_gemm, {"TRANSPOSED": True, "EVEN_K": True}, (*_UNIT, *_STRIDE_1, "w_out")),
     Kind("dgrad_stride2", _gather_gemm, {"TRANSPOSED": True, "EVEN_K": True}, (*_UNIT, "w_out")),
-    Kind("wgrad", _wgrad_gemm, {}, (*_UNIT, *_STRIDE_1, "w_c")),
-    Kind("wgrad_linear", _wgrad_gemm, {"LINEAR": True, "SPLIT": True}, (*_UNIT, *_STRIDE_1, "w_c")),
-    Kind("wgrad_stem", _wgrad_gemm, {"PACKED": True, "SPLIT": True}, (*_UNIT, "w_c"), unaligned=_X_ODD, vectors=False),
+    Kind("wgrad", _wgrad_gemm, {"EVEN": True}, (*_UNIT, *_STRIDE_1, "w_c")),
+    Kind("wgrad_linear", _wgrad_gemm, {"LINEAR": True, "EVEN": True, "SPLIT": True}, (*_UNIT, *_STRIDE_1, "w_c")),
+    Kind(
+        "wgrad_stem",
+        _wgrad_gemm,
+        {"PACKED": True, "EVEN": True, "SPLIT": True},
+        (*_UNIT, "w_c"),
+        unaligned=_X_ODD,
+        vectors=False,
+    ),
+    Kind("fprop_statistics", _gather_gemm, {"EVEN_K": True}, (*_UNIT, *_STRIDE_1, "w_src"), present=("sums",)),
+    Kind(
+        "fprop_normed",
+        _gather_gemm,
+        {"LINEAR": True, "EVEN_K": True, "NORM_SOURCE": True},
+        (*_UNIT, *_STRIDE_1, "w_src"),
+        present=_NORM,
+    ),
+    Kind(
+        "fprop_normed_3x3",
+        _gather_gemm,
+        {"EVEN_K": True, "NORM_SOURCE": True},
+        (*_UNIT, *_STRIDE_1, "w_src"),
+        present=_NORM,
+    ),
+    Kind(
+        "dgrad_normed",
+        _gather_gemm,
+        {"LINEAR": True, "EVEN_K": True, "NORM_RESULT": True},
+        (*_UNIT, *_STRIDE_1, "w_out"),
+        present=(*_NORM, "residual"),
+    ),
+    Kind(
+        "dgrad_normed_stride2",
+        _gather_gemm,
+        {"TRANSPOSED": True, "EVEN_K": True, "NORM_RESULT": True},
+        (*_UNIT, "w_out"),
+        present=(*_NORM, "residual"),
+    ),
+    Kind(
+        "wgrad_normed",
+        _wgrad_gemm,
+        {"LINEAR": True, "EVEN": True, "SPLIT": True, "NORM_SOURCE": True},
+        (*_UNIT, *_STRIDE_1, "w_c"),
+        present=_NORM,
+    ),
     Kind("bgrad", _bgrad_partial, {"SPLIT": True}, ()),
     Kind("sum_splits", _sum_splits, {}, ("w_c",)),
 )
 # How fp32 is multiplied -> the precision mode that asks for it.
 PRECISIONS = {how: mode for mode, how in INPUT_PRECISION.items()}
-_FLAGS = ("TRANSPOSED", "LINEAR", "PACKED", "EVEN_K", "HAS_BIAS", "INT64", "SPLIT", "BY_HAND")
+_FLAGS = (
+    "NORM_SOURCE",
+    "NORM_RESULT",
+    "TRANSPOSED",
+    "LINEAR",
+    "PACKED",
+    "EVEN_K",
+    "HAS_BIAS",
+    "INT64",
+    "SPLIT",
+    "EVEN",
+    "BY_HAND",
+)
 
 
 def _variant(kind: Kind, mode: str, arch: int, tile: Config) -> Variant:
@@ -99,13 +155,17 @@ def _variant(kind: Kind, mode: str, arch: int, tile: Config) -> Variant:
     constants |= dict.fromkeys(kind.ones, 1)
     if not kind.flags.get("HAS_BIAS"):
         constants["bias"] = None
-    constants |= {"ACT": int(bool(kind.present)), **dict.fromkeys(set(_EPILOGUE) - set(kind.present))}
+    constants |= {"NORM_ACT": 1, **dict.fromkeys(set(_NORM) - set(kind.present))}
+    constants |= {
+        "ACT": int(bool(set(kind.present) & set(_AFFINE))),
+        **dict.fromkeys(set(_EPILOGUE) - set(kind.present)),
+    }
     if kind.fn is _wgrad_gemm and not kind.flags.get("SPLIT"):
         constants["workspace"] = None
     names = kind.fn.arg_names
     constants = {name: constants[name] for name in names if name in constants}
     pointers = dict.fromkeys(("src", "weight", "bias", "residual", "out", "x", "grad"), f"*{element}")
-    pointers |= {"scale": "*fp32", "shift": "*fp32"}
+    pointers |= dict.fromkeys(("scale", "shift", *_NORM), "*fp32")
     pointers["workspace"] = "*fp32"
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
     aligned = tuple(n for n in _ALIGNED if n in names and n not in constants and n not in kind.unaligned)
@@ -129,7 +189,9 @@ def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", *PRECISIONS)) 
             elif kind.fn is _sum_splits:
                 yield _variant(kind, mode, arch, Config(1, 1, 1, 4, 1))
             else:
-                for tile in candidates(precision, itemsize, kind.vectors, arch, kind.present == _EPILOGUE):
+                for tile in candidates(
+                    precision, itemsize, kind.vectors, arch, bool({"residual", "sums"} & set(kind.present))
+                ):
                     block_k = tile.block_k
                     # Only the gathering kernel's blocks are cut to the channels.
                     while block_k >= (16 if kind.fn is _gather_gemm else tile.block_k):

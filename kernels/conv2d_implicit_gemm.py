@@ -28,23 +28,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 
-from ._activation import activate
-from ._common import (
-    Conv2dProblem,
-    by_hand,
-    capability,
-    ceil_div,
-    launch,
-    narrow,
-    needs_int64,
-    on_device,
-    widen,
-)
+from ._common import Conv2dProblem, by_hand, capability, ceil_div, launch, needs_int64, on_device
+from ._conv2d_gather import _gather_gemm
+from ._conv2d_wgrad import _bgrad_partial, _sum_splits, _wgrad_gemm
 from ._tiles import INPUT_PRECISION, Config, config
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,363 +51,31 @@ REDUCE_BLOCK = 512
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Device code
-
-
-@triton.jit
-def _tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
-    """Program order: GROUP_M tiles down, then one tile right, so that both panels are reused from L2."""
-    in_group = GROUP_M * num_n
-    first = pid // in_group * GROUP_M
-    height = tl.minimum(num_m - first, GROUP_M)
-    return first + (pid % in_group) % height, (pid % in_group) // height
-
-
-@triton.jit
-def _accumulate(a, b, acc, INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr):
-    """acc + a b. In fp32 grade each block's products are summed apart, so that no chain of additions is long.
-
-    The compiler would fold that addition into the product's own chain; of a product with imprecise sums it doesn't.
-    """
-    a = widen(a, BY_HAND)
-    b = widen(b, BY_HAND)
-    if INPUT_PRECISION == "tf32":
-        return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
-    else:
-        return acc + tl.dot(a, b, input_precision=INPUT_PRECISION, max_num_imprecise_acc=1)
-
-
-@triton.jit
-def _phase_taps(phase, taps, stride, pad, dilation, gcd, inverse):
-    """The taps of one axis that reach the output pixels phase, phase + stride, …: first + j * every, j < count.
-
-    ``(phase + pad - r * dilation) % stride == 0`` is a linear congruence: it has solutions iff gcd(stride, dilation)
-    divides phase + pad, and then one in each ``stride / gcd`` taps. Also returns the source pixel of the first.
-    """
-    shift = phase + pad
-    every = stride // gcd
-    first = (shift // gcd) % every * inverse % every
-    count = tl.where(shift % gcd == 0, tl.maximum(0, (taps - first + every - 1) // every), 0)
-    return first, every, count, (shift - first * dilation) // stride
-
-
-@triton.jit(do_not_specialize=["batch", "out_h", "out_w", "src_h", "src_w", "taps_r", "taps_s", "pad_h", "pad_w"])
-def _gather_gemm(
-    src, weight, bias, scale, shift, residual, out,
-    batch, out_h, out_w, src_h, src_w, c_src, c_out, groups, taps_r, taps_s,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, gcd_h, gcd_w, inverse_h, inverse_w,
-    src_n, src_row, src_col, w_group, w_src, w_out, w_r, w_s, out_n, out_row, out_col, res_n, res_row, res_col,
-    ACT: tl.constexpr, TRANSPOSED: tl.constexpr, LINEAR: tl.constexpr, PACKED: tl.constexpr, EVEN_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, INT64: tl.constexpr, INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    # Phases and groups vary fastest: neighbours read and write interleaved parts of the same cache lines.
-    pid = tl.program_id(0)
-    group = pid % groups
-    pid = pid // groups
-    if TRANSPOSED:
-        num_phases = stride_h * stride_w
-        phase = pid % num_phases
-        pid = pid // num_phases
-        phase_h = phase // stride_w
-        phase_w = phase % stride_w
-        out_step_h = stride_h
-        out_step_w = stride_w
-        first_r, every_r, count_r, off_h = _phase_taps(phase_h, taps_r, stride_h, pad_h, dilation_h, gcd_h, inverse_h)
-        first_s, every_s, count_s, off_w = _phase_taps(phase_w, taps_s, stride_w, pad_w, dilation_w, gcd_w, inverse_w)
-        mul_h = 1
-        mul_w = 1
-        step_h = -(every_r * dilation_h // stride_h)
-        step_w = -(every_s * dilation_w // stride_w)
-        rows = (out_h - phase_h + stride_h - 1) // stride_h
-        cols = (out_w - phase_w + stride_w - 1) // stride_w
-        num_m = tl.cdiv(batch * tl.cdiv(out_h, stride_h) * tl.cdiv(out_w, stride_w), BLOCK_M)
-        weight += first_r * w_r + first_s * w_s
-        w_r *= every_r
-        w_s *= every_s
-    else:
-        phase_h = 0
-        phase_w = 0
-        out_step_h = 1
-        out_step_w = 1
-        count_r = taps_r
-        count_s = taps_s
-        mul_h = stride_h
-        mul_w = stride_w
-        off_h = -pad_h
-        off_w = -pad_w
-        step_h = dilation_h
-        step_w = dilation_w
-        rows = out_h
-        cols = out_w
-        num_m = tl.cdiv(batch * out_h * out_w, BLOCK_M)
-    tile_m, tile_n = _tile(pid, num_m, tl.cdiv(c_out, BLOCK_N), GROUP_M)
-
-    if INT64:
-        src_n = tl.cast(src_n, tl.int64)
-        src_row = tl.cast(src_row, tl.int64)
-        src_col = tl.cast(src_col, tl.int64)
-        out_n = tl.cast(out_n, tl.int64)
-        out_row = tl.cast(out_row, tl.int64)
-        out_col = tl.cast(out_col, tl.int64)
-        res_n = tl.cast(res_n, tl.int64)
-        res_row = tl.cast(res_row, tl.int64)
-        res_col = tl.cast(res_col, tl.int64)
-        w_group = tl.cast(w_group, tl.int64)
-        w_src = tl.cast(w_src, tl.int64)
-        w_out = tl.cast(w_out, tl.int64)
-        w_r = tl.cast(w_r, tl.int64)
-        w_s = tl.cast(w_s, tl.int64)
-
-    pixel = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    lane = tl.arange(0, BLOCK_K)
-    in_m = pixel < batch * rows * cols
-    in_n = channel < c_out
-    if LINEAR:
-        base = pixel * src_col
-    else:
-        # A phase can be empty (stride beyond the map): it divides by one then, under an all-false mask.
-        image = pixel // tl.maximum(rows * cols, 1)
-        rest = pixel - image * (rows * cols)
-        row = rest // tl.maximum(cols, 1)
-        col = rest - row * cols
-        src_i = row * mul_h + off_h
-        src_j = col * mul_w + off_w
-        base = image * src_n + src_i * src_row + src_j * src_col
-    src += group * c_src
-    weight += group * w_group
-    w_channel = channel * w_out
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if PACKED:
-        depth = count_r * count_s * c_src
-        for k0 in range(0, depth, BLOCK_K):
-            k = k0 + lane
-            tap = k // c_src
-            c = k - tap * c_src
-            r = tap // tl.maximum(count_s, 1)
-            s = tap - r * count_s
-            in_k = k < depth
-            i = src_i[:, None] + (r * step_h)[None, :]
-            j = src_j[:, None] + (s * step_w)[None, :]
-            valid = (i >= 0) & (i < src_h) & (j >= 0) & (j < src_w) & in_m[:, None] & in_k[None, :]
-            offset = r * step_h * src_row + s * step_w * src_col + c
-            a = tl.load(src + (base[:, None] + offset[None, :]), mask=valid, other=0.0)
-            w_offset = r * w_r + s * w_s + c * w_src
-            b = tl.load(
-                weight + (w_offset[:, None] + w_channel[None, :]), mask=in_k[:, None] & in_n[None, :], other=0.0
-            )
-            acc = _accumulate(a, b, acc, INPUT_PRECISION, BY_HAND)
-    else:
-        # One loop over taps and channels, so that loads are in flight across the change of the tap.
-        blocks = tl.cdiv(c_src, BLOCK_K)
-        c0 = 0
-        r = 0
-        s = 0
-        for _ in range(0, count_r * count_s * blocks):
-            if LINEAR:
-                valid = in_m
-                offset = c0
-            else:
-                i = src_i + r * step_h
-                j = src_j + s * step_w
-                valid = (i >= 0) & (i < src_h) & (j >= 0) & (j < src_w) & in_m
-                offset = r * step_h * src_row + s * step_w * src_col + c0
-            a_ptrs = src + offset + (base[:, None] + lane[None, :])
-            b_ptrs = weight + (r * w_r + s * w_s + c0 * w_src) + ((lane * w_src)[:, None] + w_channel[None, :])
-            if EVEN_K:
-                a = tl.load(a_ptrs, mask=valid[:, None], other=0.0)
-                b = tl.load(b_ptrs, mask=in_n[None, :], other=0.0)
-            else:
-                in_k = c0 + lane < c_src
-                a = tl.load(a_ptrs, mask=valid[:, None] & in_k[None, :], other=0.0)
-                b = tl.load(b_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
-            acc = _accumulate(a, b, acc, INPUT_PRECISION, BY_HAND)
-            c0 += BLOCK_K
-            tap_done = c0 >= c_src
-            c0 = tl.where(tap_done, 0, c0)
-            s = tl.where(tap_done, s + 1, s)
-            row_done = s >= count_s
-            r = tl.where(row_done, r + 1, r)
-            s = tl.where(row_done, 0, s)
-
-    if HAS_BIAS:
-        b = tl.load(bias + group * c_out + channel, mask=in_n, other=0.0)
-        acc += widen(b, BY_HAND).to(tl.float32)[None, :]
-    if scale is not None:
-        acc *= tl.load(scale + group * c_out + channel, mask=in_n, other=0.0)[None, :]
-    if shift is not None:
-        acc += tl.load(shift + group * c_out + channel, mask=in_n, other=0.0)[None, :]
-    inside = in_m[:, None] & in_n[None, :]
-    if residual is not None:
-        if LINEAR:
-            source = pixel * res_col
-        else:
-            source = image * res_n + row * res_row + col * res_col
-        r_ptrs = residual + group * c_out + (source[:, None] + channel[None, :])
-        acc += widen(tl.load(r_ptrs, mask=inside, other=0.0), BY_HAND).to(tl.float32)
-    acc = activate(acc, ACT)
-    if LINEAR:
-        target = pixel * out_col
-    else:
-        target = image * out_n + (row * out_step_h + phase_h) * out_row + (col * out_step_w + phase_w) * out_col
-    result = narrow(acc, out.dtype.element_ty, BY_HAND)
-    tl.store(out + group * c_out + (target[:, None] + channel[None, :]), result, mask=inside)
-
-
-@triton.jit(do_not_specialize=["batch", "out_h", "out_w", "src_h", "src_w", "taps_r", "taps_s", "pad_h", "pad_w",
-                               "splits", "chunk"])  # fmt: skip
-def _wgrad_gemm(
-    x, grad, out, workspace,
-    batch, out_h, out_w, src_h, src_w, c_src, c_out, groups, taps_r, taps_s,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, splits, chunk,
-    src_n, src_row, src_col, w_k, w_c, w_r, w_s, out_n, out_row, out_col,
-    SPLIT: tl.constexpr, LINEAR: tl.constexpr, PACKED: tl.constexpr, INT64: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
-    # BLOCK_M output channels × BLOCK_N columns (r, s, c), over the pixels of one chunk, BLOCK_K at a time.
-    pid = tl.program_id(0)
-    group = pid % groups
-    pid = pid // groups
-    num_m = tl.cdiv(c_out, BLOCK_M)
-    c_blocks = tl.cdiv(c_src, BLOCK_N)
-    if PACKED:
-        num_n = tl.cdiv(taps_r * taps_s * c_src, BLOCK_N)
-    else:
-        num_n = taps_r * taps_s * c_blocks
-    split = pid // (num_m * num_n)
-    tile_m, tile_n = _tile(pid % (num_m * num_n), num_m, num_n, GROUP_M)
-
-    if INT64:
-        src_n = tl.cast(src_n, tl.int64)
-        src_row = tl.cast(src_row, tl.int64)
-        src_col = tl.cast(src_col, tl.int64)
-        out_n = tl.cast(out_n, tl.int64)
-        out_row = tl.cast(out_row, tl.int64)
-        out_col = tl.cast(out_col, tl.int64)
-        w_k = tl.cast(w_k, tl.int64)
-        w_c = tl.cast(w_c, tl.int64)
-        w_r = tl.cast(w_r, tl.int64)
-        w_s = tl.cast(w_s, tl.int64)
-
-    k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    lane = tl.arange(0, BLOCK_K)
-    if PACKED:
-        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_n = column < taps_r * taps_s * c_src
-        tap = column // c_src
-        c = column - tap * c_src
-    else:
-        tap = tile_n // c_blocks
-        c = (tile_n - tap * c_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_n = c < c_src
-    in_m = k < c_out
-    r = tap // taps_s
-    s = tap - r * taps_s
-    tap_i = r * dilation_h - pad_h
-    tap_j = s * dilation_w - pad_w
-    x_column = tap_i * src_row + tap_j * src_col + c
-    x += group * c_src
-    grad += group * c_out
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    first = split * chunk
-    last = tl.minimum(first + chunk, batch * out_h * out_w)
-    for m0 in range(first, last, BLOCK_K):
-        pixel = m0 + lane
-        in_k = pixel < last
-        if LINEAR:
-            x_pixel = pixel * src_col
-            g_pixel = pixel * out_col
-            valid = in_k[:, None] & in_n[None, :]
-        else:
-            image = pixel // (out_h * out_w)
-            inside = pixel - image * (out_h * out_w)
-            p = inside // out_w
-            q = inside - p * out_w
-            x_pixel = image * src_n + p * stride_h * src_row + q * stride_w * src_col
-            g_pixel = image * out_n + p * out_row + q * out_col
-            if PACKED:
-                i = (p * stride_h)[:, None] + tap_i[None, :]
-                j = (q * stride_w)[:, None] + tap_j[None, :]
-                inside_map = (i >= 0) & (i < src_h) & (j >= 0) & (j < src_w)
-                valid = inside_map & in_k[:, None] & in_n[None, :]
-            else:
-                i = p * stride_h + tap_i
-                j = q * stride_w + tap_j
-                valid = ((i >= 0) & (i < src_h) & (j >= 0) & (j < src_w) & in_k)[:, None] & in_n[None, :]
-        a = tl.load(grad + (k[:, None] + g_pixel[None, :]), mask=in_m[:, None] & in_k[None, :], other=0.0)
-        b = tl.load(x + (x_pixel[:, None] + x_column[None, :]), mask=valid, other=0.0)
-        acc = _accumulate(a, b, acc, INPUT_PRECISION, BY_HAND)
-
-    inside_tile = in_m[:, None] & in_n[None, :]
-    if SPLIT:
-        columns = taps_r * taps_s * c_src
-        row = tl.cast((split * groups + group) * c_out + k, tl.int64)
-        tl.store(workspace + (row[:, None] * columns + (tap * c_src + c)[None, :]), acc, mask=inside_tile)
-    else:
-        target = ((group * c_out + k) * w_k)[:, None] + (r * w_r + s * w_s + c * w_c)[None, :]
-        tl.store(out + target, narrow(acc, out.dtype.element_ty, BY_HAND), mask=inside_tile)
-
-
-@triton.jit(do_not_specialize=["pixels", "out_hw", "out_w", "splits", "chunk"])
-def _bgrad_partial(
-    grad, out, workspace, pixels, out_hw, out_w, channels, splits, chunk, out_n, out_row, out_col,
-    SPLIT: tl.constexpr, INT64: tl.constexpr, BY_HAND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    split = tl.program_id(0) % splits
-    k = tl.program_id(0) // splits * BLOCK_N + tl.arange(0, BLOCK_N)
-    if INT64:
-        out_n = tl.cast(out_n, tl.int64)
-        out_row = tl.cast(out_row, tl.int64)
-        out_col = tl.cast(out_col, tl.int64)
-    first = split * chunk
-    last = tl.minimum(first + chunk, pixels)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for m0 in range(first, last, BLOCK_M):
-        pixel = m0 + tl.arange(0, BLOCK_M)
-        image = pixel // out_hw
-        inside = pixel - image * out_hw
-        p = inside // out_w
-        offset = image * out_n + p * out_row + (inside - p * out_w) * out_col
-        valid = (pixel < last)[:, None] & (k < channels)[None, :]
-        g = tl.load(grad + (offset[:, None] + k[None, :]), mask=valid, other=0.0)
-        acc += widen(g, BY_HAND).to(tl.float32)
-    total = tl.sum(acc, axis=0)
-    if SPLIT:
-        tl.store(workspace + split * channels + k, total, mask=k < channels)
-    else:
-        tl.store(out + k, narrow(total, out.dtype.element_ty, BY_HAND), mask=k < channels)
-
-
-@triton.jit(do_not_specialize=["splits", "taps_s", "total"])
-def _sum_splits(
-    workspace, out, splits, total, columns, c_src, taps_s, w_k, w_c, w_r, w_s,
-    INT64: tl.constexpr, BY_HAND: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out = the sum of the chunks, in order; total = rows × columns results, a column being (r, s, c)."""
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = element < total
-    row = element // columns
-    column = element - row * columns
-    tap = column // c_src
-    r = tap // taps_s
-    if INT64:
-        w_k = tl.cast(w_k, tl.int64)
-        w_c = tl.cast(w_c, tl.int64)
-        w_r = tl.cast(w_r, tl.int64)
-        w_s = tl.cast(w_s, tl.int64)
-    acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in range(splits):
-        acc += tl.load(workspace + tl.cast(split, tl.int64) * total + element, mask=valid, other=0.0)
-    target = row * w_k + (column - tap * c_src) * w_c + r * w_r + (tap - r * taps_s) * w_s
-    tl.store(out + target, narrow(acc, out.dtype.element_ty, BY_HAND), mask=valid)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Launchers
+
+
+class Norm(NamedTuple):
+    """A batch norm and activation fused into the product: of what it reads, or, in dgrad, the gradient through them."""
+
+    mean: torch.Tensor | None = None
+    invstd: torch.Tensor | None = None
+    gamma: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
+    act: int = 0
+    sums: torch.Tensor | None = None  # where each tile leaves its sums: statistics, or in dgrad those of the gradient
+
+    @property
+    def operands(self) -> tuple[torch.Tensor | None, ...]:
+        """The vectors as kernels take them."""
+        return self[:4]
+
+    @property
+    def present(self) -> bool:
+        """Whether there is one; a convolution may want statistics alone."""
+        return self.mean is not None
+
+
+NO_NORM = Norm()
 
 
 def _x_int64(p: Conv2dProblem) -> bool:
@@ -462,12 +120,12 @@ def _input_precision(p: Conv2dProblem, dtype: torch.dtype) -> str:
     return INPUT_PRECISION[p.precision] if dtype == torch.float32 else "tf32"
 
 
-def _gather(
+def gather(
     p: Conv2dProblem, src: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor,
     tile: Config | None, *, transposed: bool, scale: torch.Tensor | None = None, shift: torch.Tensor | None = None,
-    r: torch.Tensor | None = None, act: int = 0,
-) -> None:  # fmt: skip
-    """Launches _gather_gemm: fprop from x to y, or transposed, dgrad from y to x."""
+    r: torch.Tensor | None = None, act: int = 0, norm: Norm = NO_NORM,
+) -> tuple[int, int]:  # fmt: skip
+    """Launches _gather_gemm: fprop from x to y, or transposed, dgrad from y to x; returns BLOCK_M and the tiles of pixels."""
     x_side = (p.H, p.W, p.C // p.G, p.x_n, p.x_h, p.x_w)
     y_side = (p.P, p.Q, p.K // p.G, p.y_n, p.y_h, p.y_w)
     src_h, src_w, c_src, src_n, src_row, src_col = y_side if transposed else x_side
@@ -476,7 +134,7 @@ def _gather(
     phases = (p.stride_h, p.stride_w) if transposed else (1, 1)
     pixels = p.N * ceil_div(out_h, phases[0]) * ceil_div(out_w, phases[1])
     if pixels == 0 or c_out == 0:
-        return
+        return 1, 0
     launches = p.G * phases[0] * phases[1]
     res = (p.r_n, p.r_h, p.r_w) if r is not None else (0, 0, 0)
     linear = _pointwise(p) and (r is None or _even(p, *res))
@@ -485,24 +143,35 @@ def _gather(
         depth = c_src * p.R * p.S if packed else c_src
         vectors = not packed and _vectors(p, src, w, out, unit=w_out if transposed else w_src)
         itemsize, arch = src.element_size(), capability(src)
-        tile = config(pixels * launches, c_out, depth, p.precision, itemsize, vectors, arch, r is not None)
+        tile = config(
+            pixels * launches,
+            c_out,
+            depth,
+            p.precision,
+            itemsize,
+            vectors,
+            arch,
+            r is not None or norm.sums is not None,
+        )
     gcd_h, gcd_w = math.gcd(p.stride_h, p.dilation_h), math.gcd(p.stride_w, p.dilation_w)
     grid = ceil_div(pixels, tile.block_m) * ceil_div(c_out, tile.block_n) * launches
     with on_device(src):
         launch(
             _gather_gemm, grid,
-            src, w, b, scale, shift, r, out,
+            src, w, b, scale, shift, r, *norm.operands, norm.sums, out,
             p.N, out_h, out_w, src_h, src_w, c_src, c_out, p.G, p.R, p.S,
             p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w, gcd_h, gcd_w,
             _inverse(p.dilation_h // gcd_h, p.stride_h // gcd_h), _inverse(p.dilation_w // gcd_w, p.stride_w // gcd_w),
             src_n, src_row, src_col, p.K // p.G * p.w_k, w_src, w_out, p.w_r, p.w_s, out_n, out_row, out_col,
-            *res, ACT=act, TRANSPOSED=transposed and not linear, LINEAR=linear,
+            *res, ACT=act, NORM_ACT=norm.act, NORM_SOURCE=norm.present and not transposed,
+            NORM_RESULT=norm.present and transposed, TRANSPOSED=transposed and not linear, LINEAR=linear,
             PACKED=packed, EVEN_K=c_src % tile.block_k == 0 and not packed, HAS_BIAS=b is not None,
-            INT64=_int64(p) or needs_int64((p.N, res[0]), (p.P, res[1]), (p.Q, res[2]), (p.K, 1)),
+            INT64=_int64(p) or needs_int64((p.N, res[0]), (out_h, res[1]), (out_w, res[2]), (c_out * p.G, 1)),
             INPUT_PRECISION=_input_precision(p, src.dtype), BY_HAND=by_hand(src.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
+    return tile.block_m, ceil_div(pixels, tile.block_m) * phases[0] * phases[1]
 
 
 def _inverse(a: int, modulus: int) -> int:
@@ -515,7 +184,7 @@ def fprop(
     *, tile: Config | None = None,
 ) -> None:  # fmt: skip
     """Writes y: conv2d's, or with the operands after it conv_bn_act's."""
-    _gather(p, x, w, b, y, tile, transposed=False, scale=scale, shift=shift, r=r, act=p.act)
+    gather(p, x, w, b, y, tile, transposed=False, scale=scale, shift=shift, r=r, act=p.act)
 
 
 def dgrad(
@@ -523,7 +192,7 @@ def dgrad(
     *, tile: Config | None = None,
 ) -> None:  # fmt: skip
     """Writes x, the input's gradient, from y, the output's."""
-    _gather(p, y, w, None, x, tile, transposed=True)
+    gather(p, y, w, None, x, tile, transposed=True)
 
 
 def _wgrad_splits(p: Conv2dProblem) -> int:
@@ -558,7 +227,7 @@ def _chunks(workspace: torch.Tensor | None, size: int) -> torch.Tensor | None:
 
 def wgrad(
     p: Conv2dProblem, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, y: torch.Tensor,
-    *, workspace: torch.Tensor | None = None, tile: Config | None = None,
+    *, workspace: torch.Tensor | None = None, tile: Config | None = None, norm: Norm = NO_NORM,
 ) -> None:  # fmt: skip
     """Writes w, the weight's gradient, from x and y, the output's gradient."""
     c_src, c_out, columns = p.C // p.G, p.K // p.G, p.R * p.S * (p.C // p.G)
@@ -575,12 +244,13 @@ def wgrad(
     with on_device(x):
         launch(
             _wgrad_gemm, grid,
-            x, y, w, chunks,
+            x, y, *norm.operands, w, chunks,
             p.N, p.P, p.Q, p.H, p.W, c_src, c_out, p.G, p.R, p.S,
             p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w,
             splits, ceil_div(p.N * p.P * p.Q, splits),
             p.x_n, p.x_h, p.x_w, p.w_k, p.w_c, p.w_r, p.w_s, p.y_n, p.y_h, p.y_w,
-            SPLIT=splits > 1, LINEAR=_pointwise(p), PACKED=packed, INT64=_int64(p),
+            SPLIT=splits > 1, LINEAR=_pointwise(p), EVEN=_even(p, p.y_n, p.y_h, p.y_w), PACKED=packed, INT64=_int64(p),
+            NORM_ACT=norm.act, NORM_SOURCE=norm.present,
             INPUT_PRECISION=_input_precision(p, x.dtype), BY_HAND=by_hand(x.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -608,7 +278,7 @@ def bgrad(
     with on_device(y):
         launch(
             _bgrad_partial, ceil_div(p.K, BGRAD_BLOCK_N) * splits,
-            y, b, chunks, pixels, p.P * p.Q, p.Q, p.K, splits, ceil_div(pixels, splits), p.y_n, p.y_h, p.y_w,
+            y, b, chunks, pixels, p.P, p.Q, p.K, splits, ceil_div(pixels, splits), p.y_n, p.y_h, p.y_w,
             SPLIT=splits > 1, INT64=_y_int64(p), BY_HAND=by_hand(y.dtype),
             BLOCK_M=BGRAD_BLOCK_M, BLOCK_N=BGRAD_BLOCK_N, num_warps=4,
         )  # fmt: skip

@@ -45,6 +45,7 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
     gg = torch.ops.cnnfast.conv2d(xg, wg, None, *grouped)
     fused = (*conv[0][:4], "relu", *conv[0][4:])
     norm, bn = [torch.rand(4) + 0.5 for _ in range(4)], ("relu", True, 1e-5, "auto", False)
+    around = (*conv[0][:4], "relu", 1e-5, 1e-5, *conv[0][4:])
     scale, shift = torch.rand(6) + 0.5, torch.randn(6)
     return {
         "conv2d": [(x, w, b, *conv[0]), (last[0], last[1], None, *conv[0]), (xg, wg, b, *grouped)],
@@ -69,6 +70,11 @@ def _samples() -> dict[str, list[tuple[Any, ...]]]:
             (x, w, b, scale, shift, g, *fused), (last[0], last[1], None, scale, shift, None, *fused),
             (x, w, None, None, None, last[2], *fused),
         ],
+        "bn_act_conv": [
+            (x, w, b, *norm, *around), (last[0], last[1], None, *[None] * 4, *around),
+        ],
+        "bn_act_conv_wgrad": [(x, g, *norm, ws, False, *around), (last[0], last[2], *norm, ws, True, *around)],
+        "bn_act_conv_dgrad": [(x, w, g, *norm, *around), (last[0], last[1], last[2], *norm, *around)],
         "max_pool2d": [(x, *pool), (last[0], *pool)],
         "max_pool2d_indices": [(x, *pool), (last[0], *pool)],
         "max_pool2d_dgrad": [(x, torch.randn(2, 4, 3, 3), *pool), (last[0], torch.randn(2, 4, 3, 3), *pool)],
@@ -200,9 +206,10 @@ def test_strict_never_reaches_aten(module: Any) -> None:
                 for dtype in dtypes:
                     t = {r: g.tensor for r, g in module.inputs(case, direction, dtype).items()}
                     module.call(case, direction, t, "fp32", "auto", True)
-    served = {e.selection.implementation.backend for e in events}
+    calls = [e for e in events if isinstance(e, dispatch.Event)]  # beside them: what other operators compose
+    served = {e.selection.implementation.backend for e in calls}
     assert served == {"cpu"}, served
-    assert len(events) >= len(module.CASES) * len(module.DIRECTIONS)
+    assert len(calls) >= len(module.CASES) * len(module.DIRECTIONS)
 
 
 @needs_cpu_kernels

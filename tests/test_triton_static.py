@@ -92,7 +92,7 @@ def examine(architecture: int, index: int) -> Facts:
     registers, stack = int(match[1]), int(match[2])
     counts = {name: len(re.findall(rf"\b{name}\b", assembly)) for name in INSTRUCTIONS}
     problems: list[str] = []
-    if stack or counts["STL"] or counts["LDL"]:
+    if counts["STL"] or counts["LDL"]:  # a frame of 8 bytes that nothing reads is no spill
         problems.append(f"spills: {stack} bytes of stack, {counts['STL']} stores, {counts['LDL']} loads")
     tensor_core = "HGMMA" if architecture == 90 else "HMMA"
     if variant.tensor_cores and not counts[tensor_core]:

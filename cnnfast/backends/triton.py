@@ -72,6 +72,20 @@ def _batch_norm(p: Problem) -> list[str]:
     return [f"numbers pixels in 32 bits: {pixels} are too many"] if pixels >= _PROGRAMS else []
 
 
+def _bn_act_conv(p: Problem) -> list[str]:
+    narrow = min(p.C, p.K) // p.G
+    return _conv2d(p) + [
+        reason
+        for wrong, reason in (
+            (p.direction != "fprop" and not p.normed, "x isn't normalised: the gradient is conv2d's"),
+            (p.N * p.P * p.Q == 0, "an empty result has no statistics"),
+            (p.N * p.H * p.W >= _PROGRAMS, "numbers pixels in 32 bits"),
+            (narrow < 16, f"{narrow} channels a group leave tiles empty: kernels for so few, and passes of their own"),
+        )
+        if wrong
+    ]
+
+
 # Bytes and multiply-adds x 2 a second on an H100 (benchmarks/bandwidth.py, convolutions.py; bf16 where dtypes differ).
 _LAUNCH = 8e-6
 _RATES = {
@@ -108,6 +122,7 @@ RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], 
     "adaptive_max_pool2d": ("adaptive_max_pool2d", _adaptive_pool2d, _moved),
     "batch_norm": ("batch_norm", _batch_norm, _moved),
     "add_act": ("add_act", _add_act, _moved),
+    "bn_act_conv_implicit_gemm": ("bn_act_conv", _bn_act_conv, _multiplied),
 }
 
 

@@ -126,7 +126,7 @@ def _batch_norm(
                     tensors = (input, weight, bias, mean, invstd, residual)
                     run = ops.batch_norm.find(tensors, params)
                     if run is not None:
-                        _update(running_mean, running_var, mean, unbiased, momentum)
+                        update(running_mean, running_var, mean, unbiased, momentum)
                         return ops.batch_norm.apply(run, tensors, params)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_tensors(op, input=input, **{k: t for k, t in (*vectors.items(), ("residual", residual)) if t is not None})
@@ -176,17 +176,18 @@ def _batch_norm(
         training, mean, var = False, None, None
     else:
         mean, var, unbiased = ops.batch_norm_stats(x.detach(), eps, backend, strict)
-        _update(running_mean, running_var, mean, unbiased, momentum)
+        update(running_mean, running_var, mean, unbiased, momentum)
     y = ops.batch_norm(x, w, b, mean, var, r, activation, training, eps, backend, strict)
     if dims == 4:
         return y
     return y.reshape(input.shape) if dims == 5 else y.reshape(input.shape).contiguous()
 
 
-def _update(
+def update(
     running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, unbiased: Tensor, momentum: float
 ) -> None:
     """The running averages' step, in place."""
+    """Moves the running averages by a share of a batch's mean and unbiased variance; None are left alone."""
     if running_mean is None or running_var is None:
         return
     with torch.no_grad():

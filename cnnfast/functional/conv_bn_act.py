@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from cnnfast import dispatch, ops
+from cnnfast import dispatch, ops, settings
 from cnnfast.errors import ShapeError
 from cnnfast.functional._arguments import (
     any_autocast,
@@ -21,7 +22,7 @@ from cnnfast.functional._arguments import (
     resolve_precision,
     scripting,
 )
-from cnnfast.functional.batch_norm import batch_norm_act, check_batch_norm, vector
+from cnnfast.functional.batch_norm import batch_norm_act, check_batch_norm, update, vector
 from cnnfast.functional.conv2d import conv2d
 
 
@@ -46,7 +47,8 @@ def conv_bn_act(
     """``act(batch_norm(conv2d(input, weight, bias)) + residual)``.
 
     In evaluation it is one kernel: the convolution applies everything else to its results before they leave for memory.
-    In training, and where the gradient of bn_weight is asked for, it is :func:`conv2d` and :func:`batch_norm_act`.
+    In training the convolution finds its results' statistics while it makes them, where a backend has a kernel for that;
+    elsewhere, and where the gradient of bn_weight is asked for, it is :func:`conv2d` and :func:`batch_norm_act`.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: As :func:`conv2d` takes them; the input with its batch.
@@ -66,6 +68,10 @@ def conv_bn_act(
     ops.activation_code("conv_bn_act", activation)
     if input.dim() != 4:
         raise ShapeError(f"conv_bn_act: expected a 4-D input (N, C, H, W), got shape {tuple(input.shape)}")
+    norm = (running_mean, running_var, bn_weight, bn_bias)
+    if training and trains_fused(input, weight, residual):
+        conv = (weight, bias, stride, padding, dilation, groups)
+        return normalised(conv_for_norm(input, conv, norm, activation, momentum, eps), residual)
     fused = not (training or scripting() or not_ours(input, weight)) and running_mean is not None
     if bn_weight is not None and bn_weight.requires_grad and torch.is_grad_enabled():
         fused = False
@@ -76,12 +82,7 @@ def conv_bn_act(
         return batch_norm_act(
             z, bn_weight, bn_bias, running_mean, running_var, residual, activation, training, momentum, eps
         )
-    stride, dilation = pair("conv_bn_act", "stride", stride), pair("conv_bn_act", "dilation", dilation)
-    if isinstance(padding, str):
-        pad = named_padding("conv_bn_act", padding, weight, stride, dilation)
-    else:
-        h, w = pair("conv_bn_act", "padding", padding)
-        pad = (h, h, w, w)
+    params = (*_params(weight, stride, padding, dilation, groups), activation)
     vectors = {"weight": bn_weight, "bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
     check_batch_norm("conv_bn_act", input, (1, weight.shape[0]), vectors, False, momentum, eps)
     wide = dispatch.ACCUMULATORS.get(input.dtype, torch.float32)
@@ -91,5 +92,86 @@ def conv_bn_act(
     scale = torch.add(var, eps).rsqrt()
     scale = scale if gamma is None else scale * gamma
     shift = -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
-    params = (stride, pad, dilation, integer("conv_bn_act", "groups", groups), activation)
     return ops.conv_bn_act(input, weight, bias, scale, shift, residual, *params, *resolve_precision(input.device))
+
+
+def _params(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: Any) -> tuple[Any, ...]:
+    """A convolution's arguments as operators take them."""
+    stride, dilation = pair("conv_bn_act", "stride", stride), pair("conv_bn_act", "dilation", dilation)
+    if isinstance(padding, str):
+        pad = named_padding("conv_bn_act", padding, weight, stride, dilation)
+    else:
+        h, w = pair("conv_bn_act", "padding", padding)
+        pad = (h, h, w, w)
+    return stride, pad, dilation, integer("conv_bn_act", "groups", groups)
+
+
+# ---- training: a convolution with its results' statistics, and what is left of its batch norm for the next one ---------
+
+
+class Pending(NamedTuple):
+    """A convolution's result before its batch norm and activation, which the next convolution may do while it reads."""
+
+    z: Tensor
+    mean: Tensor
+    invstd: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    activation: str
+    eps: float
+
+
+def trains_fused(input: Tensor | Pending, weight: Tensor, residual: Tensor | None) -> bool:
+    """Whether these go to :func:`conv_for_norm` and :func:`normalised`: where a backend has a kernel for them."""
+    x = input.z if isinstance(input, Pending) else input
+    if has_torch_function(x, weight) or scripting() or not_ours(x, weight) or x.dim() != 4 or x.numel() == 0:
+        return False
+    if any_autocast():
+        x, weight = autocast(x, weight)  # type: ignore[assignment]
+    if weight.dtype != x.dtype or (residual is not None and residual.dtype != x.dtype):
+        return False
+    dtype = dispatch.DTYPES[x.dtype]
+    return dispatch.has_kernel("bn_act_conv", dtype, x.device.type, settings._state[0])
+
+
+def conv_for_norm(
+    input: Tensor | Pending, conv: tuple[Any, ...], norm: tuple[Tensor | None, ...], activation: str, momentum: float,
+    eps: float,
+) -> Pending:  # fmt: skip
+    """A convolution in training with what its batch norm needs, which it finds while it writes its result.
+
+    Args:
+        input: A tensor, or what a convolution before left to be normalised.
+        conv: weight, bias, stride, padding, dilation, groups, as :func:`conv_bn_act` takes them.
+        norm: running_mean, running_var, both of which it updates, or None; bn_weight, bn_bias.
+        activation, momentum, eps: Of the batch norm.
+    """
+    weight, bias, *geometry = conv
+    if isinstance(input, Pending) and not ops.normalises_on_loading(weight):
+        input = normalised(input)
+    x, before = (input.z, input) if isinstance(input, Pending) else (input, None)
+    if any_autocast():
+        x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+    vectors = before[1:5] if before else (None,) * 4
+    act = (before.activation, before.eps) if before else ("none", 0.0)
+    params = (*_params(weight, *geometry), *act, float(eps), *resolve_precision(x.device))
+    z, mean, invstd, unbiased = ops.bn_act_conv(x, weight, bias, *vectors, *params)
+    named = dict(zip(("running_mean", "running_var", "weight", "bias"), norm, strict=True))
+    check_batch_norm("conv_bn_act", z, tuple(z.shape), named, True, momentum, eps)
+    running_mean, running_var, bn_weight, bn_bias = norm
+    update(running_mean, running_var, mean, unbiased, momentum)
+    wide = dispatch.ACCUMULATORS.get(z.dtype, torch.float32)
+    return Pending(z, mean, invstd, vector(bn_weight, wide), vector(bn_bias, wide), activation, float(eps))
+
+
+def normalised(pending: Tensor | Pending, residual: Tensor | None = None) -> Tensor:
+    """What a convolution left, normalised, with a residual added, and activated; a tensor is taken to be that."""
+    if isinstance(pending, Tensor):
+        return pending
+    z, mean, invstd, weight, bias, activation, eps = pending
+    if residual is not None and residual.shape != z.shape:
+        raise ShapeError(
+            f"conv_bn_act: expected a residual of the result's shape {tuple(z.shape)}, got {tuple(residual.shape)}"
+        )
+    backend, _, strict = settings._state
+    return ops.batch_norm(z, weight, bias, mean, invstd, residual, activation, True, eps, backend, strict)

@@ -7,17 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnnfast.functional.conv_bn_act import Pending
 from cnnfast.nn import BatchNorm2d, Conv2d, ConvBNAct
-from cnnfast.nn.conv_bn_act import conv_bn_act, plain
+from cnnfast.nn.conv_bn_act import conv_bn_act, conv_bn_act_pending, plain
 
 
 def conv_norm_act(
-    conv: torch.nn.Module, norm: torch.nn.Module, act: torch.nn.Module, x: Tensor, residual: Tensor | None = None
+    conv: torch.nn.Module,
+    norm: torch.nn.Module,
+    act: torch.nn.Module,
+    x: Tensor | Pending,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """``act(norm(conv(x)) + residual)`` of a block's modules: fused where they are cnnfast's and nobody watches them."""
     if plain(act, torch.nn.ReLU):
         return conv_bn_act(conv, norm, x, residual, "relu")
     return act(conv_bn_act(conv, norm, x, residual, "none"))
+
+
+def conv_norm_act_pending(
+    conv: torch.nn.Module, norm: torch.nn.Module, act: torch.nn.Module, x: Tensor | Pending
+) -> Tensor | Pending:
+    """:func:`conv_norm_act` of what only another ``conv_norm_act`` reads: in training on a GPU its norm is left to that."""
+    if plain(act, torch.nn.ReLU):
+        return conv_bn_act_pending(conv, norm, x, "relu")
+    return conv_norm_act(conv, norm, act, x)
 
 
 class Chain(torch.nn.Sequential):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, ReLU
 
-from cnnfast.models._blocks import Chain, conv_norm_act
+from cnnfast.models._blocks import Chain, conv_norm_act, conv_norm_act_pending
 from cnnfast.models._registry import network
 from cnnfast.nn import AdaptiveAvgPool2d, BatchNorm2d, Conv2d, MaxPool2d
 
@@ -61,7 +61,7 @@ class BasicBlock(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inplanes, H, W) to (N, planes, P, Q)."""
-        y = conv_norm_act(self.conv1, self.bn1, self.relu, x)
+        y = conv_norm_act_pending(self.conv1, self.bn1, self.relu, x)
         identity = x if self.downsample is None else self.downsample(x)
         return conv_norm_act(self.conv2, self.bn2, self.relu, y, identity)
 
@@ -99,8 +99,8 @@ class Bottleneck(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inplanes, H, W) to (N, 4 * planes, P, Q)."""
-        y = conv_norm_act(self.conv1, self.bn1, self.relu, x)
-        y = conv_norm_act(self.conv2, self.bn2, self.relu, y)
+        y = conv_norm_act_pending(self.conv1, self.bn1, self.relu, x)
+        y = conv_norm_act_pending(self.conv2, self.bn2, self.relu, y)
         identity = x if self.downsample is None else self.downsample(x)
         return conv_norm_act(self.conv3, self.bn3, self.relu, y, identity)
 

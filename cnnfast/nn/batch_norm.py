@@ -20,17 +20,21 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
         """``act(self(input) + residual)`` in one pass over memory; see :func:`cnnfast.functional.batch_norm_act`."""
         if not has_torch_function_unary(input):  # a tracer's proxy has no dimensions to look at
             self._check_input_dim(input)
-        mean, var = self.running_mean, self.running_var
-        batch = self.training or (mean is None and var is None)
+        batch = self.training or (self.running_mean is None and self.running_var is None)
+        mean, var, momentum = self.averages()
+        if residual is None and activation == "none":
+            return functional.batch_norm(input, mean, var, self.weight, self.bias, batch, momentum, self.eps)
+        return functional.batch_norm_act(
+            input, self.weight, self.bias, mean, var, residual, activation, batch, momentum, self.eps
+        )
+
+    def averages(self) -> tuple[Tensor | None, Tensor | None, float]:
+        """The running averages that a batch is normalised by, or in training is to update, and its share; counts it."""
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # a cumulative average
                 momentum = 1.0 / float(self.num_batches_tracked)
         if self.training and not self.track_running_stats:
-            mean = var = None
-        if residual is None and activation == "none":
-            return functional.batch_norm(input, mean, var, self.weight, self.bias, batch, momentum, self.eps)
-        return functional.batch_norm_act(
-            input, self.weight, self.bias, mean, var, residual, activation, batch, momentum, self.eps
-        )
+            return None, None, momentum
+        return self.running_mean, self.running_var, momentum

@@ -22,6 +22,7 @@ from cnnfast.ops.batch_norm import (
     batch_norm_stats,
     batch_norm_wgrad,
 )
+from cnnfast.ops.bn_act_conv import bn_act_conv, bn_act_conv_dgrad, bn_act_conv_wgrad, normalises_on_loading
 from cnnfast.ops.conv2d import conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad
 from cnnfast.ops.conv2d import validate as validate_conv
 from cnnfast.ops.conv_bn_act import conv_bn_act
@@ -48,6 +49,9 @@ __all__ = [
     "batch_norm_dgrad",
     "batch_norm_stats",
     "batch_norm_wgrad",
+    "bn_act_conv",
+    "bn_act_conv_dgrad",
+    "bn_act_conv_wgrad",
     "conv2d",
     "conv2d_bgrad",
     "conv2d_dgrad",
@@ -58,6 +62,7 @@ __all__ = [
     "max_pool2d_dgrad",
     "max_pool2d_indices",
     "max_pool2d_jvp",
+    "normalises_on_loading",
     "prefers_channels_last",
     "validate_conv",
 ]

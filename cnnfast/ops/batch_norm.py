@@ -189,7 +189,7 @@ def _backward(needs: Sequence[bool], gradients: Sequence[Any], saved: Sequence[A
     if g is None:
         return (None,) * 6
     if torch.is_grad_enabled() or transforms_active():
-        return _composed(needs, g, (x, w, b, m, v), out, params)
+        return composed_backward(needs, g, (x, w, b, m, v), out, params)
     need_x, need_w, need_b, need_r = needs[0], needs[1], needs[2], needs[5]
     operands = (x, w, b, m, v, out, g)
     dw = db = dx = u = None
@@ -236,7 +236,8 @@ def _before(operands: Sequence[Any], xhat: Any, out: Any) -> Any:
     return z if b is None else z + _along(b)
 
 
-def _composed(needs: Sequence[bool], g: Any, operands: Sequence[Any], out: Any, params: tuple[Any, ...]) -> Any:
+def composed_backward(needs: Sequence[bool], g: Any, operands: Sequence[Any], out: Any, params: tuple[Any, ...]) -> Any:
+    """The gradients of (x, w, b, m, v, r), differentiable; operands are the first five, out the result if it was kept."""
     x, w = operands[:2]
     xhat, invstd = _normalised(operands, params)
     dz = _activation.backward(g.to(xhat.dtype), _before(operands, xhat, out), params[0])
@@ -252,7 +253,8 @@ def _composed(needs: Sequence[bool], g: Any, operands: Sequence[Any], out: Any, 
     )  # fmt: skip
 
 
-def _jvp(tangents: Sequence[Any], tensors: Sequence[Any], params: tuple[Any, ...]) -> Any:
+def tangent(tangents: Sequence[Any], tensors: Sequence[Any], params: tuple[Any, ...]) -> Any:
+    """The result's tangent, None where no operand has one."""
     (tx, tw, tb, _, _, tr), operands, out = tangents, tensors[:5], tensors[6] if len(tensors) > 6 else None
     x, w = operands[:2]
     xhat, invstd = _normalised(operands, params)
@@ -280,7 +282,7 @@ batch_norm = Operator(
     resolve=_resolve,
     fake=_fake,
     backward=_backward,
-    jvp=_jvp,
+    jvp=tangent,
     saves=lambda needs: (True, True, True, True, True, False),
     keeps=_keeps,
 )
