@@ -89,7 +89,7 @@ def load(name: str, seed: int = 0) -> Network:
         torch.manual_seed(seed)
         model = torchvision.models.get_model(name, weights=None, **options)
         if cached is None:
-            _calibrate(model, size)
+            calibrate(model, _smooth(size))
         else:
             model.load_state_dict(torch.load(cached, map_location="cpu", weights_only=True))
     weights = RANDOM if cached is None else "published weights"
@@ -116,20 +116,23 @@ def _cached(weights: Any) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _calibrate(model: torch.nn.Module, size: int) -> None:
-    """Sets running statistics from one batch of smooth noise, whose spectrum is roughly that of photographs."""
+def calibrate(model: torch.nn.Module, images: torch.Tensor) -> None:
+    """Sets the statistics of a model's batch norms to those of one batch (N, C, H, W); the model is then in evaluation."""
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     model.eval()
     if not norms:
         return
-    smooth = torch.nn.functional.interpolate(torch.randn(2, 3, 16, 16), size=(size, size), mode="bilinear")
-    images = smooth + 0.2 * torch.randn(2, 3, size, size)
     momenta = [m.momentum for m in norms]
     for m in norms:
-        m.train()
-        m.momentum = 1.0
+        m.training, m.momentum = True, 1.0
     with torch.no_grad():
         model(images)
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     model.eval()
+
+
+def _smooth(size: int) -> torch.Tensor:
+    """Two images of smooth noise, whose spectrum is roughly that of photographs."""
+    smooth = torch.nn.functional.interpolate(torch.randn(2, 3, 16, 16), size=(size, size), mode="bilinear")
+    return smooth + 0.2 * torch.randn(2, 3, size, size)
