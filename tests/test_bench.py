@@ -35,14 +35,16 @@ class _Classifier(nn.Module):
 
 @pytest.mark.parametrize("name", peers.PEERS)
 def test_peer(name: str) -> None:
-    """Equal results, from a copy: the model keeps its format."""
+    """Equal results, from a copy: the model keeps its format. Images in channels_last, which others must copy and keep."""
     pytest.importorskip(PACKAGES[name])
     if name == "ONNX Runtime":
         pytest.importorskip("onnx")
     torch.manual_seed(0)
     model, x = _Classifier().eval(), torch.randn(2, 3, 16, 16)
-    run = peers.PEERS[name](copy.deepcopy(model), x)
+    run = peers.PEERS[name](copy.deepcopy(model), x.contiguous(memory_format=torch.channels_last))
     for _ in range(2):
+        others = [torch.full_like(x, float("nan")) for _ in range(20)]  # memory that was given back is used again
+        assert len(others) == 20
         torch.testing.assert_close(run(), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
