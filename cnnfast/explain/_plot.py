@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _COLOURS = ("#2a78b5", "#e0812b", "#3f9b52", "#8d6cab", "#c6453e", "#7f7f7f", "#17a2b0", "#b5a642")
 _LINE = 0.2  # inches of a bar with its label
-_NAMED = 4  # calls with their names in the roofline: those that take longest
+_NAMED = 6  # calls with their names in the roofline: those that take longest
 
 
 def plot(explanation: Explanation, path: str | Path) -> None:
@@ -34,8 +34,10 @@ def plot(explanation: Explanation, path: str | Path) -> None:
     if roof:
         _roofline(axes[0], roof, colours, explanation)
     handles = _bars(axes[-1], rows, colours, explanation)
-    figure.suptitle(explanation.headline(), x=0.01, ha="left", fontsize=12)
-    figure.legend(handles=handles, fontsize=8, loc="outside lower left", frameon=False)
+    figure.legend(
+        handles=handles, title=explanation.headline(), title_fontsize=12, fontsize=8, loc="outside upper left",
+        alignment="left", frameon=False,
+    )  # fmt: skip
     figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.15)  # long labels may not be cut
 
 
@@ -74,8 +76,11 @@ def _roofline(axes: Any, rows: Sequence[Row], colours: dict[str, str], explanati
     areas = [max(6.0, 260 * row.seconds / longest) for row in rows]
     shades = [colours[row.kernel] for row in rows]
     axes.scatter(intensity, rate, s=areas, c=shades, alpha=0.65, linewidths=0.5, edgecolors="white", zorder=3)
+    named: list[tuple[float, float]] = []
     for x, y, row in sorted(zip(intensity, rate, rows, strict=True), key=lambda point: -point[2].seconds)[:_NAMED]:
-        axes.annotate(row.layer, (x, y), (5, -9), textcoords="offset points", fontsize=7)
+        if all(max(x / u, u / x, y / v, v / y) > 1.3 for u, v in named):  # names of calls that are alike would overlap
+            axes.annotate(row.layer, (x, y), (6, -10), textcoords="offset points", fontsize=7)
+            named.append((x, y))
     left, right = min(intensity) / 1.5, max(intensity) * 1.5
     bandwidth = max(row.bandwidth for row in rows if row.bandwidth)
     for peak in sorted({row.peak for row in rows if row.peak}):
@@ -91,7 +96,7 @@ def _roofline(axes: Any, rows: Sequence[Row], colours: dict[str, str], explanati
     axes.set_xlabel("FLOP a byte, each operand counted once")
     axes.set_ylabel("TFLOP/s, of the direct algorithm")
     axes.set_title(
-        f"roofline: {bandwidth / 1e9:.3g} GB/s; an area is a call's share of the time", loc="left", fontsize=9
+        f"roofline: {bandwidth / 1e9:,.0f} GB/s; an area is a call's share of the time", loc="left", fontsize=9
     )
     axes.grid(which="both", color="#eeeeee", linewidth=0.5)
     axes.set_axisbelow(True)
