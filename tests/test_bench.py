@@ -52,9 +52,10 @@ def test_a_peer_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
         raise RuntimeError("no such operator\nand more")
 
-    monkeypatch.setattr(bench, "PEERS", {"broken": broken})
+    monkeypatch.setattr(bench, "PEERS", {"broken": broken, "wrong": lambda model, x: lambda: 1.1 * model(x)})
     record = bench.measure("m", _Classifier().eval(), torch.randn(1, 3, 16, 16), rounds=1, peers=True)
-    assert record["missing"] == {"broken": "RuntimeError: no such operator"}
+    reason = "its output is off by 0.1 of the largest"
+    assert record["missing"] == {"broken": "RuntimeError: no such operator", "wrong": reason}
     assert set(record["timings"]) == {"torch NCHW", "torch channels_last", "cnnfast", "cnnfast fused"}
     assert not record["wrong"]
 
