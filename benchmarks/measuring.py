@@ -52,13 +52,21 @@ def parametrize(
 
 @functools.cache
 def _measured(
-    build: Build, workload: Any, direction: str, batch: int, dtype: str, device: str, rounds: int, with_compile: bool
+    build: Build,
+    workload: Any,
+    direction: str,
+    batch: int,
+    dtype: str,
+    device: str,
+    rounds: int,
+    with_compile: bool,
+    ours: str,
 ) -> tuple[dict[str, timing.Timing], dict[str, str], str]:
     """Timings of all competitors, why others are missing, and the kernel(s) that served ours."""
     with fair(device):
         functions, missing = build(workload, direction, batch, getattr(torch, dtype), device, with_compile)
         with settings.observe() as events:
-            functions[OURS]()
+            functions[ours]()
         found = [getattr(getattr(e, "selection", None), "implementation", None) for e in events]
         kernels = list(dict.fromkeys(i.name for i in found if i is not None)) or ["torch"]
         kernel = ", ".join(kernels) if len(kernels) <= _NAMED else f"{len(kernels)} kernels"
@@ -85,7 +93,7 @@ def run(
     """
     dtype, with_compile = option("--dtype"), with_compile and not option("--no-compile")
     timings, missing, kernel = _measured(
-        build, workload, direction, batch, dtype, option("--device"), option("--rounds"), with_compile
+        build, workload, direction, batch, dtype, option("--device"), option("--rounds"), with_compile, ours
     )
     if name not in timings:
         pytest.skip(missing.get(name, "not timed"))
