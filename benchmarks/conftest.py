@@ -1,7 +1,7 @@
 """Options of the benchmarks, and the table at their end.
 
-``pytest benchmarks --benchmark-only``: about one layer in four, forward at batch 1 and backward at batch 4; ``--full``:
-all. ``-k``: a part, such as ``-k "max_pool2d and backward"`` or ``-k "conv2d and 3x3"``.
+``pytest benchmarks --benchmark-only``: about one layer in four, forward at batch 1 and backward at batch 4, and two whole
+networks; ``--full``: all. ``-k``: a part, such as ``-k "max_pool2d and backward"``, ``-k "conv2d and 3x3"``, ``-k networks``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from cnnfast.report import timing
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cnnfast")
-    group.addoption("--full", action="store_true", help="every distinct layer of nine networks, not one in four")
+    group.addoption(
+        "--full", action="store_true", help="every distinct layer of nine networks, not one in four, and all networks"
+    )
     group.addoption("--batch", type=int, help="batch size of both directions (default: 1 forward, 4 backward)")
     group.addoption("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     group.addoption("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])

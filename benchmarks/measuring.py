@@ -19,6 +19,7 @@ from tables import ROWS
 from cnnfast import settings
 from cnnfast.report import timing
 
+_NAMED = 8  # kernels, at most, whose names a table lists
 Competitors = tuple[dict[str, Function], dict[str, str]]  # name -> function to time, name -> why it is missing
 
 
@@ -28,31 +29,48 @@ Competitors = tuple[dict[str, Function], dict[str, str]]  # name -> function to 
 Build = Callable[[Any, str, int, torch.dtype, str, bool], Competitors]
 
 
-def parametrize(metafunc: pytest.Metafunc, workloads: Sequence[Any], with_compile: Sequence[str]) -> None:
-    """Every workload in both directions by every competitor; torch.compile in the directions named."""
+BOTH = {"forward": 1, "backward": 4}  # direction -> its usual batch
+
+
+def parametrize(
+    metafunc: pytest.Metafunc, workloads: Sequence[Any], with_compile: Sequence[str], directions: Mapping[str, int] = BOTH,
+    competitors: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Every workload in its directions by every competitor; torch.compile in the directions named."""
     option = metafunc.config.getoption
-    given = option("--batch")
     rows = [
-        pytest.param(direction, batch, workload, name, id=f"{direction}-{batch}-{workload}-{name}".replace(" ", "_"))
-        for direction, batch in (("forward", given or 1), ("backward", given or 4))
-        for workload, name in itertools.product(workloads, names(option("--device")))
+        pytest.param(
+            direction, option("--batch") or batch, workload, name,
+            id=f"{direction}-{option('--batch') or batch}-{workload}-{name}".replace(" ", "_"),
+        )
+        for direction, batch in directions.items()
+        for workload, name in itertools.product(workloads, competitors or names(option("--device")))
         if name != COMPILE or (direction in with_compile and not option("--no-compile"))
-    ]
+    ]  # fmt: skip
     metafunc.parametrize(("direction", "batch", "workload", "name"), rows)
 
 
 @functools.cache
 def _measured(
-    build: Build, workload: Any, direction: str, batch: int, dtype: str, device: str, rounds: int, with_compile: bool
+    build: Build,
+    workload: Any,
+    direction: str,
+    batch: int,
+    dtype: str,
+    device: str,
+    rounds: int,
+    with_compile: bool,
+    ours: str,
 ) -> tuple[dict[str, timing.Timing], dict[str, str], str]:
     """Timings of all competitors, why others are missing, and the kernel(s) that served ours."""
     with fair(device):
         functions, missing = build(workload, direction, batch, getattr(torch, dtype), device, with_compile)
         with settings.observe() as events:
-            functions[OURS]()
+            functions[ours]()
         found = [getattr(getattr(e, "selection", None), "implementation", None) for e in events]
-        kernels = ", ".join(dict.fromkeys(i.name for i in found if i is not None)) or "torch"
-        return timing.interleaved(functions, rounds=rounds, budget_s=20.0), missing, kernels
+        kernels = list(dict.fromkeys(i.name for i in found if i is not None)) or ["torch"]
+        kernel = ", ".join(kernels) if len(kernels) <= _NAMED else f"{len(kernels)} kernels"
+        return timing.interleaved(functions, rounds=rounds, budget_s=20.0), missing, kernel
 
 
 class _Replay:
@@ -67,17 +85,20 @@ class _Replay:
 
 def run(
     op: str, build: Build, workload: Any, direction: str, batch: int, name: str, with_compile: bool, benchmark: Any,
-    machine: Mapping[str, Any], option: Callable[[str], Any],
+    machine: Mapping[str, Any], option: Callable[[str], Any], ours: str = OURS,
 ) -> None:  # fmt: skip
-    """Measures a workload where that hasn't been done yet, and gives one competitor's samples to pytest-benchmark."""
+    """Measures a workload where that hasn't been done yet, and gives one competitor's samples to pytest-benchmark.
+
+    ``ours``: the competitor that tables compare with the others.
+    """
     dtype, with_compile = option("--dtype"), with_compile and not option("--no-compile")
     timings, missing, kernel = _measured(
-        build, workload, direction, batch, dtype, option("--device"), option("--rounds"), with_compile
+        build, workload, direction, batch, dtype, option("--device"), option("--rounds"), with_compile, ours
     )
     if name not in timings:
         pytest.skip(missing.get(name, "not timed"))
     # a backward pass: two products for a convolution; a pooling reads its input and the gradient, and writes another
-    flops = workload.flops(batch) * (1 if direction == "forward" else 2)
+    flops = workload.flops(batch) * {"forward": 1, "training step": 3}.get(direction, 2)
     moved = workload.bytes(batch, getattr(torch, dtype).itemsize, direction)
     best = min(t.median for peer, t in timings.items() if not peer.startswith(OURS))
     benchmark.group = f"{op} {direction}, batch {batch}: {workload}"
@@ -89,10 +110,10 @@ def run(
     )  # fmt: skip
     benchmark._timer = _Replay(timings[name].samples)
     benchmark.pedantic(lambda: None, rounds=len(timings[name].samples), iterations=1, warmup_rounds=0)
-    if name == OURS:
+    if name == ours:
         ROWS.append({
             "group": f"{op} {direction}, batch {batch}, {dtype}: {workload.kind}", "layer": str(workload),
-            "ms": {n: t.ms for n, t in timings.items()}, "missing": missing, "gflops": flops / timings[OURS].median / 1e9,
-            "gbytes_s": moved / timings[OURS].median / 1e9, "ratio": best / timings[OURS].median, "kernel": kernel,
-            "machine": machine,
+            "ms": {n: t.ms for n, t in timings.items()}, "missing": missing, "gflops": flops / timings[ours].median / 1e9,
+            "gbytes_s": moved / timings[ours].median / 1e9, "ratio": best / timings[ours].median, "kernel": kernel,
+            "machine": machine, "ours": ours,
         })  # fmt: skip

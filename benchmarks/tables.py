@@ -59,7 +59,7 @@ def _layers(title: str, members: Sequence[Mapping[str, Any]], providers: Sequenc
 
 def _means(rows: Sequence[Mapping[str, Any]], peers: Sequence[str]) -> list[str]:
     ratios = [row["ratio"] for row in rows]
-    against = [[row["ms"][p] / row["ms"][OURS] for row in rows if p in row["ms"]] for p in peers]
+    against = [[row["ms"][p] / row["ms"][row.get("ours", OURS)] for row in rows if p in row["ms"]] for p in peers]
     means = [f"{geometric_mean(a):.2f}" if a else "-" for a in against]
     return [
         str(len(rows)), *means, f"{geometric_mean(ratios):.2f}", f"{min(ratios):.2f}", str(sum(r < 1 for r in ratios)),

@@ -15,6 +15,7 @@ import torch
 
 import cnnfast
 from cnnfast import _render, dispatch, tuning
+from cnnfast.explain import GPUS, machine_limits
 from cnnfast.report import bench, networks, plots, tables, timing, tune
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,11 +121,15 @@ def _explain(options: argparse.Namespace) -> int:
     dtype = DTYPES[options.dtype]
     x = _images(options.batch, options.size or network.size, dtype)
     model = network.model.to(dtype)
-    if not options.torch:
+    if options.fused:
+        model = cnnfast.fuse(model)
+    elif not options.torch:
         model = cnnfast.convert(model, inplace=True)
+    if options.measure and not options.device:
+        machine_limits(dispatch.DTYPES[dtype], torch.get_num_threads(), again=True)
     with _running(network.name, x):
-        explanation = cnnfast.explain(model, x, runs=options.runs)
-    explanation.model = network.name
+        explanation = cnnfast.explain(model, x, runs=options.runs, device=options.device)
+    explanation.model = network.name + " fused" * options.fused
     print(explanation)
     if options.json:
         explanation.to_json(options.json)
@@ -330,10 +335,16 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "explain", _explain, "which kernel serves each layer of a network, why the others don't, and how fast"
     )
-    command.add_argument("network", help="torchvision's name of a classifier, or " + networks.LITE0)
+    command.add_argument("network", help=networks.EXPECTED)
     common(command)
     command.add_argument("--runs", type=_positive, default=5, metavar="N", help="timed runs; default: 5")
-    command.add_argument("--torch", action="store_true", help="the network as it is, not converted")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--torch", action="store_true", help="the network as it is, not converted")
+    how.add_argument("--fused", action="store_true", help="the network as cnnfast.fuse makes it, kernel by kernel")
+    command.add_argument("--device", metavar="GPU",
+                         help=f"what is predicted for a card, without one: {', '.join(GPUS)}")  # fmt: skip
+    command.add_argument("--measure", action="store_true",
+                         help="measure this machine's limits once more: it was busy when that was done")  # fmt: skip
     command.add_argument("--json", metavar="PATH", help="also write it as JSON, with every reason")
     command.add_argument("--plot", metavar="PATH", help="also plot the time of each layer; the ending says the format")
 

@@ -458,7 +458,7 @@ def observed(selection: Selection, run: Callable[..., Any]) -> Callable[..., Any
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One observed call: what served it and how long the host took (on a CPU: the whole call)."""
+    """One observed call: what served it and how long the host took (on a CPU: the whole call); a plan knows the layer."""
 
     selection: Selection
     seconds: float
@@ -471,3 +471,23 @@ class Unserved:
 
     op: str
     reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchCall:
+    """A call of torch's own: its name, shapes and dtype, how long the host took, and why it was no kernel of ours."""
+
+    op: str
+    problem: str
+    dtype: torch.dtype
+    seconds: float
+    reason: str
+    layer: str = ""
+
+    @classmethod
+    def of(
+        cls, op: str, args: Sequence[Any], out: torch.Tensor, seconds: float, reason: str, layer: str = ""
+    ) -> TorchCall:
+        """From the call's arguments and result."""
+        shapes = ", ".join("x".join(map(str, a.shape)) for a in args if isinstance(a, torch.Tensor))
+        return cls(op, f"{shapes} -> {'x'.join(map(str, out.shape))}", out.dtype, seconds, reason, layer)

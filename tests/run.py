@@ -33,9 +33,9 @@ BUILD = ROOT / "build"
 PLAIN = "not gpu and not emulated and not interpreter"
 # Tests that torch's version says nothing about: not run with the oldest torch.
 VERSIONLESS = (
-    "test_bench.py", "test_benchmarks.py", "test_cli.py", "test_cuda*.py", "test_demo.py",
-    "test_design.py", "test_emulation*.py", "test_harness.py", "test_kernels.py", "test_layers.py",
-    "test_packaging.py", "test_triton*.py", "test_workloads.py",
+    "test_bench.py", "test_benchmarks.py", "test_classes.py", "test_cli.py", "test_cuda*.py", "test_demo.py",
+    "test_design.py", "test_emulation*.py", "test_explain.py", "test_harness.py", "test_kernels.py", "test_layers.py",
+    "test_models_of_others.py", "test_packaging.py", "test_triton*.py", "test_workloads.py",
 )  # fmt: skip
 
 

@@ -35,14 +35,16 @@ class _Classifier(nn.Module):
 
 @pytest.mark.parametrize("name", peers.PEERS)
 def test_peer(name: str) -> None:
-    """Equal results, from a copy: the model keeps its format."""
+    """Equal results, from a copy: the model keeps its format. Images in channels_last, which others must copy and keep."""
     pytest.importorskip(PACKAGES[name])
     if name == "ONNX Runtime":
         pytest.importorskip("onnx")
     torch.manual_seed(0)
     model, x = _Classifier().eval(), torch.randn(2, 3, 16, 16)
-    run = peers.PEERS[name](copy.deepcopy(model), x)
+    run = peers.PEERS[name](copy.deepcopy(model), x.contiguous(memory_format=torch.channels_last))
     for _ in range(2):
+        others = [torch.full_like(x, float("nan")) for _ in range(20)]  # memory that was given back is used again
+        assert len(others) == 20
         torch.testing.assert_close(run(), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
@@ -50,9 +52,10 @@ def test_a_peer_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
         raise RuntimeError("no such operator\nand more")
 
-    monkeypatch.setattr(bench, "PEERS", {"broken": broken})
+    monkeypatch.setattr(bench, "PEERS", {"broken": broken, "wrong": lambda model, x: lambda: 1.1 * model(x)})
     record = bench.measure("m", _Classifier().eval(), torch.randn(1, 3, 16, 16), rounds=1, peers=True)
-    assert record["missing"] == {"broken": "RuntimeError: no such operator"}
+    reason = "its output is off by 0.1 of the largest"
+    assert record["missing"] == {"broken": "RuntimeError: no such operator", "wrong": reason}
     assert set(record["timings"]) == {"torch NCHW", "torch channels_last", "cnnfast", "cnnfast fused"}
     assert not record["wrong"]
 

@@ -85,6 +85,42 @@ def test_tables(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
         assert part in words, part
 
 
+def test_whole_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every competitor's output, and a training step's loss, are held against torch's before anything is timed."""
+    pytest.importorskip("torchvision")
+    import test_networks
+
+    from cnnfast.report import bench, networks
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, 2), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.LazyLinear(9)
+    )
+    model(torch.zeros(1, 3, 16, 16))
+    small = networks.Network("small", model.eval(), networks.RANDOM, 16, (0.5,) * 3, (0.2,) * 3)
+    monkeypatch.setattr(test_networks, "_loaded", lambda name: small)
+    workload = test_networks.Whole("small")
+    assert workload.flops(3) == 3 * 2 * (7 * 7 * 8 * 27 + 7 * 7 * 8 * 9)
+    monkeypatch.setattr(bench, "PEERS", {"torch.compile": lambda model, x: lambda: 1.1 * model(x)})
+    monkeypatch.setattr(test_networks.peers, "PEERS", bench.PEERS)
+    found, missing = test_networks._forward(workload, "forward", 2, torch.float32, "cpu", False)
+    assert (set(found), missing) == ({test_networks.FUSED, *providers.names("cpu")[:3]}, {})
+    with pytest.raises(AssertionError, match=r"torch.compile, small: off by 0\.1 of the result's norm"):
+        test_networks._forward(workload, "forward", 2, torch.float32, "cpu", True)
+    found, _ = test_networks._step(workload, "training step", 2, torch.float32, "cpu", False)
+    assert set(found) == set(providers.names("cpu")[:3])
+    first = {name: float(step()) for name, step in found.items()}
+    assert max(first.values()) - min(first.values()) < 1e-4
+    training = bench.training
+    monkeypatch.setattr(
+        bench,
+        "training",
+        lambda model, x: {k: lambda v=v, k=k: v() + (k == "cnnfast") for k, v in training(model, x).items()},
+    )
+    with pytest.raises(AssertionError, match="cnnfast, small: a loss of"):
+        test_networks._step(workload, "training step", 2, torch.float32, "cpu", False)
+
+
 def test_memory() -> None:
     """A fresh process says what it had after the import and at its peak: more, by at least one layer's tensors."""
     command = [sys.executable, str(BENCHMARKS / "layers.py"), "--network", "alexnet", "--batch", "1"]

@@ -1,4 +1,4 @@
-"""``python -m cnnfast info | explain | describe | bench``, the tables that they print, and ``cnnfast.explain`` behind them."""
+"""``python -m cnnfast info | explain | describe | bench``, and the tables that they print (explain's: test_explain.py)."""
 
 from __future__ import annotations
 
@@ -190,132 +190,6 @@ def test_info_fits(columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "…" not in out
 
 
-# ---- explain ---------------------------------------------------------------------------------------------------------
-
-
-class Small(torch.nn.Module):
-    """A stem, a grouped convolution and a pooling on cnnfast, and one convolution that is left to torch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = cnnfast.Conv2d(3, 16, 3, padding=1)
-        self.grouped = cnnfast.Conv2d(16, 16, 3, padding=1, groups=4)
-        self.pool = cnnfast.MaxPool2d(2)
-        self.plain = torch.nn.Conv2d(16, 8, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.plain(self.pool(self.grouped(self.stem(x))))
-
-
-@pytest.fixture(scope="module")
-def explanation() -> Any:
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 20, 20).contiguous(memory_format=torch.channels_last)
-    return cnnfast.explain(Small().eval(), x, runs=2)
-
-
-needs_cpu = pytest.mark.skipif(cnnfast.backends.cpu.MODULE is None, reason="no native CPU module on this machine")
-
-
-@needs_cpu
-def test_explain(explanation: Any) -> None:
-    rows = {row.layer: row for row in explanation}
-    assert list(rows) == ["stem", "grouped", "pool", "plain"]
-    assert rows["stem"].kernel.startswith("cpu.conv2d_")
-    assert rows["grouped"].kernel.startswith("cpu.conv2d_")
-    assert rows["pool"].kernel.startswith("cpu.max_pool2d")
-    assert [row.layer for row in explanation.unserved] == ["plain"]
-    assert "not converted" in rows["plain"].reasons
-    for layer in ("stem", "grouped", "pool"):
-        assert rows[layer].ours
-        assert rows[layer].seconds > 0
-        assert rows[layer].of_limit > 0
-    assert rows["stem"].flops == 2 * 2 * 20 * 20 * 16 * 3 * 9
-    assert rows["stem"].problem == "2x3x20x20 -> 16x20x20, 3x3 pad 1, f32 nhwc"
-    names = {i.name for i in dispatch.implementations()}
-    assert {name for name, _ in rows["stem"].rejected} <= names  # records keep every variant and every reason
-
-
-@needs_cpu
-def test_explanation_as_json(explanation: Any, tmp_path: Path) -> None:
-    path = tmp_path / "explanation.json"
-    assert json.loads(explanation.to_json(path)) == json.loads(path.read_text())
-    data = json.loads(path.read_text())
-    assert (data["model"], data["runs"], data["torch"]) == ("Small", 2, torch.__version__)
-    assert [row["layer"] for row in data["rows"]] == ["stem", "grouped", "pool", "plain"]
-    for row, found in zip(data["rows"], explanation, strict=True):
-        assert row["kernel"] == found.kernel
-        assert [(name, tuple(why)) for name, why in row["rejected"]] == list(found.rejected)
-
-
-@needs_cpu
-@pytest.mark.parametrize("columns", [80, 120, 200])
-def test_explanation_as_text(explanation: Any, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer, kernel and number, nothing cut off, at any width."""
-    monkeypatch.setenv("COLUMNS", str(columns))
-    text = str(explanation)
-    assert widest(text) <= columns
-    assert "…" not in text
-    words = " ".join(text.split())
-    for row in explanation:
-        assert row.layer in words
-        assert row.kernel in text
-        assert f"{row.seconds * 1e3:.3f}" in words
-        if row.of_limit is not None:
-            assert re.search(rf"\b{row.of_limit * 100:.0f}\b", words)
-    for heading in ("ms", "GFLOP/s", "GB/s", "limit", "why not the others"):
-        assert heading in words
-    assert "2 threads" in words or f"{explanation.threads} thread" in words
-    assert "medians of 2 runs" in words
-    assert "not converted" in words
-
-
-@needs_cpu
-def test_explanation_plot(explanation: Any, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "explanation.png"
-    explanation.plot(path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="no rows"):
-        cnnfast.explain(lambda: None).plot(path)
-
-
-def test_explain_rejects() -> None:
-    with pytest.raises(ValueError, match="runs >= 1, got 0"):
-        cnnfast.explain(torch.nn.Identity(), torch.zeros(1), runs=0)
-    with pytest.raises(TypeError, match="a module or a function, got int"):
-        cnnfast.explain(3)  # type: ignore[arg-type]
-
-
-def test_nothing_of_ours(wide: None) -> None:
-    found = cnnfast.explain(torch.nn.Conv2d(3, 4, 3), torch.zeros(1, 3, 8, 8), runs=1)
-    assert "No kernel of cnnfast's ran. cnnfast.convert(model)" in str(found)
-    assert "The limit is" not in str(found)
-
-
-def test_brackets_are_text(wide: None) -> None:
-    """A layer's name or a reason may look like rich's markup."""
-    row = cnnfast.explain.__globals__["Row"]("a[red]b", "op", "", "1x[bold]", "f32", "torch", 1e-3,
-                                             rejected=(("cnnfast", ("got [1, x]",)),))  # fmt: skip
-    text = str(cnnfast.explain.__globals__["Explanation"]("model", [row], 1e-3, 1))
-    for part in ("a[red]b", "1x[bold]", "got [1, x]"):
-        assert part in text
-
-
-def test_explain_as_a_command(tmp_path: Path, wide: None, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("torchvision")
-    path, plot = tmp_path / "e.json", tmp_path / "e.png"
-    arguments = ["explain", "squeezenet1_1", "--size", "64", "--runs", "1", "--json", str(path), "--plot", str(plot)]
-    assert cli.main(arguments) == 0
-    out, data = capsys.readouterr().out, json.loads(path.read_text())
-    assert out.splitlines()[0].split()[:3] == ["layer", "problem", "kernel"]
-    assert data["model"] == "squeezenet1_1"
-    assert "squeezenet1_1: " in out
-    for row in data["rows"]:
-        assert row["layer"] in out
-    assert plot.stat().st_size > 10_000
-
-
 # ---- reasons ---------------------------------------------------------------------------------------------------------
 
 
@@ -333,7 +207,7 @@ def test_reason_lines() -> None:
     ]
 
 
-@needs_cpu
+@pytest.mark.skipif(cnnfast.backends.cpu.MODULE is None, reason="no native CPU module on this machine")
 def test_error_groups_variants() -> None:
     with cnnfast.backend("cpu.conv2d_grouped"), pytest.raises(NotImplementedError) as raised:
         cnnfast.functional.conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(4, 3, 3, 3))

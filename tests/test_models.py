@@ -7,8 +7,7 @@ import inspect
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -103,7 +102,14 @@ def test_names_and_shapes(name: str) -> None:
             assert type(module).__module__.startswith("cnnfast."), module
 
 
-@pytest.mark.parametrize("name", SHARED)
+# One of each kind, and others in turn: what they have more of the same, names and shapes say (above).
+KINDS = ("alexnet", "vgg11", "vgg11_bn", "googlenet", "inception_v3", "resnet18", "resnet50", "resnext50_32x4d")
+OTHERS = sorted(set(SHARED) - set(KINDS), key=lambda name: process.stable_hash("logits", name))
+
+
+@pytest.mark.parametrize(
+    "name", [*KINDS, *OTHERS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS[2:])]
+)
 def test_logits(name: str) -> None:
     """In evaluation, through the fused operations, fp32; loaded strictly both ways. NCHW and channels_last."""
     ours, torchvisions = pair(name)
@@ -473,107 +479,6 @@ def test_half_precision_and_autocast() -> None:
     assert y.dtype == torch.bfloat16
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     assert model.eval().bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-
-
-# ---- weights ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Path]:
-    before = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path / "hub"))
-    yield tmp_path / "hub" / "checkpoints"
-    torch.hub.set_dir(before)
-
-
-def test_weights_from_everything(tmp_path: Path, hub: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = torchvision.models.resnet18(num_classes=7)
-    state = source.state_dict()
-    plain, checkpoint = tmp_path / "plain.pth", tmp_path / "checkpoint.pt"
-    torch.save(state, plain)
-    torch.save({"model": state, "step": 3}, checkpoint)
-    given: list[Any] = [state, plain, str(plain), checkpoint, plain.as_uri()]
-    for weights in given:
-        assert same(models.resnet18(weights=weights, num_classes=7), source)
-        assert same(models.create("resnet18", weights=weights, num_classes=7, progress=False), source)
-    assert "100.0%" in capsys.readouterr().err  # the URL's, once
-    other = tmp_path / "other" / "plain.pth"  # of the same name, elsewhere
-    other.parent.mkdir()
-    torch.save(models.resnet18(num_classes=7).state_dict(), other)
-    assert not same(models.resnet18(weights=other.as_uri(), num_classes=7), source)
-    assert len(list(hub.iterdir())) == 2
-    source.load_state_dict(models.resnet18(num_classes=7).state_dict())  # and the other way round
-
-
-def published(hub: Path, enumeration: Any, state: Any) -> None:
-    """Puts weights where torch would have downloaded torchvision's to."""
-    hub.mkdir(parents=True, exist_ok=True)
-    torch.save(state, hub / enumeration.url.rsplit("/", 1)[1])
-
-
-def test_torchvisions_weights(hub: Path) -> None:
-    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-    source = torchvision.models.resnet18()
-    published(hub, weights, source.state_dict())
-    for given in (weights, "IMAGENET1K_V1", "DEFAULT", "ResNet18_Weights.DEFAULT", "ResNet18_Weights.IMAGENET1K_V1"):
-        assert same(models.resnet18(weights=given), source)
-    with pytest.raises(ValueError, match="for num_classes=1000, not 10"):
-        models.resnet18(weights="DEFAULT", num_classes=10)
-    with pytest.raises(ValueError, match="no weights IMAGENET1K_V7; torchvision has IMAGENET1K_V1"):
-        models.resnet18(weights="IMAGENET1K_V7")
-    with pytest.raises(ValueError, match="no weights ResNet50_Weights"):
-        models.resnet18(weights=torchvision.models.ResNet50_Weights.DEFAULT)
-    with pytest.raises(ValueError, match="torchvision has no weights for it"):
-        models.zfnet(weights="DEFAULT")
-
-
-def test_torchvisions_weights_of_networks_with_heads(hub: Path) -> None:
-    """As torchvision: the input is transformed, googlenet's heads are left out unless asked for, inception_v3's stay."""
-    for name, enumeration in (
-        ("googlenet", torchvision.models.GoogLeNet_Weights), ("inception_v3", torchvision.models.Inception_V3_Weights),
-    ):  # fmt: skip
-        published(hub, enumeration.DEFAULT, theirs(name, init_weights=False).state_dict())
-        for options in ({}, {"aux_logits": True}):
-            ours = models.create(name, weights="DEFAULT", **options)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that googlenet's heads aren't trained
-                other = torchvision.models.get_model(name, weights="DEFAULT", **options)
-            assert same(ours, other)
-            assert (ours.transform_input, ours.aux_logits) == (other.transform_input, other.aux_logits)
-        ours = models.create(name, weights="DEFAULT", aux_logits=False, transform_input=False)
-        assert not [key for key in ours.state_dict() if key.lower().startswith("aux")]
-        assert not ours.transform_input
-
-
-BAD_WEIGHTS: dict[str, tuple[Any, type[Exception], str]] = {
-    "no file": ("nowhere.pth", ValueError, "resnet18: no file 'nowhere.pth'"),
-    "a number": (3, ValueError, "expected weights as a path, a URL, a state dict or torchvision's name, got int"),
-    "pretrained": (True, ValueError, "got bool"),
-    "no state dict": ({"epoch": 3}, ValueError, "expected a state dict"),
-    "another network's": ({"fc.weight": torch.zeros(2, 2)}, RuntimeError, "Missing key"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_WEIGHTS)
-def test_bad_weights(name: str) -> None:
-    weights, error, sentence = BAD_WEIGHTS[name]
-    with pytest.raises(error, match=sentence):
-        models.resnet18(weights=weights)
-
-
-def test_file_that_is_no_state_dict(tmp_path: Path) -> None:
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match=r"list.pt: expected a state dict, or a checkpoint"):
-        models.resnet18(weights=tmp_path / "list.pt")
-
-
-def test_without_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(ImportError, match="pip install torchvision"):
-        models.resnet18(weights="DEFAULT")
-    assert models.describe("resnet18").parameters == 11689512
 
 
 def test_registry_is_what_the_package_exports() -> None:

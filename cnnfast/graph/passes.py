@@ -287,8 +287,9 @@ def _merge_group(editor: Editor, convs: list[fx.Node]) -> None:
     n, _, p, q = shape(first)
     channels = [shape(conv)[1] for conv in convs]
     wide = editor.call(first, CONV, tuple({**given[0], **merged}.values()), first, (n, sum(channels), p, q))
-    start = 0
+    pieces, start = [], 0
     for conv, count in zip(convs, channels, strict=True):
-        piece = editor.call(first, SLICE, (wide, 1, start, start + count, 1), conv)
+        pieces.append(editor.call(first, SLICE, (wide, 1, start, start + count, 1), conv))
         start += count
+    for conv, piece in zip(convs, pieces, strict=True):  # only now: the first is where the others are put
         editor.replace(conv, piece)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,6 +68,7 @@ class _Node:
     selection: dispatch.Selection
     operands: list[Value | None]  # in the signature's order
     outputs: list[Value]
+    layer: str  # of the network, for explain
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -104,8 +106,10 @@ class Plan:
         self._nodes: list[_Node] = []
         self._results: list[Value] = []
         self._native: Any = None
+        self._added: list[tuple[Any, ...]] = []  # what the native plan was made of
         self._owner: dispatch.Backend | None = None
         self.arena_bytes = 0
+        self.layer = ""  # that the next nodes belong to
 
     # ---- building
 
@@ -173,7 +177,7 @@ class Plan:
 
         selection = dispatch.select(problem, self.backend, strict=True, further=further)
         self._owner = dispatch.backends()[selection.implementation.backend]
-        self._nodes.append(_Node(selection, operands, made))
+        self._nodes.append(_Node(selection, operands, made, self.layer))
         return made
 
     def finish(self, results: Sequence[Value]) -> None:
@@ -201,7 +205,8 @@ class Plan:
             assert node.selection.implementation.node is not None
             kernel, params = node.selection.implementation.node(node.selection.problem, node.parameters)
             last = () if extra is None else (where(extra),)
-            self._native.add(kernel, params, [where(v) for v in node.operands], *last)
+            self._added.append((kernel, params, [where(v) for v in node.operands], *last))
+            self._native.add(*self._added[-1])
 
     def _pack(self, node: _Node) -> Value | None:
         """What the node's kernel makes of its constants beforehand, if they are all frozen: a constant of its own."""
@@ -234,10 +239,24 @@ class Plan:
         buffers = [base, *[t.data_ptr() for t in given], *[t.data_ptr() for t in self._seen]]
         buffers += [t.data_ptr() for t in results]
         assert self._owner is not None
-        threads = torch.get_num_threads()
-        self._native.run(buffers, base + self.arena_bytes, self._owner.stream(self.device), threads)
+        more = (base + self.arena_bytes, self._owner.stream(self.device), torch.get_num_threads())
+        if settings._observer is None:
+            self._native.run(buffers, *more)
+        else:
+            self._one_by_one(buffers, *more)
         self._shared.give(arena)
         return results
+
+    def _one_by_one(self, buffers: Sequence[int], *more: int) -> None:
+        """Runs the nodes, each timed for whoever observes."""
+        assert self._owner is not None
+        assert self._owner.plan is not None
+        for node, added in zip(self._nodes, self._added, strict=True):
+            single = self._owner.plan()
+            single.add(*added)
+            start = time.perf_counter()
+            single.run(buffers, *more)
+            settings.note(dispatch.Event(node.selection, time.perf_counter() - start, node.layer))
 
     @property
     def kernels(self) -> list[str]:

@@ -9,6 +9,8 @@ one's are the beginning or a stretch of the other's (dense blocks).
 from __future__ import annotations
 
 import dataclasses
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -89,12 +91,17 @@ class Call:
     arguments: Callable[[list[Any]], tuple[Any, Any]]
     output: int
     reason: str
+    layer: str = ""  # of the network, for explain
     frees: list[int] = dataclasses.field(default_factory=list)
 
     def run(self, tensors: list[Any]) -> None:
         """Reads and writes the program's tensors."""
         args, kwargs = self.arguments(tensors)
-        tensors[self.output] = self.function(*args, **kwargs)
+        start = time.perf_counter()
+        tensors[self.output] = out = self.function(*args, **kwargs)
+        if settings._observer is not None and self.reason and isinstance(out, torch.Tensor):
+            seconds = time.perf_counter() - start
+            settings.note(dispatch.TorchCall.of(self.name, args, out, seconds, self.reason, self.layer))
 
 
 @dataclasses.dataclass
@@ -285,7 +292,9 @@ class _Builder:
         function: Any = node.target
         if _reads_strides(function):
             function = _with_captured_strides(function, node)
-        return Call(str(node.target) if reason else name, function, fill, self.place(node), reason)
+        return Call(
+            str(node.target) if reason else name, function, fill, self.place(node), reason, _layer(node, self.constants)
+        )
 
     # ---- plans
 
@@ -427,6 +436,7 @@ class _Planner:
 
     def add(self, node: fx.Node) -> None:
         """Plans one node."""
+        self.plan.layer = _layer(node, self.builder.constants)
         try:
             self.values[node] = _PLANNED[node.target](self, node)
         except NotImplementedError as error:
@@ -512,6 +522,18 @@ class _Planner:
         x, dim = self.value(a["self"]), a["dim"]
         start = min(max(a["start"] or 0, 0), x.shape[dim])
         return x.narrow(dim, start, shape(node)[dim])
+
+
+def _layer(node: fx.Node, constants: Constants) -> str:
+    """The module that a node was recorded in: a convolution's by its weight's name, because a block may call it."""
+    weight = arguments(node)["w"] if node.target is CONV else None
+    if isinstance(weight, fx.Node) and weight.op == "get_attr":
+        merged = constants.key(str(weight.target)).split("; ")
+        names = [found[1] for key in merged if (found := re.search(r"([\w.]+)\.weight\b", key))]
+        if names:
+            return " + ".join(dict.fromkeys(names))
+    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return str(paths[-1]) if paths else ""
 
 
 def _layout(v: Value) -> str:

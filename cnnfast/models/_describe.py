@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import json
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import batchnorm, conv, pooling
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from cnnfast import _render
 from cnnfast.models import _registry
@@ -203,6 +204,30 @@ def _on_meta(model: torch.nn.Module) -> torch.nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach().to("meta")
     return copy.deepcopy(model, memo)
+
+
+def receptive_fields(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[int, int]]:
+    """By module, the receptive field of an element of its result, for a call with these arguments, which isn't made.
+
+    Empty where the meta device can't run the model: it looks at values, say.
+    """
+
+    def meta(leaf: Any) -> Any:
+        return leaf.detach().to("meta") if isinstance(leaf, Tensor) else leaf
+
+    layers: list[Layer] = []
+    try:
+        network = _on_meta(model)
+        for path, module in network.named_modules():
+            if not list(module.children()):
+                module.register_forward_hook(_recorder(layers, path))
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), _Fields():
+            network(*pytree.tree_map(meta, tuple(args)), **pytree.tree_map(meta, dict(kwargs)))
+    except Exception:  # whatever another one's model may raise there
+        return {}
+    return {layer.name: layer.receptive_field for layer in layers}
 
 
 # ---- fields ----------------------------------------------------------------------------------------------------------

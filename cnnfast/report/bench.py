@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,14 +20,14 @@ TOLERANCE = 1e-3
 
 
 def competitors(
-    model: torch.nn.Module, x: torch.Tensor, peers: bool = False
+    model: torch.nn.Module, x: torch.Tensor, peers: Collection[str] = ()
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """What a user could run, by name, each with its own copy of the model: torch's first, ours start with ``cnnfast``.
 
     Args:
         model: In eval mode, of the input's dtype and device.
         x: (N, C, H, W).
-        peers: Also those of :mod:`cnnfast.report.peers`.
+        peers: Also these of :mod:`cnnfast.report.peers`.
 
     Returns:
         Functions by name, and by name the reason why another is missing.
@@ -49,9 +49,9 @@ def competitors(
     }
     out["cnnfast fused"] = runner(fuse(model), NHWC)
     missing: dict[str, str] = {}
-    for name, peer in PEERS.items() if peers else ():
+    for name in peers:
         try:
-            out[name] = peer(copy.deepcopy(model), x)
+            out[name] = PEERS[name](copy.deepcopy(model), x)
         except Exception as error:  # whatever stops another project's converter: shown in the table
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
     return out, missing
@@ -75,7 +75,7 @@ def training(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[], 
 
         def run() -> torch.Tensor:
             optimizer.zero_grad(set_to_none=True)
-            logits = _output(network(images))
+            logits = output(network(images))
             if logits.dim() != 2:
                 raise ValueError(f"a training step needs logits (N, classes), got shape {tuple(logits.shape)}")
             loss = torch.nn.functional.cross_entropy(logits.float(), labels)
@@ -117,22 +117,27 @@ def measure(
 
     Returns:
         A record: ``workload, batch, shape, dtype, flops``, ``errors`` (of each, against torch in fp32, relative to the
-        largest output), ``wrong`` (names of ours that are too far off), ``missing`` (why peers are), ``timings`` (of
-        each), ``best_peer``,
-        ``best_ours`` and ``ratio``, the best peer's time over the best of ours: above 1 where cnnfast is faster.
+        largest output), ``wrong`` (names of ours that are too far off), ``missing`` (why peers are; those with wrong
+        outputs aren't timed), ``timings`` (of each), ``best_peer``, ``best_ours`` and ``ratio``, the
+        best peer's time over the best of ours: above 1 where cnnfast is faster.
     """
-    reference, flops = _reference(model, x)
+    expected, flops = reference(model, x)
     model = copy.deepcopy(model).to(x.dtype)
     functions: dict[str, Callable[[], Any]]
     missing: dict[str, str] = {}
     if train:
         functions = dict(training(model, x))
-        reference, flops = training(copy.deepcopy(model).float(), x.float())["torch NCHW"](), 3 * flops
+        expected, flops = training(copy.deepcopy(model).float(), x.float())["torch NCHW"](), 3 * flops
     else:
-        functions, missing = competitors(model, x, peers)
-    scale = float(reference.abs().max()) or 1.0
-    errors = {k: float((_output(f()).float() - reference).abs().max()) / scale for k, f in functions.items()}
+        functions, missing = competitors(model, x, tuple(PEERS) if peers else ())
+    scale = float(expected.abs().max()) or 1.0
+    errors = {k: float((output(f()).float() - expected).abs().max()) / scale for k, f in functions.items()}
     allowed = TOLERANCE if x.dtype == torch.float32 else 3 * max(errors["torch NCHW"], 1e-3)
+    for name in [
+        k for k in functions if k in PEERS and not errors[k] <= 10 * allowed
+    ]:  # other's rounding may be coarser
+        missing[name] = f"its output is off by {errors[name]:.1g} of the largest"
+        del functions[name]
     timings = interleaved(functions, rounds=rounds, budget_s=budget_s, progress=progress)
     others = [k for k in functions if not is_ours(k)]
     ours = [k for k in functions if is_ours(k)]
@@ -159,16 +164,16 @@ def is_ours(competitor: str) -> bool:
     return competitor.startswith("cnnfast")
 
 
-def _output(value: Any) -> torch.Tensor:
+def output(value: Any) -> torch.Tensor:
     """The tensor to compare: a model may return a tuple or a mapping of them."""
     while not isinstance(value, torch.Tensor):
         value = next(iter(value.values())) if isinstance(value, Mapping) else value[0]
     return value
 
 
-def _reference(model: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+def reference(model: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Torch's fp32 output for an input, and the FLOPs of its convolutions and matrix products."""
     plain = revert(model).float().to(memory_format=NCHW)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        out = _output(plain(x.float().contiguous()))
+        out = output(plain(x.float().contiguous()))
     return out, int(counter.get_total_flops())

@@ -1,4 +1,5 @@
-"""Networks by name for the command line, the demo and the benchmarks: torchvision's, and EfficientNet-Lite0.
+"""Networks by name for the command line, the demo and the benchmarks: torchvision's, those of ``cnnfast.models`` that it
+doesn't have (zfnet, inception_v2), and EfficientNet-Lite0.
 
 Nothing is downloaded. EfficientNet-Lite0's published weights come in a package; torchvision's are used where they lie
 in torch's cache already. Otherwise weights are random with a fixed seed, and the statistics of batch norm are set by
@@ -17,7 +18,12 @@ from typing import Any
 
 import torch
 
+from cnnfast import models
+from cnnfast.convert import revert
+from cnnfast.models import _registry
+
 LITE0 = "efficientnet_lite0"
+EXPECTED = f"torchvision's name of a classifier, one of cnnfast.models.list(), or {LITE0}"
 RANDOM = "random weights"
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -49,8 +55,8 @@ def _torchvision() -> Any:
 
 def names() -> list[str]:
     """The names that :func:`load` takes; ImportError without torchvision."""
-    models = _torchvision().models
-    found = models.list_models(module=models)
+    torchvision = _torchvision().models
+    found = {*torchvision.list_models(module=torchvision), *models.list()}
     return sorted([*found, *([LITE0] if importlib.util.find_spec("efficientnet_lite_pytorch") else [])])
 
 
@@ -75,8 +81,10 @@ def load(name: str, seed: int = 0) -> Network:
     torchvision = _torchvision()
     if name not in names():
         close = difflib.get_close_matches(name, names())
-        known = f"meant: {', '.join(close)}?" if close else f"expected torchvision's name of a classifier, or {LITE0}"
+        known = f"meant: {', '.join(close)}?" if close else f"expected {EXPECTED}"
         raise ValueError(f"unknown network {name!r}; {known}")
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        return _ours(name, seed)
     default = torchvision.models.get_model_weights(name).DEFAULT
     cached = _cached(torchvision.models.get_model_weights(name))
     size = int(getattr(default.transforms(), "crop_size", [224])[0])
@@ -89,11 +97,21 @@ def load(name: str, seed: int = 0) -> Network:
         torch.manual_seed(seed)
         model = torchvision.models.get_model(name, weights=None, **options)
         if cached is None:
-            _calibrate(model, size)
+            calibrate(model, _smooth(size))
         else:
             model.load_state_dict(torch.load(cached, map_location="cpu", weights_only=True))
     weights = RANDOM if cached is None else "published weights"
     return Network(name, model.eval(), weights, size, *_IMAGENET)
+
+
+def _ours(name: str, seed: int) -> Network:
+    """A network that torchvision doesn't have, on torch's modules, as all others come."""
+    size = _registry.entry(name).size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = revert(models.create(name))
+        calibrate(model, _smooth(size))
+    return Network(name, model.eval(), RANDOM, size, *_IMAGENET)
 
 
 def _lite0() -> Network:
@@ -116,20 +134,23 @@ def _cached(weights: Any) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _calibrate(model: torch.nn.Module, size: int) -> None:
-    """Sets running statistics from one batch of smooth noise, whose spectrum is roughly that of photographs."""
+def calibrate(model: torch.nn.Module, images: torch.Tensor) -> None:
+    """Sets the statistics of a model's batch norms to those of one batch (N, C, H, W); the model is then in evaluation."""
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     model.eval()
     if not norms:
         return
-    smooth = torch.nn.functional.interpolate(torch.randn(2, 3, 16, 16), size=(size, size), mode="bilinear")
-    images = smooth + 0.2 * torch.randn(2, 3, size, size)
     momenta = [m.momentum for m in norms]
     for m in norms:
-        m.train()
-        m.momentum = 1.0
+        m.training, m.momentum = True, 1.0
     with torch.no_grad():
         model(images)
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     model.eval()
+
+
+def _smooth(size: int) -> torch.Tensor:
+    """Two images of smooth noise, whose spectrum is roughly that of photographs."""
+    smooth = torch.nn.functional.interpolate(torch.randn(2, 3, 16, 16), size=(size, size), mode="bilinear")
+    return smooth + 0.2 * torch.randn(2, 3, size, size)

@@ -47,10 +47,11 @@ def openvino(model: torch.nn.Module, x: torch.Tensor) -> Callable[[], Any]:
         "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": precision,
     })  # fmt: skip
-    request, images = network.create_infer_request(), openvino.Tensor(x.contiguous().numpy(), shared_memory=True)
-    request.set_input_tensor(images)
+    request, images = network.create_infer_request(), x.contiguous().numpy()
+    request.set_input_tensor(openvino.Tensor(images, shared_memory=True))
 
     def run() -> Any:
+        assert images is not None  # they are OpenVINO's only as long as they are ours
         request.infer()
         return torch.from_numpy(request.get_output_tensor(0).data)
 

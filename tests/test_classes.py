@@ -1,0 +1,110 @@
+"""Top-1 and top-5 of every network on 64 photographs: float64's wherever torch's in fp32 are.
+
+Eager, fused, and torchvision's twin converted and fused. Weights are random, so the classes mean nothing; statistics of
+batch norm are those of the photographs, and the last layer looks only at what tells them apart, so that they differ.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from support import photographs, process
+
+import cnnfast
+from cnnfast import models
+from cnnfast.models import _registry
+from cnnfast.report import networks
+
+pytestmark = pytest.mark.skipif(
+    process.EMULATED or process.INTERPRETED, reason="needs no kernel: the plain process runs it"
+)
+IMAGES, BATCH = 64, 16
+SMALL = {"alexnet": 63, "inception_v3": 75, "zfnet": 95}
+CHEAP = ("alexnet", "googlenet", "inception_v2", "resnet18", "resnet34", "resnet50", "vgg11", "zfnet")
+SAMPLE = sorted(CHEAP, key=lambda name: process.stable_hash("classes", name))[:2]
+
+
+def build(name: str, images: torch.Tensor) -> torch.nn.Module:
+    """Our network in evaluation, its logits centred: they differ between the images by more than their rounding."""
+    torch.manual_seed(0)
+    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    model = models.create(name, **options)
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    networks.calibrate(model, images[:BATCH])
+    *_, last = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
+    features: list[torch.Tensor] = []
+    with torch.no_grad(), last.register_forward_pre_hook(lambda module, args: features.append(args[0])):
+        for part in images.split(BATCH):
+            model(part)
+        mean = torch.cat(features).mean(0)
+        direction = mean / mean.norm()
+        last.weight -= last.weight @ direction[:, None] * direction
+        last.bias.zero_()
+    return model
+
+
+def twin(name: str, model: torch.nn.Module) -> torch.nn.Module:
+    """torchvision's network with the same weights, or ours on torch's modules where it has none."""
+    if name in ("inception_v2", "zfnet"):
+        return cnnfast.revert(model)
+    torchvision = pytest.importorskip("torchvision")
+    options = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("meta"):
+        other = torchvision.models.get_model(name, **options)
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.eval()
+
+
+def logits(run: Callable[[torch.Tensor], Any], images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([run(part) for part in images.split(BATCH)]).double()
+
+
+def check(name: str, size: int) -> list[str]:
+    """Fails where a class of ours is wrong and torch's isn't; returns a line about each way to run the network."""
+    images = photographs.crops(IMAGES, size)
+    model = build(name, images)
+    other = twin(name, model)
+    exact = logits(copy.deepcopy(other).double(), images.double())
+    right = exact.topk(5).indices
+    assert len(set(right[:, 0].tolist())) > 8, "the images are told apart"
+    theirs = logits(other, images).topk(5).indices
+    nearly = (theirs == right).all(1).double().mean()
+    assert nearly > 0.9, "torch's fp32 classes are mostly float64's: the same network"
+    lines = [f"{name}, torch: all five of {int((theirs == right).all(1).sum())} images are float64's"]
+    for what, run in competitors(model, other):
+        ours = logits(run, images)
+        found = ours.topk(5).indices
+        first, all_five = (theirs[:, 0] == right[:, 0]), (theirs == right).all(1)
+        gaps = (exact.topk(6).values.diff().abs() / exact.abs().amax(1, keepdim=True)).amin(1)
+        error = float((ours - exact).abs().max() / exact.abs().max())
+        told = f"{name}, {what}: error {error:.1e} of the largest logit, closest classes {float(gaps.min()):.1e} apart"
+        assert bool((found[:, 0] == right[:, 0])[first].all()), told
+        assert bool((found == right).all(1)[all_five].all()), told
+        lines.append(f"{told}; all five of {int((found == right).all(1).sum())} images are float64's")
+    return lines
+
+
+def competitors(model: torch.nn.Module, other: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    yield "eager", model
+    yield "fused", cnnfast.fuse(model)
+    converted = cnnfast.convert(other)
+    yield "torchvision's, converted", converted
+    yield "torchvision's, converted and fused", cnnfast.fuse(converted)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_classes_of_small_images(name: str) -> None:
+    check(name, SMALL.get(name, 64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", models.list())
+def test_classes(name: str) -> None:
+    check(name, _registry.entry(name).size)
