@@ -13,13 +13,10 @@ fp32, channels_last input, weights as modules hold them, a bias where the networ
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from memory import MMAP_THRESHOLD, fresh, reset_peak, status
 from providers import CHANNELS_LAST, NCHW, OURS, TOLERANCE, geometric_mean, providers
 from tables import render
 from workloads import NETWORKS, Layer, distinct
@@ -107,17 +105,10 @@ def layers(
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-def _status(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(match.group(1)) * 1024 if match else 0
-
-
 def memory_child(provider: str, network: str, batch: int) -> None:
     """In a fresh process that has imported torch and cnnfast: runs each layer once; the peak, to standard output."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of the import itself may have been higher
-    baseline = _status("VmRSS")
+    reset_peak()  # that of the import itself may have been higher
+    baseline = status("VmRSS")
     convolution: Any = cnnfast.functional.conv2d if provider == OURS else F.conv2d
     last = torch.channels_last
     with torch.no_grad():
@@ -128,12 +119,7 @@ def memory_child(provider: str, network: str, batch: int) -> None:
             b = torch.zeros(layer.K) if layer.bias else None
             convolution(x, w, b, layer.stride, layer.padding, 1, layer.groups)
             del x, w, b
-    print(json.dumps({"baseline": baseline, "peak": _status("VmHWM")}))
-
-
-# glibc raises this threshold as it goes, and then keeps freed tensors or not, as its heap happens to lie: the same process
-# peaks at 51 or 82 MB, whoever computes. With it fixed what is dropped goes back, and a peak is what was needed.
-MMAP_THRESHOLD = "131072"
+    print(json.dumps({"baseline": baseline, "peak": status("VmHWM")}))
 
 
 def memory(networks: Sequence[str], batches: Sequence[int], threads: int, processes: int) -> dict[str, Any]:
@@ -145,11 +131,8 @@ def memory(networks: Sequence[str], batches: Sequence[int], threads: int, proces
         added: dict[str, list[int]] = {OURS: [], CHANNELS_LAST: []}
         for i in range(processes):
             for provider in list(added)[:: 1 if i % 2 == 0 else -1]:
-                command = [sys.executable, __file__, "--child", provider, "--network", network]
-                command += ["--batch", str(batch), "--threads", str(threads)]
-                environment = {"MALLOC_MMAP_THRESHOLD_": MMAP_THRESHOLD, **os.environ}
-                done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-                measured = json.loads(done.stdout.splitlines()[-1])
+                given = ("--network", network, "--batch", str(batch), "--threads", str(threads))
+                measured = fresh(__file__, "--child", provider, *given)
                 added[provider].append(measured["peak"] - measured["baseline"])
         medians = {provider: statistics.median(values) for provider, values in added.items()}
         ratio = medians[OURS] / medians[CHANNELS_LAST]

@@ -89,6 +89,18 @@ Kernel = Callable[[Sequence["torch.Tensor | None"]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Packing:
+    """How a kernel's constants are packed beforehand."""
+
+    bytes: int  # of the packed form
+    # packs the constants among the operands; the result is the node's packed operand
+    pack: Callable[[Sequence[torch.Tensor | None]], torch.Tensor]
+    # writes the weights of a packed form to their place among the operands. With it the packed form is all that the kernel
+    # reads, as long as the weights are finite; without it, it may read the constants themselves, too
+    unpack: Callable[[torch.Tensor, Sequence[torch.Tensor | None]], None] | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Implementation:
     """One kernel as dispatch sees it.
 
@@ -113,11 +125,8 @@ class Implementation:
     error_bound: tuple[float, str] = (3.0, "plain accumulation in the accumulator type, any order")
     # of a kernel in a native module: its id and packed parameters, which is what a plan runs
     node: Callable[[Problem, Mapping[str, int]], tuple[int, bytes]] | None = None
-    # of a native kernel that reads constants packed beforehand: prepare(problem, parameters) packs those of the operands
-    # that it is called with; the result is the node's packed operand
-    prepare: Callable[[Problem, Mapping[str, int]], Callable[[Sequence[torch.Tensor | None]], torch.Tensor]] | None = (
-        None
-    )
+    # of a native kernel that reads constants packed beforehand: how it packs them
+    prepare: Callable[[Problem, Mapping[str, int]], Packing] | None = None
     returns: bool = False  # True: the kernel returns its results (ATen) and is given None for the outputs
 
 

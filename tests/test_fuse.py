@@ -129,7 +129,7 @@ PASSES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "slices": (lambda: Applied(lambda m, x: m.b(m.a(x)[:, 2:5]) + m.a(x).chunk(3, 1)[1], a=_conv(5, 9), b=_conv(3, 3)), 3, 1),
     "flattened": (
         lambda: nn.Sequential(nn.MaxPool2d(3, 2), nn.Flatten(), nn.LazyLinear(20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 7)),
-        3, 0),
+        4, 0),
     "pools": (lambda: nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2, 1), nn.AdaptiveAvgPool2d((3, 2))), 3, 0),
     "pooled to its own size": (lambda: nn.Sequential(_conv(5, 6), nn.AdaptiveAvgPool2d((11, 13))), 1, 0),
     "shared": (lambda: nn.Sequential(c := _conv(5, 5), nn.BatchNorm2d(5), nn.ReLU(), c, nn.BatchNorm2d(5)), 2, 0),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cnnfast.dispatch import Implementation, Kernel, Problem
+from cnnfast.dispatch import Implementation, Kernel, Packing, Problem
 
 
 def load(name: str, path: str = "") -> ModuleType:
@@ -43,9 +43,9 @@ class Table:
         """The dtypes that a kernel is compiled for."""
         return tuple(k[2] for k in self.ids if k[0] == stem and k[1] == direction and k[3] == variant)
 
-    def packs(self, stem: str, direction: str, variant: str = "") -> bool:
-        """Whether a kernel has an entry that packs its weights."""
-        return any(k[0] == stem and k[1] == direction and k[3] == _pack(variant) for k in self.ids)
+    def has(self, entry: str, stem: str, direction: str, variant: str = "") -> bool:
+        """Whether a kernel has an entry beside its own: "pack", "unpack"."""
+        return any(k[0] == stem and k[1] == direction and k[3] == _beside(entry, variant) for k in self.ids)
 
     def directions(self, stem: str) -> tuple[str, ...]:
         """The directions of a stem, each once, in the table's order."""
@@ -60,8 +60,8 @@ class Table:
         return bytes(out)
 
 
-def _pack(variant: str) -> str:
-    return f"pack.{variant}" if variant else "pack"
+def _beside(entry: str, variant: str) -> str:
+    return f"{entry}.{variant}" if variant else entry
 
 
 def implementation(
@@ -88,9 +88,12 @@ def implementation(
     def bind(problem: Problem, fields: Mapping[str, int]) -> Kernel:
         return caller(table.module.Call(*node(problem, fields)), problem)
 
-    def prepare(problem: Problem, fields: Mapping[str, int]) -> Callable[[Sequence[torch.Tensor | None]], torch.Tensor]:
-        id = table.ids[stem, direction, problem.dtype, _pack(variant)]
-        call = table.module.Call(id, table.pack(id, fields))
+    def beside(entry: str, problem: Problem, fields: Mapping[str, int]) -> Any:
+        id = table.ids[stem, direction, problem.dtype, _beside(entry, variant)]
+        return table.module.Call(id, table.pack(id, fields))
+
+    def prepare(problem: Problem, fields: Mapping[str, int]) -> Packing:
+        call = beside("pack", problem, fields)
 
         def pack(operands: Sequence[torch.Tensor | None]) -> torch.Tensor:
             device = next(t.device for t in operands if t is not None)
@@ -99,7 +102,12 @@ def implementation(
             call(addresses(operands), packed.data_ptr(), 0, torch.get_num_threads())
             return packed
 
-        return pack
+        def unpack(packed: torch.Tensor, operands: Sequence[torch.Tensor | None]) -> None:
+            given = addresses(operands)
+            given += [0] * (table.module.PACKED_OPERAND - len(given)) + [packed.data_ptr()]
+            beside("unpack", problem, fields)(given, 0, 0, torch.get_num_threads())
+
+        return Packing(call.workspace, pack, unpack if table.has("unpack", stem, direction, variant) else None)
 
     return Implementation(
         name=".".join(part for part in (backend, stem, variant) if part),
@@ -111,7 +119,7 @@ def implementation(
         unsupported=unsupported,
         bind=bind,
         node=node,
-        prepare=prepare if table.packs(stem, direction, variant) else None,
+        prepare=prepare if table.has("pack", stem, direction, variant) else None,
         **options,
     )
 

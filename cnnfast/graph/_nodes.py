@@ -9,7 +9,8 @@ import torch
 import torch.fx as fx
 
 from cnnfast import ops
-from cnnfast.graph.capture import Constants, value
+from cnnfast.graph.capture import value
+from cnnfast.graph.constants import Constant, Constants
 
 CONV = ops.conv_bn_act.op
 BATCH_NORM = ops.batch_norm.op
@@ -22,11 +23,6 @@ RESHAPE = torch.ops.aten.reshape.default
 SLICE = torch.ops.aten.slice.Tensor
 CAT = torch.ops.aten.cat.default
 MUL = torch.ops.aten.mul.Tensor
-
-
-def flatten_nhwc(x: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) as (N, H*W*C, 1, 1), in the order in which channels_last lies in memory."""
-    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 1, 1)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -80,34 +76,31 @@ class Editor:
             node.meta["val"] = value(like).new_empty(tuple(sizes))
         return node
 
-    def constant(self, before: fx.Node, key: str, compute: Callable[[], torch.Tensor]) -> fx.Node:
-        """A constant, computed if it isn't known."""
-        if not self.constants.known(key):
-            with torch.no_grad():
-                self.constants.add(key, compute())
-        name = self.constants.add(key, torch.empty(0))
+    def constant(
+        self, before: fx.Node, key: str, inputs: Sequence[fx.Node | None], compute: Callable[..., torch.Tensor]
+    ) -> fx.Node:
+        """A constant that ``compute`` makes of the tensors of others, None standing for one that is absent."""
+        name = self.constants.derive(key, [None if n is None else self.of(n) for n in inputs], compute)
         with self.graph.inserting_before(before):
             node = self.graph.get_attr(name)
-        node.meta["val"] = self.constants.tensors[name]
+        node.meta["val"] = self.constants[name].like
         return node
 
-    def tensor(self, node: fx.Node) -> torch.Tensor:
-        """The tensor of a constant."""
-        return self.constants.tensors[str(node.target)]
+    def of(self, node: fx.Node) -> Constant:
+        """The constant that a node stands for."""
+        return self.constants[str(node.target)]
 
     def key(self, node: fx.Node | None) -> str:
         """What a constant is."""
-        return "none" if node is None else self.constants.key(str(node.target))
+        return "none" if node is None else self.of(node).key
 
     def reshape(self, before: fx.Node, node: fx.Node, sizes: Sequence[Any]) -> fx.Node:
         """The node in another shape."""
         if tuple(sizes) == shape(node):
             return node
         if node.op == "get_attr":
-            tensor = self.tensor(node)
-            return self.constant(
-                before, f"reshape({self.key(node)}, {list(sizes)})", lambda: tensor.reshape(tuple(sizes))
-            )
+            key = f"reshape({self.key(node)}, {list(sizes)})"
+            return self.constant(before, key, [node], lambda t: t.reshape(tuple(sizes)))
         return self.call(before, RESHAPE, (node, list(sizes)), node, sizes)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from cnnfast.graph.capture import Constants, value
+from cnnfast.graph.capture import value
+from cnnfast.graph.constants import Constants
 from cnnfast.graph.lower import erase_unused, lower
 from cnnfast.graph.passes import optimise
 from cnnfast.graph.plan import Shared
-from cnnfast.graph.program import Program, build, check_strict
+from cnnfast.graph.program import Program, build
 from cnnfast.graph.training import train
 
 _MOST_PROGRAMS = 32  # of a graph with symbolic shapes
@@ -109,8 +110,8 @@ class Compiled:
                 self._freeze(graph)
                 reasons = lower(graph, self._constants)
                 optimise(graph, self._constants)
-                program = build(graph, self._constants, reasons, self._shared, frozen=bool(self._frozen))
-                check_strict(program, "backend cnnfast")
+                frozen = bool(self._frozen)
+                program = build(graph, self._constants, reasons, self._shared, frozen, "backend cnnfast")
                 if len(self._programs) >= _MOST_PROGRAMS:
                     self._programs.clear()
                 found = self._programs[key] = program, strides
@@ -126,7 +127,7 @@ class Compiled:
                 constant.meta["val"] = value(node)
                 node.replace_all_uses_with(constant)
         for node in graph.nodes:
-            if node.op == "get_attr" and str(node.target) not in self._constants.tensors:
+            if node.op == "get_attr" and str(node.target) not in self._constants:
                 tensor = getattr(self._module, str(node.target))
                 node.target = self._constants.add_unnamed(str(node.target), tensor)
         erase_unused(graph)

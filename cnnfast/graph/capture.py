@@ -16,49 +16,10 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
+from cnnfast.graph.constants import Constants
+
 # operators that may return their input itself, without saying so in their schema
 _MAYBE_ALIASES = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "contiguous", "to", "type_as"}
-
-
-class Constants:
-    """Tensors known beforehand, by what they are: a parameter's name, or the expression that made them of others.
-
-    Shared by the graphs of one network, so that what is computed for one shape serves the next.
-    """
-
-    def __init__(self) -> None:
-        self._names: dict[str, str] = {}
-        self._keys: dict[str, str] = {}
-        self.tensors: dict[str, torch.Tensor] = {}  # by name
-
-    def add(self, key: str, tensor: torch.Tensor) -> str:
-        """The name of a constant, new or known; the key says what is in it."""
-        name = self._names.get(key)
-        if name is None:
-            name = f"constant_{len(self._names)}"
-            self._names[key], self._keys[name] = name, key
-            self.tensors[name] = tensor
-        return name
-
-    def known(self, key: str) -> bool:
-        """Whether there is a constant of that key."""
-        return key in self._names
-
-    def key(self, name: str) -> str:
-        """What a constant is."""
-        return self._keys[name]
-
-    def add_unnamed(self, key: str, tensor: torch.Tensor) -> str:
-        """A tensor that its key doesn't describe: another graph's may differ."""
-        for i in range(len(self._names) + 1):
-            name = self._names.get(f"{key}#{i}")
-            if name is None or _same(self.tensors[name], tensor):
-                return self.add(f"{key}#{i}", tensor)
-        raise AssertionError("more keys than names")
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 @dataclasses.dataclass

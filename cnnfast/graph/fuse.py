@@ -12,11 +12,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from cnnfast import settings
-from cnnfast.graph.capture import Constants, capture
+from cnnfast.graph.capture import capture
+from cnnfast.graph.constants import Constants
 from cnnfast.graph.lower import lower
 from cnnfast.graph.passes import optimise
 from cnnfast.graph.plan import Shared
-from cnnfast.graph.program import Program, Segment, build, check_strict
+from cnnfast.graph.program import Program, Segment, build
 
 _MOST_PROGRAMS = 32  # for so many kinds of input; the oldest goes first
 
@@ -25,22 +26,20 @@ class Fused(torch.nn.Module):
     """What :func:`fuse` returns: called like the model, for inference.
 
     For every kind of input (shapes, dtypes, other arguments, autocast, cnnfast's settings) the model is captured and planned
-    at its first call. Its weights are those of the moment when it was fused. Any number of threads may call it.
+    at its first call. Its weights are those of the moment when the first kind was planned; from then on it holds them in the
+    forms that its plans read, and no other. Any number of threads may call it.
     """
 
     _source: torch.nn.Module
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, source: torch.nn.Module, constants: Constants) -> None:
         super().__init__()
-        # not a submodule: its parameters are frozen, and in no state_dict
-        object.__setattr__(self, "_source", model)
-        self._prepare()
-        self.training = False
-
-    def _prepare(self) -> None:
+        # not a submodule: its parameters are hollow, and in no state_dict
+        object.__setattr__(self, "_source", source)
         self._programs: collections.OrderedDict[Any, tuple[Program, pytree.TreeSpec]] = collections.OrderedDict()
-        self._constants, self._shared = Constants(), Shared()
+        self._constants, self._shared = constants, Shared()
         self._lock = threading.Lock()
+        self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's result. It records no gradients; tensors of four dimensions come in channels_last.
@@ -80,11 +79,16 @@ class Fused(torch.nn.Module):
         """What was planned, one for each kind of input so far."""
         return [program for program, _ in self._programs.values()]
 
+    @property
+    def weight_bytes(self) -> int:
+        """What the weights take in all the forms that are held; before anything is planned, as the model had them."""
+        return self._constants.bytes
+
     def report(self) -> str:
         """For each kind of input so far the plans, their kernels, and what torch runs between them, with the reason."""
         if not self._programs:
             return "nothing planned yet: call the fused model once"
-        lines = []
+        lines = [f"weights: {self.weight_bytes / 2**20:.1f} MiB"]
         for (_, kinds, *_), (program, _) in self._programs.items():
             shapes = ", ".join(str(tuple(k[0])) if len(k) == 3 else repr(k[1]) for k in kinds)
             plans = [s for s in program.steps if isinstance(s, Segment)]
@@ -121,14 +125,78 @@ class Fused(torch.nn.Module):
         return f"{type(self._source).__name__}, {len(self._programs)} planned"
 
     def __getstate__(self) -> dict[str, Any]:
-        """The model: plans are native, and made again where they are needed."""
-        return {"_source": self._source}
+        """The model's structure, and the weights as tensors: plans are native, and made again where they are needed."""
+        with self._lock:
+            hollow = [t for _, t in _named(self._source) if _is_hollow(t)]
+            bare = {
+                id(t): _like(t, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")) for t in hollow
+            }
+            devices = {name: t.device for name, t in _named(self._source) if _is_hollow(t)}
+            return {"source": copy.deepcopy(self._source, bare), "devices": devices, "weights": self._constants.state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_source"])  # type: ignore[misc]
+        source, constants = state["source"], Constants()
+        _exchange(source, {id(t): _hollow(t, state["devices"][name]) for name, t in _named(source) if t.is_meta})
+        constants.load(state["weights"])
+        self.__init__(source, constants)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: Any) -> Fused:
-        return Fused(copy.deepcopy(self._source, memo))
+        twin = Fused(self._source, self._constants)  # of what never changes, there is one
+        twin._shared, twin._lock, twin._programs = self._shared, self._lock, self._programs
+        return twin
+
+
+# ---- the model without its weights ------------------------------------------------------------------------------------
+
+
+def _named(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, by each of their names."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def _like(tensor: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """A parameter where the other is one."""
+    return torch.nn.Parameter(made, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else made
+
+
+def _hollow(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Shape, strides and dtype of a tensor, without memory: all that capturing a model looks at."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    made.untyped_storage().resize_(0)
+    return _like(tensor, made)
+
+
+def _is_hollow(tensor: torch.Tensor) -> bool:
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.untyped_storage().nbytes() == 0 < tensor.numel()
+    )
+
+
+def _exchange(model: torch.nn.Module, others: dict[int, torch.Tensor]) -> None:
+    """Puts other tensors in the places of a model's."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if id(tensor) in others:
+                    tensors[name] = others[id(tensor)]  # type: ignore[assignment]
+
+
+def _taken(model: torch.nn.Module, constants: Constants, inplace: bool) -> torch.nn.Module:
+    """The model without its weights, which go to the constants; in place, or a copy."""
+    hollow: dict[int, torch.Tensor] = {}
+    for name, tensor in _named(model):
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+        if plain and tensor.is_floating_point() and not tensor.is_meta and tensor.numel():
+            if id(tensor) not in hollow:
+                hollow[id(tensor)] = _hollow(tensor, tensor.device)
+            constants.lend(name, tensor.detach(), None if inplace else tensor)
+    if not inplace:
+        return copy.deepcopy(model, dict(hollow))  # type: ignore[arg-type]
+    _exchange(model, hollow)
+    return model
+
+
+# ---- planning ---------------------------------------------------------------------------------------------------------
 
 
 def _kind(leaf: Any) -> Any:
@@ -149,22 +217,28 @@ def _program(
         captured = capture(model, args, kwargs, constants)
         reasons = lower(captured.graph, constants)
         optimise(captured.graph, constants)
-        program = build(captured.graph, constants, reasons, shared, frozen=True)
-    check_strict(program, "fuse")
+        program = build(captured.graph, constants, reasons, shared, frozen=True, who="fuse")
     return program, captured.out_spec
 
 
-def fuse(model: torch.nn.Module, example_inputs: Any = None) -> Fused:
+def fuse(model: torch.nn.Module, example_inputs: Any = None, inplace: bool = False) -> Fused:
     """A model for inference: captured as a graph, merged into few kernels, run as native plans.
 
     Batch norm goes into the weights; activations, biases and residuals into the convolutions; concatenations are written
     in place; fully connected layers are ours, too. What no kernel of ours does is torch's, between the plans:
-    ``print(fused.report())``. The model isn't touched, and later changes of it aren't seen.
+    ``print(fused.report())``.
+
+    Weights are read when the first kind of input is planned; the fused model then holds them as its kernels read them, in
+    about as many bytes as the model's, and never sees a later change. ``model = cnnfast.fuse(model)`` so leaves one set of
+    weights. Other shapes are planned from what is held. Another dtype (autocast) needs the model itself, alive and unchanged.
 
     Args:
         model: Any module in evaluation (``model.eval()``), converted or not.
         example_inputs: A tensor, or a tuple of arguments, to plan for at once; otherwise the first call does. Other shapes
             are planned when they come.
+        inplace: Takes the weights out of the model, which is of no use afterwards, and frees each as soon as it is packed:
+            there is never more than one set and a layer. Otherwise the model isn't touched, and there are two sets until
+            it is dropped.
 
     Returns:
         A module that takes what the model takes and returns what it returns.
@@ -181,10 +255,8 @@ def fuse(model: torch.nn.Module, example_inputs: Any = None) -> Fused:
     if training is not None:
         part = f"its part {training!r} is" if training else "it is"
         raise ValueError(f"fuse: expected a model in evaluation, but {part} in training mode; call model.eval() first")
-    source = copy.deepcopy(model)
-    for tensor in [*source.parameters(), *source.buffers()]:
-        tensor.requires_grad_(False)
-    fused = Fused(source)
+    constants = Constants()
+    fused = Fused(_taken(model, constants, inplace), constants)
     if example_inputs is not None:
         given = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
         with torch.no_grad():

@@ -26,12 +26,12 @@ from cnnfast.graph._nodes import (
     RESHAPE,
     Editor,
     arguments,
-    flatten_nhwc,
     is_constant,
     is_tensor,
     shape,
 )
-from cnnfast.graph.capture import Constants, value
+from cnnfast.graph.capture import value
+from cnnfast.graph.constants import Constants
 from cnnfast.ops import conv2d as conv2d_operator
 
 Lowered = fx.Node | str  # what takes a node's place, or why nothing does
@@ -79,12 +79,19 @@ def fold_constants(editor: Editor) -> None:
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags or node.target._schema.is_mutable:
             continue
-        args = fx.map_arg(node.args, editor.tensor)
-        kwargs = fx.map_arg(node.kwargs, editor.tensor)
         key = f"{node.target}({fx.map_arg((node.args, node.kwargs), editor.key)})"
-        target = node.target
-        made = editor.constant(node, key, lambda f=target, a=args, k=kwargs: f(*a, **k))  # type: ignore[misc]
-        editor.replace(node, made)
+        editor.replace(node, editor.constant(node, key, inputs, _calling(node)))
+
+
+def _calling(node: fx.Node) -> Callable[..., Any]:
+    """A node's operator as a function of the tensors of its inputs."""
+    target, inputs, args, kwargs = node.target, node.all_input_nodes, node.args, node.kwargs
+
+    def call(*tensors: torch.Tensor) -> Any:
+        given = dict(zip(inputs, tensors, strict=True))
+        return target(*fx.map_arg(args, given.__getitem__), **fx.map_arg(kwargs, given.__getitem__))  # type: ignore[operator]
+
+    return call
 
 
 class _Unserved(Exception):
@@ -176,43 +183,20 @@ def _addmm(editor: Editor, node: fx.Node) -> Lowered:
 
 
 def _transposed(editor: Editor, before: fx.Node, w: fx.Node) -> fx.Node:
-    tensor = editor.tensor(w)
-    return editor.constant(before, f"transposed({editor.key(w)})", tensor.t)
+    return editor.constant(before, f"transposed({editor.key(w)})", [w], torch.t)
 
 
 def _fully_connected(editor: Editor, node: fx.Node, x: Any, w: Any, b: Any) -> Lowered:
-    """As a 1x1 convolution of a 1x1 image; of the flattened image, where flattening would cost a copy."""
+    """As a 1x1 convolution of a 1x1 image."""
     _activation_tensor(x, (2,))
     _require(is_tensor(w, 2), "its weight isn't 2-D")
     _require(value(w).dtype == value(x).dtype, "input and weight of different dtypes")
     n, c = shape(x)
     k = shape(w)[0]
-    image = _flattened(x)
-    if image is not None and is_constant(w):
-        _, channels, h, width = shape(image)
-        x4 = editor.call(node, flatten_nhwc, (image,), node, (n, c, 1, 1))
-        tensor = editor.tensor(w)
-
-        def permuted() -> torch.Tensor:
-            return tensor.view(k, channels, h, width).permute(0, 2, 3, 1).reshape(k, c, 1, 1)
-
-        w4 = editor.constant(node, f"nhwc({editor.key(w)}, {channels}x{h}x{width})", permuted)
-    else:
-        x4, w4 = editor.reshape(node, x, (n, c, 1, 1)), editor.reshape(node, w, (k, c, 1, 1))
+    x4, w4 = editor.reshape(node, x, (n, c, 1, 1)), editor.reshape(node, w, (k, c, 1, 1))
     rest = ([1, 1], [0, 0, 0, 0], [1, 1], 1, "none", *_settings(node))
     y = editor.call(node, CONV, (x4, w4, b, None, None, None, *rest), node, (n, k, 1, 1))
     return editor.reshape(node, y, (n, k))
-
-
-def _flattened(x: fx.Node) -> fx.Node | None:
-    """The image of more than one pixel that a matrix was flattened from."""
-    if x.op != "call_function" or x.target is not RESHAPE:
-        return None
-    image = x.args[0]
-    if not is_tensor(image, 4):
-        return None
-    n, c, h, w = shape(image)  # type: ignore[arg-type]
-    return image if h * w > 1 and shape(x) == (n, c * h * w) else None  # type: ignore[return-value]
 
 
 # ---- normalisation, activations, sums ---------------------------------------------------------------------------------
@@ -244,8 +228,7 @@ def _vector(editor: Editor, before: fx.Node, vector: Any, dtype: torch.dtype) ->
     if vector is None or value(vector).dtype == dtype:
         return vector
     if is_constant(vector):
-        tensor = editor.tensor(vector)
-        return editor.constant(before, f"{dtype}({editor.key(vector)})", lambda: tensor.to(dtype))
+        return editor.constant(before, f"{dtype}({editor.key(vector)})", [vector], lambda t: t.to(dtype))
     made = editor.call(before, aten._to_copy.default, (vector,), vector)
     made.kwargs = {"dtype": dtype}
     made.meta["val"] = value(vector).to(dtype)
@@ -346,13 +329,10 @@ def _affine(editor: Editor, node: fx.Node, x: fx.Node, w: Any = None, b: Any = N
         if given is None:
             return None
         if isinstance(given, (int, float)):
-            return editor.constant(
-                node, f"{given} x {c} {wide} {device}", lambda: torch.full((c,), given, dtype=wide, device=device)
-            )
-        tensor = editor.tensor(given)
-        return editor.constant(
-            node, f"vector({editor.key(given)}, {c}, {wide})", lambda: tensor.to(wide).flatten().expand(c).clone()
-        )
+            key = f"{given} x {c} {wide} {device}"
+            return editor.constant(node, key, [], lambda: torch.full((c,), given, dtype=wide, device=device))
+        key = f"vector({editor.key(given)}, {c}, {wide})"
+        return editor.constant(node, key, [given], lambda t: t.to(wide).flatten().expand(c).clone())
 
     rest = (vector(w), vector(b), None, None, None, "none", False, 0.0, *_settings(x)[1:])
     return editor.reshape(node, editor.call(node, BATCH_NORM, (x4, *rest), node, shape(x4)), shape(x))

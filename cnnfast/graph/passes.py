@@ -6,7 +6,10 @@ where nobody else reads the producer; shared and reused layers are nodes of thei
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,9 +30,11 @@ from cnnfast.graph._nodes import (
     replaced,
     shape,
 )
-from cnnfast.graph.capture import Constants, value
+from cnnfast.graph.capture import value
+from cnnfast.graph.constants import Constants
 from cnnfast.graph.lower import erase_unused
 
+_WIDENED = 1 << 18  # elements of a weight that are folded at a time
 _WIDE = (torch.float32, torch.float64)  # weights of these dtypes take a scale without losing anything that counts
 
 
@@ -120,16 +125,16 @@ def _join_norms(editor: Editor, first: fx.Node, norm: fx.Node, vectors: list[Any
     constant = all(is_constant(v) for v in (*before, *vectors)) and any(v is not None for v in before)
     if not constant or f["r"] is not None or f["activation"] != "none":
         return
-    like = editor.tensor(next(v for v in vectors if v is not None))
 
-    def joined(i: int) -> torch.Tensor:
-        wide = torch.empty_like(like, dtype=torch.float64)
-        s, t = _affine_map(editor, before, f["eps"], wide)
-        u, v = _affine_map(editor, vectors, eps, wide)
-        return (s * u if i == 0 else t * u + v).to(like.dtype)
+    def joined(i: int, *tensors: torch.Tensor | None) -> torch.Tensor:
+        dtype = next(t.dtype for t in tensors if t is not None)
+        s, t = _affine_map(tensors[:4], f["eps"], torch.float64)
+        u, v = _affine_map(tensors[4:], eps, torch.float64)
+        return (s * u if i == 0 else t * u + v).to(dtype)
 
-    key = f"{', '.join(editor.key(t) for t in (*before, *vectors))}, {f['eps']}, {eps}"
-    w, b = (editor.constant(norm, f"joined{i}({key})", lambda i=i: joined(i)) for i in range(2))  # type: ignore[misc]
+    inputs = [*before, *vectors]
+    key = f"{', '.join(editor.key(t) for t in inputs)}, {f['eps']}, {eps}"
+    w, b = (editor.constant(norm, f"joined{i}({key})", inputs, functools.partial(joined, i)) for i in range(2))
     replaced(norm, x=f["x"], w=w, b=b, m=None, v=None, eps=0.0)
 
 
@@ -145,30 +150,36 @@ def _folded(
     editor: Editor, conv: fx.Node, w: fx.Node, b: fx.Node | None, vectors: list[Any], eps: float
 ) -> tuple[fx.Node, fx.Node]:
     """The weight and bias of a convolution followed by batch norm, computed in double."""
-    weight, bias = editor.tensor(w), None if b is None else editor.tensor(b)
 
-    def factor() -> torch.Tensor:
-        return _affine_map(editor, vectors, eps, weight.new_empty(weight.shape[0], dtype=torch.float64))[0]
+    def scaled(weight: torch.Tensor, *vectors: torch.Tensor | None) -> torch.Tensor:
+        factor, _ = _affine_map(vectors, eps, torch.float64)
+        out = torch.empty_like(weight)
+        rows = max(1, _WIDENED // max(1, weight[0].numel()))  # in slices: the widened weight would be twice as large
+        for part, own, f in zip(out.split(rows), weight.split(rows), factor.split(rows), strict=True):
+            part.copy_(own.double() * f.reshape(-1, 1, 1, 1))
+        return out
 
-    def scaled() -> torch.Tensor:
-        return (weight.double() * factor().reshape(-1, 1, 1, 1)).to(weight.dtype)
+    def moved(bias: torch.Tensor | None, *vectors: torch.Tensor | None) -> torch.Tensor:
+        scale, shift = _affine_map(vectors, eps, torch.float64)
+        return (shift if bias is None else bias.double() * scale + shift).to(dtype)
 
-    def moved() -> torch.Tensor:
-        scale, shift = _affine_map(editor, vectors, eps, weight.new_empty(weight.shape[0], dtype=torch.float64))
-        return (shift if bias is None else bias.double() * scale + shift).to(weight.dtype)
-
+    dtype = value(w).dtype
     key = f"{editor.key(w)}, {editor.key(b)}, {', '.join(editor.key(v) for v in vectors)}, {eps}"
-    return editor.constant(conv, f"scaled({key})", scaled), editor.constant(conv, f"shifted({key})", moved)
+    return (
+        editor.constant(conv, f"scaled({key})", [w, *vectors], scaled),
+        editor.constant(conv, f"shifted({key})", [b, *vectors], moved),
+    )
 
 
 def _affine_map(
-    editor: Editor, vectors: list[fx.Node | None], eps: float, like: torch.Tensor
+    vectors: Sequence[torch.Tensor | None], eps: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Batch norm of constant parameters as scale * x + shift, in the dtype of ``like``."""
-    gamma, beta, mean, var = (None if v is None else editor.tensor(v).to(like.dtype) for v in vectors)
-    scale = torch.ones_like(like) if var is None else (var + eps).rsqrt()
+    """Batch norm of constant parameters as scale * x + shift."""
+    like = next(v for v in vectors if v is not None)
+    gamma, beta, mean, var = (None if v is None else v.to(dtype) for v in vectors)
+    scale = torch.ones_like(like, dtype=dtype) if var is None else (var + eps).rsqrt()
     scale = scale if gamma is None else scale * gamma
-    shift = torch.zeros_like(like) if mean is None else -mean * scale
+    shift = torch.zeros_like(scale) if mean is None else -mean * scale
     return scale, shift if beta is None else shift + beta
 
 
@@ -176,11 +187,11 @@ def _scale_and_shift(editor: Editor, norm: fx.Node, vectors: list[Any], eps: flo
     """Batch norm as a factor and an addend for each channel: constants if its parameters are, else computed at each call."""
     gamma, beta, mean, var = vectors
     if all(is_constant(v) for v in vectors):
-        like = editor.tensor(next(v for v in vectors if v is not None))
+        dtype = value(next(v for v in vectors if v is not None)).dtype
         key = f"{', '.join(editor.key(t) for t in vectors)}, {eps}"
-        return tuple(  # type: ignore[return-value]
-            editor.constant(norm, f"{name}({key})", lambda i=i: _affine_map(editor, vectors, eps, like)[i])  # type: ignore[misc]
-            for i, name in enumerate(("factor", "addend"))
+        return (
+            editor.constant(norm, f"factor({key})", vectors, lambda *t: _affine_map(t, eps, dtype)[0]),
+            editor.constant(norm, f"addend({key})", vectors, lambda *t: _affine_map(t, eps, dtype)[1]),
         )
     aten = torch.ops.aten
     scale = editor.call(norm, aten.rsqrt.default, (editor.call(norm, aten.add.Scalar, (var, eps), var),), var)
@@ -278,18 +289,21 @@ def _merge_group(editor: Editor, convs: list[fx.Node]) -> None:
         if all(p is None for p in parts):
             continue
         sizes = [shape(conv)[1] for conv in convs]
-        tensors = [
-            editor.tensor(p) if p is not None else editor.tensor(given[i]["w"]).new_zeros(sizes[i])
-            for i, p in enumerate(parts)
-        ]
         keys = "; ".join(f"{editor.key(p)} {n}" for p, n in zip(parts, sizes, strict=True))
-        merged[name] = editor.constant(first, f"beside({name}: {keys})", lambda t=tensors: torch.cat(t))  # type: ignore[misc]
+        merged[name] = editor.constant(first, f"beside({name}: {keys})", parts, functools.partial(_beside, sizes))
     n, _, p, q = shape(first)
     channels = [shape(conv)[1] for conv in convs]
     wide = editor.call(first, CONV, tuple({**given[0], **merged}.values()), first, (n, sum(channels), p, q))
-    pieces, start = [], 0
-    for conv, count in zip(convs, channels, strict=True):
-        pieces.append(editor.call(first, SLICE, (wide, 1, start, start + count, 1), conv))
-        start += count
+    starts = itertools.accumulate(channels, initial=0)
+    pieces = [
+        editor.call(first, SLICE, (wide, 1, start, start + count, 1), conv)
+        for conv, count, start in zip(convs, channels, starts, strict=False)
+    ]
     for conv, piece in zip(convs, pieces, strict=True):  # only now: the first is where the others are put
         editor.replace(conv, piece)
+
+
+def _beside(sizes: Sequence[int], *tensors: torch.Tensor | None) -> torch.Tensor:
+    """Tensors one behind the other, zeros for those that are absent."""
+    like = next(t for t in tensors if t is not None)
+    return torch.cat([like.new_zeros(n) if t is None else t for t, n in zip(tensors, sizes, strict=True)])

@@ -2,9 +2,10 @@
 
 Values are NHWC tensors, dense or views of others: the channels of a concatenation, one image of a batch. Intermediate
 ones live in the arena, where a buffer is used again once its last reader has run; constants (weights) stay where they are
-and are kept alive by the plan, and what is frozen of them is packed once; results are allocated anew at every call, so
-that a caller may keep them. What runs is chosen by :func:`cnnfast.dispatch.select`, like an eager call; a problem that no
-native kernel serves can't be planned. Any number of threads may call a plan: each call takes an arena that no other has.
+and are kept alive by the plan, and what is frozen of them is packed once, and held in no other form that nothing reads;
+results are allocated anew at every call, so that a caller may keep them. What runs is chosen by
+:func:`cnnfast.dispatch.select`, like an eager call; a problem that no native kernel serves can't be planned. Any number of
+threads may call a plan: each call takes an arena that no other has.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any
 import torch
 
 from cnnfast import dispatch, settings
+from cnnfast.graph.constants import Constant
 
 _ALIGNMENT = 256  # bytes; what torch's CUDA allocator gives, and a whole number of cache lines
+_SWELLING, _SMALL = 1.25, 1 << 16  # a lean plan's packed forms: times their weights' bytes, and so many bytes more
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -94,15 +97,22 @@ class Plan:
         device: Where the tensors live.
         backend: As :func:`cnnfast.backend` takes it; it must have a native module.
         shared: What several plans of one network have in common, so that it exists once.
+        lean: Frozen constants are packed only where the packed form isn't larger than they are (Winograd's is, up to four
+            times), and a kernel is chosen accordingly: the plan holds about as many bytes as the weights have.
     """
 
-    def __init__(self, device: torch.device, backend: str = settings.AUTO, shared: Shared | None = None) -> None:
-        self.device, self.backend = device, backend
+    def __init__(
+        self, device: torch.device, backend: str = settings.AUTO, shared: Shared | None = None, lean: bool = False
+    ) -> None:
+        self.device, self.backend, self.lean = device, backend, lean
         self._shared = Shared() if shared is None else shared
         self._inputs: list[Value] = []
-        self._constants: list[tuple[Value, torch.Tensor]] = []
-        self._frozen: dict[int, torch.Tensor] = {}  # of the constants, by the value's id
-        self._seen: list[torch.Tensor] = []  # the others, whose addresses are read at every call
+        self._seen: list[
+            tuple[Value, torch.Tensor]
+        ] = []  # constants that may change, whose addresses are read at every call
+        self._frozen: dict[int, Constant] = {}  # the others, by the value's id
+        self._values: list[Value] = []  # of those, which keeps their ids
+        self._holds: list[torch.Tensor] = []  # what was packed of them
         self._nodes: list[_Node] = []
         self._results: list[Value] = []
         self._native: Any = None
@@ -119,17 +129,25 @@ class Plan:
         self._inputs.append(value)
         return value
 
-    def constant(self, tensor: torch.Tensor, frozen: bool = False) -> Value:
+    def constant(self, given: torch.Tensor | Constant, frozen: bool = False) -> Value:
         """A tensor known now (a weight). It isn't copied: the plan sees what is in it when it runs.
 
         ``frozen`` promises that it never changes again: kernels may then read it once, when the plan is finished, and
-        keep it in a form of their own. A change afterwards may be seen, or not, or in part.
+        keep it in a form of their own. A change afterwards may be seen, or not, or in part. A :class:`Constant` is frozen.
         """
-        value = Value(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
-        self._constants.append((value, tensor))
-        if frozen:
-            self._frozen[id(value)] = tensor
+        like = given.like if isinstance(given, Constant) else given
+        value = Value(tuple(like.shape), tuple(like.stride()), like.dtype)
+        if isinstance(given, Constant) or frozen:
+            self._values.append(value)
+            self._frozen[id(value)] = given if isinstance(given, Constant) else Constant.of(given)
+        else:
+            self._seen.append((value, given))
         return value
+
+    @property
+    def constants(self) -> list[Constant]:
+        """The frozen ones, each once."""
+        return list(dict.fromkeys(self._frozen.values()))
 
     @staticmethod
     def empty(shape: Sequence[int], dtype: torch.dtype) -> Value:
@@ -175,7 +193,18 @@ class Plan:
                 and not dispatch.readable(role, value.shape, value.strides, implementation.layouts.get(role.name))
             ]
 
-        selection = dispatch.select(problem, self.backend, strict=True, further=further)
+        def lean(implementation: dispatch.Implementation) -> list[str]:
+            return further(implementation) or self._swells(implementation, problem, operands)
+
+        if self.lean and packed:
+            plain = dataclasses.replace(problem, packed=False)
+            selections = [
+                dispatch.select(problem, self.backend, strict=True, further=lean),
+                dispatch.select(plain, self.backend, strict=True, further=further),
+            ]
+            selection = min(selections, key=lambda s: s.implementation.cost(s.problem))
+        else:
+            selection = dispatch.select(problem, self.backend, strict=True, further=further)
         self._owner = dispatch.backends()[selection.implementation.backend]
         self._nodes.append(_Node(selection, operands, made, self.layer))
         return made
@@ -186,38 +215,69 @@ class Plan:
             raise NotImplementedError("a plan needs at least one node of a backend with a native module")
         self._results = list(results)
         self._native = self._owner.plan()
-        packed = [self._pack(node) for node in self._nodes]
-        # frozen constants stay where they are, so the native plan holds their addresses; all the others are given to it
-        self._seen = [tensor for value, tensor in self._constants if id(value) not in self._frozen]
-        seen = [value for value, _ in self._constants if id(value) not in self._frozen]
-        outside: list[Value] = [*self._inputs, *seen, *self._results]
+        outside: list[Value] = [*self._inputs, *[value for value, _ in self._seen], *self._results]
         slots = {id(v): (i + 1, 0) for i, v in enumerate(outside)}
-        slots.update({key: (self._native.FIXED, tensor.data_ptr()) for key, tensor in self._frozen.items()})
-        offsets, self.arena_bytes = _plan_arena(self._nodes, set(slots))
+        offsets, self.arena_bytes = _plan_arena(self._nodes, {*slots, *self._frozen})
+        waiting: dict[Constant, int] = {}  # how many nodes have still to see it
+        for node in self._nodes:
+            for constant in self._constants(node):
+                if constant is not None:
+                    waiting[constant] = waiting.get(constant, 0) + 1
 
         def where(value: Value | None) -> tuple[int, int]:
             if value is None:
                 return self._native.ABSENT, 0
-            slot, start = slots.get(id(value.root)) or (0, offsets[id(value.root)])
+            constant = self._frozen.get(id(value.root))
+            if constant is not None:  # stays where it is, so the native plan holds its address; all else is given to it
+                slot, start = self._native.FIXED, constant.keep().data_ptr()
+            else:
+                slot, start = slots.get(id(value.root)) or (0, offsets[id(value.root)])
             return slot, start + value.offset * value.dtype.itemsize
 
-        for node, extra in zip(self._nodes, packed, strict=True):
+        for node in self._nodes:  # one after the other, so that what only they need goes as they are done
             assert node.selection.implementation.node is not None
             kernel, params = node.selection.implementation.node(node.selection.problem, node.parameters)
-            last = () if extra is None else (where(extra),)
-            self._added.append((kernel, params, [where(v) for v in node.operands], *last))
+            operands, packed = self._packed(node)
+            last = () if packed is None else ((self._native.FIXED, packed.data_ptr()),)
+            self._added.append((kernel, params, [where(v) for v in operands], *last))
             self._native.add(*self._added[-1])
+            for constant in self._constants(node):
+                if constant is not None:
+                    waiting[constant] -= 1
+                    if not waiting[constant]:
+                        constant.settled()
+        for constant in self.constants:
+            if constant not in waiting:
+                constant.settled()
 
-    def _pack(self, node: _Node) -> Value | None:
-        """What the node's kernel makes of its constants beforehand, if they are all frozen: a constant of its own."""
-        prepare = node.selection.implementation.prepare
-        if prepare is None or not node.selection.problem.packed:
-            return None
-        frozen = [None if v is None else self._frozen.get(id(v)) for v in node.operands]
-        name, parameters = node.selection.implementation.name, node.parameters
-        return self.constant(
-            self._shared.packed(name, frozen, prepare(node.selection.problem, parameters)), frozen=True
-        )
+    def _constants(self, node: _Node) -> list[Constant | None]:
+        """The frozen ones among a node's operands, in their places."""
+        return [None if v is None else self._frozen.get(id(v.root)) for v in node.operands]
+
+    def _packed(self, node: _Node) -> tuple[list[Value | None], torch.Tensor | None]:
+        """What the kernel has to be given beside what it makes of its constants beforehand, and that, if it makes anything."""
+        implementation, problem = node.selection.implementation, node.selection.problem
+        if implementation.prepare is None or not problem.packed:
+            return node.operands, None
+        constants = self._constants(node)
+        packing = implementation.prepare(problem, node.parameters)
+        weights = _weights(problem.op)
+        packed, complete = self._shared.packed(implementation.name, constants, packing, weights)
+        self._holds.append(packed)
+        return [None if complete and i in weights else v for i, v in enumerate(node.operands)], packed
+
+    def _swells(
+        self, implementation: dispatch.Implementation, problem: dispatch.Problem, operands: Sequence[Value | None]
+    ) -> list[str]:
+        """Why a kernel may not pack its constants in a lean plan."""
+        if implementation.prepare is None:
+            return []
+        strides = {r.name: v.strides for r, v in zip(dispatch.signature(problem.op).roles, operands, strict=True) if v}
+        packing = implementation.prepare(problem, dispatch.parameters(problem, strides))
+        own = sum(v.bytes for v in operands if v is not None and id(v) in self._frozen)
+        if packing.bytes <= _SWELLING * own + _SMALL:
+            return []
+        return [f"would hold {own} bytes of weights as {packing.bytes}"]
 
     # ---- running
 
@@ -236,7 +296,7 @@ class Plan:
         results = [torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device=self.device) for v in self._results]
         arena = self._shared.take(self.arena_bytes + self._native.workspace + _ALIGNMENT, self.device)
         base = -(-arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-        buffers = [base, *[t.data_ptr() for t in given], *[t.data_ptr() for t in self._seen]]
+        buffers = [base, *[t.data_ptr() for t in given], *[t.data_ptr() for _, t in self._seen]]
         buffers += [t.data_ptr() for t in results]
         assert self._owner is not None
         more = (base + self.arena_bytes, self._owner.stream(self.device), torch.get_num_threads())
@@ -272,7 +332,7 @@ class Shared:
 
     def __init__(self) -> None:
         self._arenas: list[torch.Tensor] = []
-        self._packed: dict[Any, list[torch.Tensor]] = {}
+        self._packed: dict[Any, list[tuple[torch.Tensor, bool]]] = {}
 
     def take(self, bytes: int, device: torch.device) -> torch.Tensor:
         """Memory that no other call has until it is given back; kept between calls, because fresh pages cost much."""
@@ -287,20 +347,37 @@ class Shared:
         self._arenas.append(arena)
 
     def packed(
-        self,
-        kernel: str,
-        constants: Sequence[torch.Tensor | None],
-        pack: Callable[[Sequence[torch.Tensor | None]], torch.Tensor],
-    ) -> torch.Tensor:
-        """What ``pack`` makes of constants: an earlier one where that is the same, as it mostly is for another shape."""
-        key = (kernel, *[None if t is None else (t.data_ptr(), t.shape, t.stride()) for t in constants])
-        made = pack(constants)
-        known = self._packed.setdefault(key, [])
-        for other in known:
+        self, kernel: str, constants: Sequence[Constant | None], packing: dispatch.Packing, weights: Sequence[int]
+    ) -> tuple[torch.Tensor, bool]:
+        """What a kernel makes of constants, and whether it needs those in the places ``weights`` no more.
+
+        That is an earlier form where it is the same, as it mostly is for another shape.
+        """
+        values = [None if c is None else c.value() for c in constants]
+        made = packing.pack(values)
+        known = self._packed.setdefault((kernel, *constants), [])
+        for other, complete in known:
             if torch.equal(other, made):
-                return other
-        known.append(made)
-        return made
+                return other, complete
+        present = [(i, c) for i, c in enumerate(constants) if i in weights and c is not None]
+        complete = packing.unpack is not None and all(bool(torch.isfinite(c.value()).all()) for _, c in present)
+        if complete:
+            for place, constant in present:
+                constant.packed.append((made, _undoing(packing, made, place)))
+        known.append((made, complete))
+        return made, complete
+
+
+def _undoing(packing: dispatch.Packing, packed: torch.Tensor, place: int) -> Callable[[torch.Tensor], None]:
+    """Writes packed weights to a tensor."""
+    unpack = packing.unpack
+    assert unpack is not None
+    return lambda out: unpack(packed, [*[None] * place, out])
+
+
+def _weights(op: str) -> list[int]:
+    """The places of an operation's weights among its operands."""
+    return [i for i, role in enumerate(dispatch.signature(op).roles) if role.is_constant and role.strides]
 
 
 def _with_strides(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:

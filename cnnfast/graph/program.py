@@ -32,11 +32,11 @@ from cnnfast.graph._nodes import (
     RESHAPE,
     SLICE,
     arguments,
-    flatten_nhwc,
     is_tensor,
     shape,
 )
-from cnnfast.graph.capture import Constants, value
+from cnnfast.graph.capture import value
+from cnnfast.graph.constants import Constant, Constants
 from cnnfast.graph.plan import Plan, Shared, Value
 from cnnfast.ops.adaptive_avg_pool2d import problem as adaptive_avg_pool2d_problem
 from cnnfast.ops.adaptive_max_pool2d import problem as adaptive_max_pool2d_problem
@@ -133,19 +133,26 @@ class Program:
 
 
 def build(
-    graph: fx.Graph, constants: Constants, reasons: Mapping[fx.Node, str], shared: Shared, frozen: bool
+    graph: fx.Graph, constants: Constants, reasons: Mapping[fx.Node, str], shared: Shared, frozen: bool, who: str
 ) -> Program:
-    """Plans a lowered graph. ``reasons``: why nodes weren't lowered; ``frozen``: constants never change again."""
+    """Plans a lowered graph. ``reasons``: why nodes weren't lowered; ``frozen``: constants never change again.
+
+    Raises:
+        NotImplementedError: under ``strict()``, where torch would run anything.
+    """
     refused = dict(reasons)
     while True:
         try:
-            return _Builder(graph, constants, refused, shared, frozen).program()
+            program, finish = _Builder(graph, constants, refused, shared, frozen).program()
         except _Unplanned as unplanned:
             refused[unplanned.node] = unplanned.reason
+        else:
+            _check_strict(program, who)
+            finish()
+            return program
 
 
-def check_strict(program: Program, who: str) -> None:
-    """Raises NotImplementedError under ``strict()`` where torch would run anything."""
+def _check_strict(program: Program, who: str) -> None:
     left = [f"{call.name}: {call.reason}" for call in program.calls if call.reason and call.name[:8] != "cnnfast."]
     if settings.state()[2] and left:
         raise NotImplementedError(f"{who}: strict() is set, and torch would run\n  " + "\n  ".join(left))
@@ -183,7 +190,6 @@ def _gated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 _VIEWS: dict[Any, Callable[[fx.Node], bool]] = {
     RESHAPE: lambda node: is_tensor(node.args[0]),
     SLICE: _is_slice,
-    flatten_nhwc: lambda node: True,
 }
 _COMPUTED: dict[Any, Callable[[fx.Node], bool]] = {
     **dict.fromkeys(
@@ -237,20 +243,21 @@ class _Builder:
             waiting, kind = rest, not kind
         return runs
 
-    def program(self) -> Program:
+    def program(self) -> tuple[Program, Callable[[], None]]:
+        """The program, and what makes its plans ready once it is known that nothing has to be planned again."""
         placeholders = [n for n in self.nodes if n.op == "placeholder"]
         self.places = {n: i for i, n in enumerate(placeholders)}
         steps: list[Segment | Call] = []
         finishes: list[Callable[[], None]] = []
+        constants: list[Constant] = []
         for plans, run in self.schedule():
             if plans:
                 segment, finish = self.segment(run)
                 steps.append(segment)
                 finishes.append(finish)
+                constants += segment.plan.constants
             else:
                 steps += [self.call(node) for node in run]
-        for finish in finishes:  # once it is known that nothing has to be planned again
-            finish()
         output = self.nodes[-1]
         assert output.op == "output"
         outputs: list[tuple[bool, Any]] = []
@@ -262,13 +269,20 @@ class _Builder:
             else:
                 outputs.append((True, self.places[item]))
         _free(steps, {v for is_place, v in outputs if is_place})
-        return Program(steps, len(self.places), outputs)
+
+        def finish_all() -> None:
+            self.constants.expect(constants)
+            for finish in finishes:
+                finish()
+
+        return Program(steps, len(self.places), outputs), finish_all
 
     def place(self, node: fx.Node) -> int:
         return self.places.setdefault(node, len(self.places))
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
-        return self.constants.tensors[str(node.target)]
+        """The tensor of a constant that isn't a plan's."""
+        return self.constants[str(node.target)].keep()
 
     # ---- torch's nodes
 
@@ -301,7 +315,7 @@ class _Builder:
     def segment(self, run: list[fx.Node]) -> tuple[Segment, Callable[[], None]]:
         inside = set(run)
         device = value(run[0]).device
-        planner = _Planner(self, Plan(device, shared=self.shared), inside)
+        planner = _Planner(self, Plan(device, shared=self.shared, lean=True), inside)
         planner.place_concatenations(run)
         for node in run:
             planner.add(node)
@@ -385,7 +399,8 @@ class _Planner:
         if found is not None:
             return found
         if node.op == "get_attr":
-            found = self.plan.constant(self.builder.tensor(node), self.builder.frozen)
+            constant = self.builder.constants[str(node.target)]
+            found = self.plan.constant(constant if self.builder.frozen else constant.keep())
         else:
             val = value(node)
             weight = any(user.target is CONV and node is arguments(user)["w"] for user in node.users)
@@ -503,19 +518,25 @@ class _Planner:
         return self.targets[node]
 
     def reshape(self, node: fx.Node) -> Value:
-        made = self.value(node.args[0]).reshape(shape(node))  # type: ignore[arg-type]
+        x, sizes = self.value(node.args[0]), shape(node)  # type: ignore[arg-type]
+        made = x.reshape(sizes)
+        if made is None and len(x.shape) == 4 and sizes[0] == x.shape[0] and all(n == 1 for n in sizes[2:]):
+            return self.flat(x).view(sizes, dispatch.channels_last_strides((*sizes, 1, 1)[:4])[: len(sizes)])
         if made is None:
             raise NotImplementedError("reshapes an image in another order than it lies in memory")
         return made
 
-    def flatten(self, node: fx.Node) -> Value:
-        x = self.value(node.args[0])  # type: ignore[arg-type]
+    def flat(self, x: Value) -> Value:
+        """An image row-major, C H W: a copy, of one channel of C rows of H * W pixels. Far smaller than the weights after it."""
         n, c, h, w = x.shape
-        if x.strides[1:] != (1, w * c, c) or (n > 1 and x.strides[0] != c * h * w):
+        if h > 1 and x.strides[2] != w * x.strides[3]:
             dense = self.plan.empty(x.shape, x.dtype)
             self.copy(x, dense)
             x = dense
-        return x.view(shape(node), dispatch.channels_last_strides(shape(node)))
+        flat = self.plan.empty((n * c * h * w,), x.dtype)
+        pixels = (n, 1, c, h * w)
+        self.copy(x.view(pixels, (x.strides[0], 1, 1, x.strides[3])), flat.view(pixels, (c * h * w, 1, h * w, 1)))
+        return flat
 
     def slice(self, node: fx.Node) -> Value:
         a = arguments(node)
@@ -569,6 +590,5 @@ _PLANNED: dict[Any, Callable[[_Planner, fx.Node], Value]] = {
     **dict.fromkeys(_POOLS, _Planner.pool),
     CAT: _Planner.concatenation,
     RESHAPE: _Planner.reshape,
-    flatten_nhwc: _Planner.flatten,
     SLICE: _Planner.slice,
 }

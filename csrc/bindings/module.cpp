@@ -194,6 +194,7 @@ PYBIND11_MODULE(CNNFAST_MODULE, m) {
         c.run(p.data(), static_cast<int>(p.size()), ws, stream, threads);
       });
   py::class_<Plan> plan(m, "Plan", "A flat list of kernels over shared buffers, run in one native call.");
+  m.attr("PACKED_OPERAND") = cnnfast::kPackedOperand;
   plan.attr("ABSENT") = kAbsent;
   plan.attr("FIXED") = kFixed;
   plan.def(py::init<>())

@@ -15,7 +15,9 @@ constexpr int kMaxOperands = 12;
 
 // Where a kernel that has an entry "<stem>.<direction>.<dtype>.pack" finds the weights as that entry left them in its
 // workspace; null in a call that brings them as they come. The packed form depends on the parameters and nothing else,
-// and the results are the same bits either way.
+// and the results are the same bits either way. A kernel that has ".unpack", too, reads the weights themselves only
+// where they aren't all finite: they needn't be kept, for that entry writes them back, bit by bit, to their own
+// operand.
 constexpr int kPackedOperand = kMaxOperands - 1;
 
 // What a launcher gets besides its parameter struct.
@@ -32,7 +34,7 @@ using LaunchFn = const char* (*)(const void* params, const Launch& launch);
 using WorkspaceFn = int64_t (*)(const void* params);
 
 struct Kernel {
-  const char* name;  // "<stem>.<direction>.<dtype>", ".pack" where it packs weights for that, and on a CPU ".<isa>"
+  const char* name;  // "<stem>.<direction>.<dtype>", ".pack" or ".unpack" where it does that, and on a CPU ".<isa>"
   const StructInfo* params;
   LaunchFn launch;
   WorkspaceFn workspace;  // null: needs none

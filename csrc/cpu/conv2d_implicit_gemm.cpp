@@ -75,6 +75,15 @@ class Worker {
     pack(panel_at(packed_vec(task / chunks_)), c, min(plan_.chunk, v_.C - c), packed + task * panel_elements_);
   }
 
+  // The way back, to weights at `w`.
+  void unpack_task(int64_t task, const T* packed, S* w) const {
+    const int64_t c = task % chunks_ * plan_.chunk, channels = min(plan_.chunk, v_.C - c);
+    const Panel panel = panel_at(packed_vec(task / chunks_));
+    if (channels && v_.R && v_.S)
+      unpack_panel<T>(w + weights_at(panel, c), packed + task * panel_elements_ + panel.vecs * VL,
+                      shape(panel, channels));
+  }
+
   // False: out of memory. `finite_` tells whether the weights were.
   bool run(int64_t task) {
     const int64_t tk = task / plan_.threads_u, tu = task % plan_.threads_u;
@@ -199,15 +208,19 @@ class Worker {
   }
 
   void pack(const Panel& panel, int64_t c, int64_t channels, T* data) {
-    const int64_t lanes = min(panel.vecs * VL, v_.K - panel.k);
     for (int64_t j = 0; j < panel.vecs; ++j) {
-      const int64_t n = max(0, min(VL, lanes - j * VL));
+      const int64_t n = max(0, min(VL, panel_lanes(panel) - j * VL));
       store(data + j * VL, bias_ ? load_wide(bias_ + panel.group * v_.K + panel.k + j * VL, n) : Vec<T>{});
     }
-    const PanelShape shape{lanes, panel.vecs, channels, v_.R, v_.S, v_.w_k, v_.w_c, v_.w_r, v_.w_s};
     if (channels && v_.R && v_.S)
-      finite_ &=
-          pack_panel<T>(data + panel.vecs * VL, w_ + panel.group * v_.w_g + panel.k * v_.w_k + c * v_.w_c, shape);
+      finite_ &= pack_panel<T>(data + panel.vecs * VL, w_ + weights_at(panel, c), shape(panel, channels));
+  }
+  int64_t panel_lanes(const Panel& panel) const { return min(panel.vecs * VL, v_.K - panel.k); }
+  int64_t weights_at(const Panel& panel, int64_t c) const {
+    return panel.group * v_.w_g + panel.k * v_.w_k + c * v_.w_c;
+  }
+  PanelShape shape(const Panel& panel, int64_t channels) const {
+    return {panel_lanes(panel), panel.vecs, channels, v_.R, v_.S, v_.w_k, v_.w_c, v_.w_r, v_.w_s};
   }
 
   // Copies the pixels a block needs, unless they are there already.
@@ -467,6 +480,21 @@ const char* launch_pack(const void* params, const Launch& l) {
   return nullptr;
 }
 
+// The weights that the pack entry packed, back to where the second operand is.
+template <class S>
+const char* launch_unpack(const void* params, const Launch& l) {
+  using T = Compute<S>;
+  const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
+  const Plan plan = make_plan<T, S>(v, 1, true);
+  const char* head = static_cast<const char*>(l.operands[kPackedOperand]);
+  S* w = static_cast<S*>(l.operands[1]);
+  parallel_for(l.threads, packed_panels(v, plan) * max(1, ceil_div(v.C, max(1, plan.chunk))), [&](int64_t task) {
+    const Worker<T, S> worker(v, plan, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
+    worker.unpack_task(task, reinterpret_cast<const T*>(head + kPackedHead), w);
+  });
+  return nullptr;
+}
+
 template <class S>
 int64_t packed_bytes(const void* params) {
   using T = Compute<S>;
@@ -507,6 +535,10 @@ CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.pack", Conv2dParams, launch_pack<
 CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f64.pack", Conv2dParams, launch_pack<double>, packed_bytes<double>)
 CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.bf16.pack", Conv2dParams, launch_pack<BFloat16>, packed_bytes<BFloat16>)
 CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f16.pack", Conv2dParams, launch_pack<Float16>, packed_bytes<Float16>)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f32.unpack", Conv2dParams, launch_unpack<float>, nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f64.unpack", Conv2dParams, launch_unpack<double>, nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.bf16.unpack", Conv2dParams, launch_unpack<BFloat16>, nullptr)
+CNNFAST_KERNEL("conv2d_implicit_gemm.fprop.f16.unpack", Conv2dParams, launch_unpack<Float16>, nullptr)
 CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f32", Conv2dParams, launch_dgrad<float>, nullptr)
 CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.f64", Conv2dParams, launch_dgrad<double>, nullptr)
 CNNFAST_KERNEL("conv2d_implicit_gemm.dgrad.bf16", Conv2dParams, launch_dgrad<BFloat16>, nullptr)
