@@ -19,6 +19,7 @@ from cnnfast.functional._arguments import (
     named_padding,
     not_ours,
     pair,
+    plain,
     resolve_precision,
     scripting,
 )
@@ -65,13 +66,27 @@ def conv_bn_act(
             conv_bn_act, tensors, *tensors, activation=activation, stride=stride, padding=padding, dilation=dilation,
             groups=groups, training=training, momentum=momentum, eps=eps,
         )  # fmt: skip
+    vectors = (running_mean, running_var, bn_weight, bn_bias)
+    if (
+        not training
+        and type(eps) is float
+        and type(padding) is not str
+        and plain()
+        and _are_factors(input, weight, vectors)
+    ):
+        # a kind of call that was checked before
+        geometry = _params(weight, stride, padding, dilation, groups)
+        params = (*geometry, activation, *resolve_precision(input.device))
+        operands = (input, weight, bias, *_factors(*vectors, eps), residual)
+        run = ops.conv_bn_act.find(operands, params)
+        if run is not None:
+            return ops.conv_bn_act.apply(run, operands, params)
     ops.activation_code("conv_bn_act", activation)
     if input.dim() != 4:
         raise ShapeError(f"conv_bn_act: expected a 4-D input (N, C, H, W), got shape {tuple(input.shape)}")
-    norm = (running_mean, running_var, bn_weight, bn_bias)
     if training and trains_fused(input, weight, residual):
         conv = (weight, bias, stride, padding, dilation, groups)
-        return normalised(conv_for_norm(input, conv, norm, activation, momentum, eps), residual)
+        return normalised(conv_for_norm(input, conv, vectors, activation, momentum, eps), residual)
     fused = not (training or scripting() or not_ours(input, weight)) and running_mean is not None
     if bn_weight is not None and bn_weight.requires_grad and torch.is_grad_enabled():
         fused = False
@@ -82,17 +97,34 @@ def conv_bn_act(
         return batch_norm_act(
             z, bn_weight, bn_bias, running_mean, running_var, residual, activation, training, momentum, eps
         )
-    params = (*_params(weight, stride, padding, dilation, groups), activation)
-    vectors = {"weight": bn_weight, "bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
-    check_batch_norm("conv_bn_act", input, (1, weight.shape[0]), vectors, False, momentum, eps)
+    named = {"weight": bn_weight, "bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
+    check_batch_norm("conv_bn_act", input, (1, weight.shape[0]), named, False, momentum, eps)
     wide = dispatch.ACCUMULATORS.get(input.dtype, torch.float32)
-    mean, var, gamma, beta = (vector(t, wide) for t in (running_mean, running_var, bn_weight, bn_bias))
+    scale, shift = _factors(*(vector(t, wide) for t in vectors), eps)
+    params = (*_params(weight, stride, padding, dilation, groups), activation)
+    return ops.conv_bn_act(input, weight, bias, scale, shift, residual, *params, *resolve_precision(input.device))
+
+
+def _are_factors(input: Tensor, weight: Tensor, vectors: Sequence[Tensor | None]) -> bool:
+    """Whether batch norm's vectors can be folded as they are: there, one-dimensional, wide, bn_weight without gradient."""
+    if vectors[0] is None or vectors[1] is None:
+        return False
+    wide, shape = dispatch.ACCUMULATORS.get(input.dtype, torch.float32), weight.shape[:1]
+    if any(t is not None and (t.dtype != wide or t.shape != shape) for t in vectors):
+        return False
+    return vectors[2] is None or not (vectors[2].requires_grad and torch.is_grad_enabled())
+
+
+def _factors(
+    mean: Tensor | None, var: Tensor | None, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Batch norm as scale and shift."""
     assert mean is not None
     assert var is not None
-    scale = torch.add(var, eps).rsqrt()
-    scale = scale if gamma is None else scale * gamma
-    shift = -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
-    return ops.conv_bn_act(input, weight, bias, scale, shift, residual, *params, *resolve_precision(input.device))
+    scale = torch.add(var, eps).rsqrt_()
+    if gamma is not None:
+        scale = scale * gamma
+    return scale, -mean * scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
 
 
 def _params(weight: Tensor, stride: Any, padding: Any, dilation: Any, groups: Any) -> tuple[Any, ...]:

@@ -12,7 +12,6 @@ namespace cnnfast {
 namespace CNNFAST_ISA {
 namespace {
 
-constexpr int kRows = 4;
 constexpr int64_t kRun = 1024;                      // elements of a row of one run
 constexpr int64_t kElementsWorthThreads = 1 << 15;  // below, one thread
 
@@ -63,19 +62,19 @@ void map(const AddActParams& p, Tensor<const S> a, Tensor<const S> b, Tensor<S> 
     });
     return;
   }
-  parallel_for(threads, min(threads, rows.count()), [&](int64_t task) {
-    const int64_t tasks = min(threads, rows.count());
-    for_each_rows<kRows>(rows, rows.count() * task / tasks, rows.count() * (task + 1) / tasks,
-                         [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
-                           const S *left = x.at(n, h, w), *right = r.at(n, h, w);
-                           S* to = y.at(n, h, w);
-                           for_each_vector<T>(0, len, [&](int64_t i, auto lanes) {
-#pragma GCC unroll 4
-                             for (int j = 0; j < decltype(count)::value; ++j)
-                               write(to + j * y.w + i,
-                                     f(read(left + j * x.w + i, lanes), read(right + j * r.w + i, lanes)), lanes);
-                           });
-                         });
+  const int64_t tasks = min(threads, rows.count());
+  with_stores(rows, y, [&](auto stores) {
+    parallel_for(threads, tasks, [&](int64_t task) {
+      for_each_rows_back<1>(rows, y, rows.count() * task / tasks, rows.count() * (task + 1) / tasks,
+                            [&](auto, int64_t n, int64_t h, int64_t w, int64_t len) {
+                              const S *left = x.at(n, h, w), *right = r.at(n, h, w);
+                              S* to = y.at(n, h, w);
+                              for_each_vector<T>(0, len, [&](int64_t i, auto lanes) {
+                                stores.write_to(to + i, f(read(left + i, lanes), read(right + i, lanes)), lanes);
+                              });
+                            });
+      stores.end();
+    });
   });
 }
 
@@ -83,11 +82,12 @@ template <class S>
 const char* launch_fprop(const void* params, const Launch& l) {
   using V = Vec<Compute<S>>;
   const AddActParams& p = *static_cast<const AddActParams*>(params);
-  const Activation act = static_cast<Activation>(p.act);
-  map<S>(p, {static_cast<const S*>(l.operands[0]), p.x_n, p.x_c, p.x_h, p.x_w},
-         {static_cast<const S*>(l.operands[1]), p.r_n, p.r_c, p.r_h, p.r_w},
-         {static_cast<S*>(l.operands[2]), p.y_n, p.y_c, p.y_h, p.y_w}, l.threads,
-         [act](V x, V r) { return activate<Compute<S>>(x + r, act); });
+  with_activation(static_cast<Activation>(p.act), [&](auto act) {
+    map<S>(p, {static_cast<const S*>(l.operands[0]), p.x_n, p.x_c, p.x_h, p.x_w},
+           {static_cast<const S*>(l.operands[1]), p.r_n, p.r_c, p.r_h, p.r_w},
+           {static_cast<S*>(l.operands[2]), p.y_n, p.y_c, p.y_h, p.y_w}, l.threads,
+           [act](V x, V r) { return activate<Compute<S>>(x + r, act); });
+  });
   return nullptr;
 }
 
@@ -95,11 +95,12 @@ template <class S>
 const char* launch_dgrad(const void* params, const Launch& l) {
   using V = Vec<Compute<S>>;
   const AddActParams& p = *static_cast<const AddActParams*>(params);
-  const Activation act = static_cast<Activation>(p.act);
-  map<S>(p, {static_cast<const S*>(l.operands[3]), p.g_n, p.g_c, p.g_h, p.g_w},
-         {static_cast<const S*>(l.operands[2]), p.y_n, p.y_c, p.y_h, p.y_w},
-         {static_cast<S*>(l.operands[4]), p.t_n, p.t_c, p.t_h, p.t_w}, l.threads,
-         [act](V g, V y) { return activate_gradient<Compute<S>>(g, y, act); });
+  with_activation(static_cast<Activation>(p.act), [&](auto act) {
+    map<S>(p, {static_cast<const S*>(l.operands[3]), p.g_n, p.g_c, p.g_h, p.g_w},
+           {static_cast<const S*>(l.operands[2]), p.y_n, p.y_c, p.y_h, p.y_w},
+           {static_cast<S*>(l.operands[4]), p.t_n, p.t_c, p.t_h, p.t_w}, l.threads,
+           [act](V g, V y) { return activate_gradient<Compute<S>>(g, y, act); });
+  });
   return nullptr;
 }
 

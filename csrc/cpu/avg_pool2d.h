@@ -6,9 +6,10 @@
 // Both gather: an element of the result has one owner, who adds its addends in their order. No atomics, and no
 // dependence on the threads.
 //
-// Mapping: threads share the rows of the result and, where those are few, the channels. Two ways to a row:
+// Mapping: threads share the rows of the result and, where those are few, the channels. Three ways to a row:
 //   direct      lanes are channels, up to 4 vectors of them an element of the result, its addends one after another.
 //               The last vector of a pixel reaches back over channels already done: nothing is loaded in part.
+//   walk        the same where 2 or 3 columns of addends overlap: the sums of the last columns stay in registers.
 //   separable   the addends' rows are added up first, as one run over W*C, whatever C is; then, from that row in cache,
 //               the columns. For channels that don't fill a vector, and for windows that overlap so much that R + S
 //               additions beat R*S. What a vector holds beyond a pixel's channels is overwritten by the next pixel.
@@ -35,6 +36,8 @@ constexpr int kLevels = 4;                         // levels above the first
 constexpr int64_t kAddendsWorthThreads = 1 << 16;  // below, a parallel region costs more than it saves
 constexpr int64_t kRowsAThread = 4;                // with fewer rows of the result threads share channels, too
 constexpr int64_t kRowBytes = 1 << 18;             // separable: a row of sums that stays in cache
+constexpr int64_t kWalkBytes = 1 << 13;            // walk: of a row that one block of channels goes along
+constexpr int64_t kLeastWalk = 8;                  // elements of the result
 
 // One call, seen as a gather from `in` to `out`.
 template <class S, class Axis>
@@ -172,6 +175,16 @@ class Task {
     const S* in = g_.in + n * g_.in_n;
     S* out = g_.out + n * g_.out_n + h * g_.out_h;
     const Span rows = addends_of<gradient>(g_.rows, h);
+    if constexpr (gradient)
+      if (!separable_) weigh(rows);
+    if constexpr (Axis::kRegular) {
+      const int64_t filter = g_.columns.filter, stride = g_.columns.stride;
+      if (!separable_ && rows.size() * filter <= kFan) {
+        if (filter == 3 && stride == 1) return walk_row<3, 1>(in, out, h, rows);
+        if (filter == 2 && stride == 1) return walk_row<2, 1>(in, out, h, rows);
+        if (!gradient && filter == 3 && stride == 2) return walk_row<3, 2>(in, out, h, rows);
+      }
+    }
     if (!separable_) return direct(in, out, h, rows, channels_);
     for (int64_t c = channels_.begin; c < channels_.end; c += block_)
       separable(in, out, h, rows, {c, min(c + block_, channels_.end)});
@@ -182,6 +195,7 @@ class Task {
     addends_ = parts.take<Span>(results_);
     column_divisors_ = parts.take<T>(g_.columns.outputs);
     row_divisors_ = parts.take<T>(g_.rows.outputs);
+    if (gradient && !separable_) weights_ = parts.take<T>(most_addends<gradient>(g_.rows) * sources_);
     if (!separable_) return;
     sums_ = parts.take<T>(sources_ * block_ + kWidth);
     results_row_ = parts.take<T>(results_ * block_ + kWidth);
@@ -197,13 +211,14 @@ class Task {
         constexpr int vecs = decltype(count)::value;
         Vec<T> sum[vecs] = {};
         if (rows.size() * columns.size() <= kFan) {
-          add(sum, from + c, rows, columns);
+          add(sum, from + c, weights_, rows.size(), columns);
         } else {
           Nested<T, vecs> nested;
           for (int64_t r = rows.begin; r < rows.end; ++r) {
             for (int64_t q = columns.begin; q < columns.end; q += kFan) {
               Vec<T> part[vecs] = {};
-              add(part, in + r * g_.in_h + q * g_.in_w + c, {r, r + 1}, {q, min(q + kFan, columns.end)});
+              add(part, in + r * g_.in_h + q * g_.in_w + c, gradient ? weights_ + (r - rows.begin) * sources_ : nullptr,
+                  1, {q, min(q + kFan, columns.end)});
               nested.add(part);
             }
           }
@@ -216,16 +231,64 @@ class Task {
   }
 
   template <int vecs>
-  CNNFAST_INLINE void add(Vec<T> (&sum)[vecs], const S* from, Span rows, Span columns) const {
-    for (int64_t r = rows.begin; r < rows.end; ++r, from += g_.in_h) {
+  CNNFAST_INLINE void add(Vec<T> (&sum)[vecs], const S* from, const T* weights, int64_t rows, Span columns) const {
+    for (int64_t r = 0; r < rows; ++r, from += g_.in_h) {
       const S* p = from;
       for (int64_t q = columns.begin; q < columns.end; ++q, p += g_.in_w) {
-        const T weight = gradient ? T{1} / (row_divisors_[r] * column_divisors_[q]) : T{1};
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; ++v) {
           const Vec<T> addend = load_wide(p + v * kWidth);
-          sum[v] += gradient ? addend * weight : addend;
+          sum[v] += gradient ? addend * weights[q] : addend;
         }
+      }
+      if constexpr (gradient) weights += sources_;
+    }
+  }
+
+  // weights_ = the reciprocals of the divisors of some rows of windows.
+  void weigh(Span rows) {
+    T* to = weights_;
+    for (int64_t r = rows.begin; r < rows.end; ++r, to += sources_)
+      for (int64_t q = 0; q < sources_; ++q) to[q] = T{1} / (row_divisors_[r] * column_divisors_[q]);
+  }
+
+  // Elements of the result that add up `filter` columns each, the next one's `step` further.
+  template <int filter, int step>
+  void walk_row(const S* in, S* out, int64_t h, Span rows) {
+    const S* from = in + rows.begin * g_.in_h;
+    const int64_t size = static_cast<int64_t>(sizeof(S));
+    const int64_t some = max(kLeastWalk, kWalkBytes / (channels_.size() * step * size));
+    for (int64_t i = 0; i < results_; i += some)
+      for_each_block<kWidth>(channels_, [&](auto count, int64_t c) {
+        walk<decltype(count)::value, filter, step>(from + c, out + c, h, rows.size(), i, min(i + some, results_));
+      });
+  }
+
+  template <int vecs, int filter, int step>
+  CNNFAST_INLINE void walk(const S* in, S* out, int64_t h, int64_t rows, int64_t first, int64_t last) const {
+    constexpr int shared = filter - step;
+    Vec<T> columns[filter][vecs];
+    const auto find = [&](int i, int64_t column) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; ++v) columns[i][v] = Vec<T>{};
+      if (column >= 0 && column < sources_)
+        add(columns[i], in + column * g_.in_w, weights_, rows, {column, column + 1});
+    };
+    int64_t column = first * step - (gradient ? filter - 1 - g_.columns.pad : g_.columns.pad);
+#pragma GCC unroll 3
+    for (int i = 0; i < shared; ++i) find(i, column + i);
+    for (int64_t result = first; result < last; ++result, column += step) {
+#pragma GCC unroll 3
+      for (int i = shared; i < filter; ++i) find(i, column + i);
+      const Divisor<T> divisor(gradient ? T{1} : row_divisors_[h] * column_divisors_[result]);
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; ++v) {
+        Vec<T> sum = columns[0][v];
+#pragma GCC unroll 3
+        for (int i = 1; i < filter; ++i) sum += columns[i][v];
+        store_narrow(out + result * g_.out_w + v * kWidth, gradient ? sum : divisor.quotient(sum));
+#pragma GCC unroll 3
+        for (int i = 0; i < shared; ++i) columns[i][v] = columns[i + step][v];
       }
     }
   }
@@ -323,7 +386,7 @@ class Task {
   int64_t block_;  // channels of a row of sums
   Span* addends_ = nullptr;
   T *column_divisors_ = nullptr, *row_divisors_ = nullptr, *sums_ = nullptr, *results_row_ = nullptr;
-  T* inverse_ = nullptr;
+  T *inverse_ = nullptr, *weights_ = nullptr;
   T inverted_ = 0;
   int64_t inverted_channels_ = 0;
 };

@@ -12,11 +12,14 @@
 // cheaper than reading the result.
 //
 // Mapping: lanes are channels (rows.h); a task is a chunk of rows, and where those are few a part of the channels.
-// Chunks depend on the sizes alone, and their sums are added in order: results don't depend on the thread count.
+// Chunks depend on the sizes alone, and their sums are added in order: results don't depend on the thread count. Sums
+// read 8 rows side by side, front to back; what is made of them then goes row by row from the end, which is still in
+// the caches, and past the caches where it wouldn't stay in them.
 //
-// Accumulators: double, to which sums of 8 rows are added that are float for float, bf16 and fp16. stats sums x - x0
-// and (x - x0)^2, x0 being a rough mean of the channel, so that a constant channel has exactly its value as mean and no
-// variance, and a large mean costs no accuracy; where a square overflows in float it starts again in double throughout.
+// Accumulators: double, to which sums of up to 32 rows are added that are float for float, bf16 and fp16. stats sums x
+// - x0 and (x - x0)^2, x0 being a rough mean of the channel, so that a constant channel has exactly its value as mean
+// and no variance, and a large mean costs no accuracy; where a square overflows in float it starts again in double
+// throughout.
 //
 // Layout: NHWC, any pixel strides. Source: Chan, Golub, LeVeque, Algorithms for Computing the Sample Variance (1983).
 #include "../common/kernel_table.h"
@@ -30,8 +33,9 @@ namespace CNNFAST_ISA {
 namespace {
 
 constexpr int kSumRows = 8, kMapRows = 4;  // rows side by side: sums in registers; values for one set of factors
-constexpr int64_t kElementsWorthThreads = 1 << 15;             // below, one thread
-constexpr int64_t kChunkElements = 1 << 16, kChunkRows = 128;  // a chunk of a sum has at least so many
+constexpr int64_t kFloatRows = 32;         // rows whose sums are added up in float, before they go to the doubles
+constexpr int64_t kElementsWorthThreads = 1 << 15;            // below, one thread
+constexpr int64_t kChunkElements = 1 << 16, kChunkRows = 64;  // a chunk of a sum has at least so many
 constexpr int64_t kMostChunks = 64;
 constexpr int64_t kSamples = 16;  // elements of a channel that its rough mean is made of
 constexpr const char* kNoMemory = "out of memory";
@@ -132,6 +136,46 @@ int useful_threads(const BatchNormParams& p, int threads) {
   return p.N * p.C * p.H * p.W < kElementsWorthThreads ? 1 : threads;
 }
 
+// sums += part, part = 0.
+template <class T>
+void flush(double* sums, T* part, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) sums[i] += static_cast<double>(part[i]), part[i] = 0;
+}
+template <class T>
+CNNFAST_INLINE void accumulate(T* part, Vec<T> v) {
+  store(part, load(part) + v);
+}
+
+// A task's sums of a row's elements: two doubles each, and what isn't added to them yet.
+template <class T>
+struct Sums {
+  double *first, *second;
+  T *first_part, *second_part;
+  int64_t begin, end;
+
+  static Sums take(double* partial, T* parts, const Tasks& tasks, int64_t task, int64_t padded) {
+    const int64_t at = task / tasks.parts * 2 * padded;
+    Sums sums{partial + at,        partial + at + padded,        parts + at,
+              parts + at + padded, tasks.begin(task, kLanes<T>), tasks.end(task, kLanes<T>)};
+    for (int64_t i = sums.begin; i < sums.padded_end(); ++i)
+      sums.first[i] = sums.second[i] = 0, sums.first_part[i] = sums.second_part[i] = 0;
+    return sums;
+  }
+  int64_t padded_end() const { return round_up(end, kLanes<T>); }
+
+  // Calls f as for_each_rows does, for rows whose sums may be added up in T before they go to the doubles.
+  template <class F>
+  CNNFAST_INLINE void over(const Rows& rows, int64_t row, int64_t last, const F& f) {
+    while (row < last) {
+      const int64_t some = min(last, row + kFloatRows);
+      for_each_rows<kSumRows>(rows, row, some, f);
+      flush(first, first_part, begin, padded_end());
+      flush(second, second_part, begin, padded_end());
+      row = some;
+    }
+  }
+};
+
 // Adds the chunks' sums up, and positions of a row that are the same channel: first[0 .. C-1], second[0 .. C-1].
 void collect(double* partial, int64_t chunks, int64_t padded, int64_t C, int64_t len) {
   for (int64_t chunk = 1; chunk < chunks; ++chunk)
@@ -165,47 +209,46 @@ void find_origin(const BatchNormParams& p, const Pixels<const S>& x, Compute<S>*
   for (int64_t i = p.C; i < len; ++i) origin[i] = origin[i - p.C];
 }
 
-// Sums of distances from the origin, and of their squares. Where kExact isn't set, eight at a time are added up in
-// float: memory's speed, but squares beyond float's range are infinite.
+// Sums of distances from the origin, and of their squares. Where kExact isn't set, some are added up in float first:
+// memory's speed, but squares beyond float's range are infinite.
 template <class S, bool kExact>
 void sum_up(const Rows& rows, const Tasks& tasks, const Pixels<const S>& x, const Compute<S>* origin, double* partial,
-            int64_t padded, int threads) {
+            Compute<S>* parts, int64_t padded, int threads) {
   using T = Compute<S>;
-  constexpr int64_t VL = kLanes<T>;
   parallel_for(threads, tasks.count(), [&](int64_t task) {
-    double* sums = partial + task / tasks.parts * 2 * padded;
-    double* squares = sums + padded;
-    const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
-    for (int64_t i = begin; i < round_up(end, VL); ++i) sums[i] = squares[i] = 0;
-    for_each_rows<kSumRows>(rows, tasks.first_row(task), tasks.last_row(task),
-                            [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
-                              const S* from = x.at(n, h, w);
-                              for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
-                                const Vec<T> from_here = read(origin + i, lanes);
-                                const Wide<T> exact = widen_sum(from_here);
-                                Wide<T> sum{}, square{};
-                                Vec<T> short_sum{}, short_square{};
-#pragma GCC unroll 8
-                                for (int j = 0; j < decltype(count)::value; ++j) {
-                                  const Vec<T> value = read(from + j * x.w + i, lanes);
-                                  if constexpr (kExact) {
-                                    Wide<T> wide = widen_sum(value);
+    Sums<T> sums = Sums<T>::take(partial, parts, tasks, task, padded);
+    sums.over(rows, tasks.first_row(task), tasks.last_row(task),
+              [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+                const S* from = x.at(n, h, w);
+                for_each_vector<T>(sums.begin, min(sums.end, len), [&](int64_t i, auto lanes) {
+                  const Vec<T> from_here = read(origin + i, lanes);
+                  if constexpr (kExact) {
+                    const Wide<T> exact = widen_sum(from_here);
+                    Wide<T> sum{}, square{};
+                    for (int j = 0; j < decltype(count)::value; ++j) {
+                      Wide<T> wide = widen_sum(read(from + j * x.w + i, lanes));
 #pragma GCC unroll 2
-                                    for (int k = 0; k < Wide<T>::kVecs; ++k) {
-                                      wide.v[k] -= exact.v[k];
-                                      sum.v[k] += wide.v[k];
-                                      square.v[k] += wide.v[k] * wide.v[k];
-                                    }
-                                  } else {
-                                    const Vec<T> distance = value - from_here;
-                                    short_sum += distance;
-                                    short_square += distance * distance;
-                                  }
-                                }
-                                add_to<T>(sums + i, kExact ? sum : widen_sum(short_sum));
-                                add_to<T>(squares + i, kExact ? square : widen_sum(short_square));
-                              });
-                            });
+                      for (int k = 0; k < Wide<T>::kVecs; ++k) {
+                        wide.v[k] -= exact.v[k];
+                        sum.v[k] += wide.v[k];
+                        square.v[k] += wide.v[k] * wide.v[k];
+                      }
+                    }
+                    add_to<T>(sums.first + i, sum);
+                    add_to<T>(sums.second + i, square);
+                  } else {
+                    Vec<T> sum{}, square{};
+#pragma GCC unroll 8
+                    for (int j = 0; j < decltype(count)::value; ++j) {
+                      const Vec<T> distance = read(from + j * x.w + i, lanes) - from_here;
+                      sum += distance;
+                      square += distance * distance;
+                    }
+                    accumulate(sums.first_part + i, sum);
+                    accumulate(sums.second_part + i, square);
+                  }
+                });
+              });
   });
 }
 
@@ -218,24 +261,25 @@ const char* launch_stats(const void* params, const Launch& l) {
   const Rows rows = make_rows<T>(p.N, p.C, p.H, p.W, x);
   const Tasks tasks = make_tasks<T>(rows, sum_chunks(rows), threads);
   const int64_t padded = round_up(rows.len, kLanes<T>);
-  T* origin;
+  T *origin, *parts;
   double* partial;
   const auto carve = [&](Carver carver) {
     origin = carver.take<T>(padded);
     partial = carver.take<double>(tasks.chunks * 2 * padded);
+    parts = carver.take<T>(tasks.chunks * 2 * padded);
     return carver.used();
   };
   void* scratch = thread_scratch(carve(Carver(nullptr)));
   if (!scratch) return kNoMemory;
   carve(Carver(scratch));
   find_origin<S>(p, pixels<const S>(l, kX, p.x_n, p.x_h, p.x_w), origin, rows.len);
-  sum_up<S, false>(rows, tasks, x, origin, partial, padded, threads);
+  sum_up<S, false>(rows, tasks, x, origin, partial, parts, padded, threads);
   collect(partial, tasks.chunks, padded, p.C, rows.len);
   if constexpr (!kSame<T, double>) {
     bool finite = true;
     for (int64_t c = 0; c < p.C; ++c) finite &= partial[padded + c] - partial[padded + c] == 0;
     if (!finite) {
-      sum_up<S, true>(rows, tasks, x, origin, partial, padded, threads);
+      sum_up<S, true>(rows, tasks, x, origin, partial, parts, padded, threads);
       collect(partial, tasks.chunks, padded, p.C, rows.len);
     }
   }
@@ -276,25 +320,30 @@ const char* launch_fprop(const void* params, const Launch& l) {
   if (!scratch) return kNoMemory;
   carve(Carver(scratch));
   factors.fill(p, l, rows.len);
-  const Activation act = static_cast<Activation>(p.act);
 
-  parallel_for(threads, tasks.count(), [&](int64_t task) {
-    const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
-    for_each_rows<kMapRows>(rows, tasks.first_row(task), tasks.last_row(task),
-                            [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
-                              const S *from = x.at(n, h, w), *residual = r.data ? r.at(n, h, w) : nullptr;
-                              S* to = y.at(n, h, w);
-                              for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
-                                const Vec<T> mean = load(factors.mean + i), scale = load(factors.scale + i),
-                                             bias = load(factors.bias + i);
+  with_activation(static_cast<Activation>(p.act), [&](auto act) {
+    with_stores(rows, y, [&](auto stores) {
+      parallel_for(threads, tasks.count(), [&](int64_t task) {
+        const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
+        for_each_rows_back<kMapRows>(rows, y, tasks.first_row(task), tasks.last_row(task),
+                                     [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+                                       const S *from = x.at(n, h, w), *residual = r.data ? r.at(n, h, w) : nullptr;
+                                       S* to = y.at(n, h, w);
+                                       for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
+                                         const Vec<T> mean = load(factors.mean + i), scale = load(factors.scale + i),
+                                                      bias = load(factors.bias + i);
 #pragma GCC unroll 4
-                                for (int j = 0; j < decltype(count)::value; ++j) {
-                                  Vec<T> z = normalised<T>(read(from + j * x.w + i, lanes) - mean, scale, bias);
-                                  if (residual) z += read(residual + j * r.w + i, lanes);
-                                  write(to + j * y.w + i, activate<T>(z, act), lanes);
-                                }
-                              });
-                            });
+                                         for (int j = 0; j < decltype(count)::value; ++j) {
+                                           Vec<T> z =
+                                               normalised<T>(read(from + j * x.w + i, lanes) - mean, scale, bias);
+                                           if (residual) z += read(residual + j * r.w + i, lanes);
+                                           stores.write_to(to + j * y.w + i, activate<T>(z, act), lanes);
+                                         }
+                                       });
+                                     });
+        stores.end();
+      });
+    });
   });
   return nullptr;
 }
@@ -326,44 +375,43 @@ const char* launch_wgrad(const void* params, const Launch& l) {
   const int64_t padded = round_up(rows.len, VL);
   Factors<T> factors;
   double* partial;
+  T* parts;
   const auto carve = [&](Carver carver) {
     factors = Factors<T>::take(carver, padded);
     partial = carver.take<double>(tasks.chunks * 2 * padded);
+    parts = carver.take<T>(tasks.chunks * 2 * padded);
     return carver.used();
   };
   void* scratch = thread_scratch(carve(Carver(nullptr)));
   if (!scratch) return kNoMemory;
   carve(Carver(scratch));
   factors.fill(p, l, rows.len);
-  const Activation act = static_cast<Activation>(p.act);
 
-  parallel_for(threads, tasks.count(), [&](int64_t task) {
-    double* biases = partial + task / tasks.parts * 2 * padded;
-    double* weights = biases + padded;
-    const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
-    for (int64_t i = begin; i < round_up(end, VL); ++i) biases[i] = weights[i] = 0;
-    for_each_rows<kSumRows>(
-        rows, tasks.first_row(task), tasks.last_row(task),
-        [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
-          const S *from = x.at(n, h, w), *gradient = g.at(n, h, w), *out = r.data ? r.at(n, h, w) : nullptr;
-          S* to = u.data ? u.at(n, h, w) : nullptr;
-          for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
-            const Vec<T> mean = load(factors.mean + i), invstd = load(factors.invstd + i);
-            const Vec<T> scale = load(factors.scale + i), bias = load(factors.bias + i);
-            Vec<T> db{}, dw{};
+  with_activation(static_cast<Activation>(p.act), [&](auto act) {
+    parallel_for(threads, tasks.count(), [&](int64_t task) {
+      Sums<T> sums = Sums<T>::take(partial, parts, tasks, task, padded);  // of dz, and of dz * xhat
+      sums.over(rows, tasks.first_row(task), tasks.last_row(task),
+                [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+                  const S *from = x.at(n, h, w), *gradient = g.at(n, h, w), *out = r.data ? r.at(n, h, w) : nullptr;
+                  S* to = u.data ? u.at(n, h, w) : nullptr;
+                  for_each_vector<T>(sums.begin, min(sums.end, len), [&](int64_t i, auto lanes) {
+                    const Vec<T> mean = load(factors.mean + i), invstd = load(factors.invstd + i);
+                    const Vec<T> scale = load(factors.scale + i), bias = load(factors.bias + i);
+                    Vec<T> db{}, dw{};
 #pragma GCC unroll 8
-            for (int j = 0; j < decltype(count)::value; ++j) {
-              const Vec<T> centred = read(from + j * x.w + i, lanes) - mean;
-              const Vec<T> dz = before_activation(gradient + j * g.w + i, out ? out + j * r.w + i : nullptr, centred,
-                                                  scale, bias, act, lanes);
-              db += dz;
-              dw += dz * (centred * invstd);
-              if (to) write(to + j * u.w + i, dz, lanes);
-            }
-            add_to<T>(biases + i, widen_sum(db));
-            add_to<T>(weights + i, widen_sum(dw));
-          });
-        });
+                    for (int j = 0; j < decltype(count)::value; ++j) {
+                      const Vec<T> centred = read(from + j * x.w + i, lanes) - mean;
+                      const Vec<T> dz = before_activation(gradient + j * g.w + i, out ? out + j * r.w + i : nullptr,
+                                                          centred, scale, bias, act, lanes);
+                      db += dz;
+                      dw += dz * (centred * invstd);
+                      if (to) write(to + j * u.w + i, dz, lanes);
+                    }
+                    accumulate(sums.first_part + i, db);
+                    accumulate(sums.second_part + i, dw);
+                  });
+                });
+    });
   });
   collect(partial, tasks.chunks, padded, p.C, rows.len);
   T *dw = static_cast<T*>(l.operands[kDw]), *db = static_cast<T*>(l.operands[kDb]);
@@ -384,7 +432,7 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   const Tasks tasks = make_tasks<T>(rows, max(1, min(threads, rows.count())), threads);
   const int64_t padded = round_up(rows.len, VL);
   Factors<T> factors;
-  T *mean_gradient, *mean_product;
+  T *mean_gradient, *mean_product;  // the latter times v
   const auto carve = [&](Carver carver) {
     factors = Factors<T>::take(carver, padded);
     mean_gradient = carver.take<T>(padded);
@@ -396,33 +444,38 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   carve(Carver(scratch));
   factors.fill(p, l, rows.len);
   const T count_of_pixels = static_cast<T>(p.N * p.H * p.W);
-  const auto mean = [=](T sum, int64_t) { return sum / count_of_pixels; };
-  spread(mean_gradient, static_cast<const T*>(l.operands[kDb]), T(0), p.C, rows.len, mean);
-  spread(mean_product, static_cast<const T*>(l.operands[kDw]), T(0), p.C, rows.len, mean);
-  const Activation act = static_cast<Activation>(p.act);
-  const bool training = p.training, reads_x = training || (act != Activation::kNone && !r.data);
+  spread(mean_gradient, static_cast<const T*>(l.operands[kDb]), T(0), p.C, rows.len,
+         [=](T sum, int64_t) { return sum / count_of_pixels; });
+  spread(mean_product, static_cast<const T*>(l.operands[kDw]), T(0), p.C, rows.len,
+         [=](T sum, int64_t c) { return sum / count_of_pixels * factors.invstd[c]; });
+  const bool training = p.training, reads_x = training || (p.act != 0 && !r.data);
 
-  parallel_for(threads, tasks.count(), [&](int64_t task) {
-    const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
-    for_each_rows<kMapRows>(
-        rows, tasks.first_row(task), tasks.last_row(task),
-        [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
-          const S *from = x.at(n, h, w), *gradient = g.at(n, h, w), *out = r.data ? r.at(n, h, w) : nullptr;
-          S* to = t.at(n, h, w);
-          for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
-            const Vec<T> mean = load(factors.mean + i), invstd = load(factors.invstd + i);
-            const Vec<T> scale = load(factors.scale + i), bias = load(factors.bias + i);
-            const Vec<T> db = load(mean_gradient + i), dw = load(mean_product + i);
+  with_activation(static_cast<Activation>(p.act), [&](auto act) {
+    with_stores(rows, t, [&](auto stores) {
+      parallel_for(threads, tasks.count(), [&](int64_t task) {
+        const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
+        for_each_rows_back<kMapRows>(
+            rows, t, tasks.first_row(task), tasks.last_row(task),
+            [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+              const S *from = x.at(n, h, w), *gradient = g.at(n, h, w), *out = r.data ? r.at(n, h, w) : nullptr;
+              S* to = t.at(n, h, w);
+              for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
+                const Vec<T> mean = load(factors.mean + i), scale = load(factors.scale + i),
+                             bias = load(factors.bias + i);
+                const Vec<T> db = load(mean_gradient + i), dw = load(mean_product + i);
 #pragma GCC unroll 4
-            for (int j = 0; j < decltype(count)::value; ++j) {
-              const Vec<T> centred = reads_x ? read(from + j * x.w + i, lanes) - mean : Vec<T>{};
-              Vec<T> dz = before_activation(gradient + j * g.w + i, out ? out + j * r.w + i : nullptr, centred, scale,
-                                            bias, act, lanes);
-              if (training) dz = dz - db - centred * invstd * dw;
-              write(to + j * t.w + i, dz * scale, lanes);
-            }
-          });
-        });
+                for (int j = 0; j < decltype(count)::value; ++j) {
+                  const Vec<T> centred = reads_x ? read(from + j * x.w + i, lanes) - mean : Vec<T>{};
+                  Vec<T> dz = before_activation(gradient + j * g.w + i, out ? out + j * r.w + i : nullptr, centred,
+                                                scale, bias, act, lanes);
+                  if (training) dz = dz - db - centred * dw;
+                  stores.write_to(to + j * t.w + i, dz * scale, lanes);
+                }
+              });
+            });
+        stores.end();
+      });
+    });
   });
   return nullptr;
 }

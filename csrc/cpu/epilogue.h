@@ -81,6 +81,22 @@ CNNFAST_INLINE Vec<T> activate_gradient(Vec<T> g, Vec<T> at, Activation act) {
   return act == Activation::kRelu ? g : at >= six ? zero : g;
 }
 
+// Calls f with the activation, known to the compiler where it is one of networks' most common: beside memory-bound loops
+// the choice would count.
+template <Activation value>
+struct KnownActivation {
+  constexpr operator Activation() const { return value; }
+};
+template <class F>
+CNNFAST_INLINE void with_activation(Activation act, const F& f) {
+  if (act == Activation::kNone)
+    f(KnownActivation<Activation::kNone>{});
+  else if (act == Activation::kRelu)
+    f(KnownActivation<Activation::kRelu>{});
+  else
+    f(act);
+}
+
 template <class S>
 struct Epilogue {
   using T = Compute<S>;

@@ -20,6 +20,7 @@ struct DilatedAxis {
   int64_t size, outputs;  // of the axis, and how many windows there are
   int64_t filter, stride, pad, step;
 
+  static constexpr bool kRegular = true;
   int64_t most_taps() const { return filter; }
   int64_t most_extent() const { return (filter - 1) * step + 1; }
   Span extent(int64_t window) const {

@@ -12,7 +12,8 @@
 // of a pixel reaches back over channels already done, and channels too few for a vector take 16 bytes, pairs, or one.
 // The maximum is tracked as a key: the element itself; of 16-bit types an integer of their order beside the element's
 // bits, so that nothing is converted, and in dgrad the float. Where the maximum lies is a label in 32 bits (64 for
-// double), counted from the window's first tap; a window spans less than 2^30 pixels.
+// double), counted from the window's first tap; a window spans less than 2^30 pixels. fprop, which asks for no place:
+// max_pool2d_value.h.
 //
 // Threads share the rows of the output (dgrad: of t) and, where those are few, the channels. dgrad walks the windows
 // that reach into its rows and adds each one's gradient tap by tap, in the lanes that have their maximum there, or
@@ -25,7 +26,7 @@
 // Layout: NHWC, any pixel strides.
 #pragma once
 #include "../common/kernel_table.h"
-#include "max_pool2d_search.h"
+#include "max_pool2d_value.h"
 #include "primitives/parallel.h"
 #include "primitives/scratch.h"
 #include "primitives/vec.h"
@@ -34,25 +35,11 @@ namespace cnnfast {
 namespace CNNFAST_ISA {
 namespace {
 
-constexpr int kVecs = 4;                        // vectors of channels at a time
 constexpr int64_t kTapsWorthThreads = 1 << 16;  // below, a parallel region costs more than it saves
 constexpr int64_t kRowsAThread = 4;             // with fewer rows of the output threads share channels, too
 constexpr int64_t kSpansAThread = 8;            // with fewer rows of t, in heights of a window, likewise
 constexpr int64_t kTapsWorthScatter = 3;        // dgrad, taps a lane: with more, lanes are added one by one
 constexpr int64_t kRingBytes = 1 << 19;         // dgrad: sums of a task that stay in cache
-
-// Calls f(number of vectors, first channel, how many of its first lanes are done already) for the channels from c to
-// end, at least `width` of them.
-template <int n>
-struct Count {
-  static constexpr int value = n;
-};
-template <int width, class F>
-CNNFAST_INLINE void for_each_block(int64_t c, int64_t end, const F& f) {
-  for (; c + kVecs * width <= end; c += kVecs * width) f(Count<kVecs>{}, c, 0);
-  for (; c + width <= end; c += width) f(Count<1>{}, c, 0);
-  if (c < end) f(Count<1>{}, end - width, c - (end - width));
-}
 
 // Channels in `parts` parts that hold at least one vector each.
 CNNFAST_INLINE Span channels_of(Span all, int width, int64_t part, int64_t parts) {
@@ -117,8 +104,12 @@ template <class S, int width, Direction direction, class Pool>
 const char* pool(const Pool& p, const Operands<S>& o, int threads) {
   const int64_t rows = p.N * p.P, parts = rows < kRowsAThread * threads ? min(threads, p.C / width) : 1;
   parallel_for(threads, rows * parts, [&](int64_t task) {
-    const int64_t row = task % rows;
-    pool_row<S, width, direction>(p, o, row / p.P, row % p.P, channels_of({0, p.C}, width, task / rows, parts));
+    const int64_t row = task % rows, n = row / p.P, h = row % p.P;
+    const Span channels = channels_of({0, p.C}, width, task / rows, parts);
+    if constexpr (direction == Direction::fprop)
+      pool_values<S, width>(p, o.x + n * p.x_n, o.y + n * p.y_n + h * p.y_h, h, channels);
+    else
+      pool_row<S, width, direction>(p, o, n, h, channels);
   });
   return nullptr;
 }

@@ -11,6 +11,7 @@ namespace CNNFAST_ISA {
 namespace {
 
 constexpr int kSmallVecBytes = 16;  // where the channels don't fill a whole vector
+constexpr int kVecs = 4;            // vectors of channels at a time
 
 enum class Direction { fprop, indices, jvp, dgrad };
 
@@ -92,6 +93,19 @@ CNNFAST_INLINE Lanes<E, width> fetch(const S* p) {
   }
 }
 
+// Calls f(number of vectors, first channel, how many of its first lanes are done already) for the channels from c to
+// end, at least `width` of them.
+template <int n>
+struct Count {
+  static constexpr int value = n;
+};
+template <int width, class F>
+CNNFAST_INLINE void for_each_block(int64_t c, int64_t end, const F& f) {
+  for (; c + kVecs * width <= end; c += kVecs * width) f(Count<kVecs>{}, c, 0);
+  for (; c + width <= end; c += width) f(Count<1>{}, c, 0);
+  if (c < end) f(Count<1>{}, end - width, c - (end - width));
+}
+
 // ---- the order of the elements --------------------------------------------------------------------------------------
 
 template <class S>
@@ -135,9 +149,11 @@ CNNFAST_INLINE auto exceeds(V key, V best) {
 //   extent(window)     what it spans, inside or not; its ends grow with the window
 //   windows(element)   those whose extent holds the element
 //   most_taps(), most_extent(), step
+//   kRegular           whether all windows have `filter` taps, `stride` apart
 template <class Params, class Axis>
 struct Pooling : Params {
   Axis rows, columns;
+  static constexpr bool kRegular = Axis::kRegular;
 };
 
 // The maxima of one window in vecs * width channels.
@@ -147,7 +163,7 @@ struct Maximum {
   using V = Lanes<E, width>;
   using L = Labels<E, width>;
   V key[vecs];
-  V value[vecs];  // fprop, indices: the element; jvp: the tangent at its place
+  V value[vecs];  // indices: the element; jvp: the tangent at its place
   L label[vecs];  // indices, dgrad: rows * pitch + columns from the window's first tap
 
   // x and t point to the window's first tap inside the image.

@@ -20,6 +20,7 @@ struct FixedAxis {
   bool count_padding;  // whether padding counts in divisor()
   int64_t fixed;       // the divisor where it isn't counted; 0: it is
 
+  static constexpr bool kRegular = true;
   Span elements(int64_t window) const {
     const int64_t start = window * stride - pad;
     return {max(start, 0), min(start + filter, size)};
@@ -41,6 +42,7 @@ struct AdaptiveAxis {
   int64_t size, outputs;
 
   static constexpr int64_t step = 1;
+  static constexpr bool kRegular = false;
   Span elements(int64_t window) const { return {window * size / outputs, ceil_div((window + 1) * size, outputs)}; }
   Span extent(int64_t window) const { return elements(window); }
   Span windows(int64_t element) const { return {element * outputs / size, ceil_div((element + 1) * outputs, size)}; }

@@ -2,14 +2,18 @@
 //
 // A row is a pixel's channels. Where all operands are dense, rows are longer: whole pixels, so many that a row is a
 // multiple of a vector and neither short nor long; then no vector is partial, whatever C is, and element i of a row is
-// channel i % C. What is left at the end is one shorter row.
+// channel i % C. What is left at the end is one shorter row. Their number of pixels is odd, so that neighbours don't
+// lie a power of two apart, in the same few lines of a cache.
 #pragma once
 #include "primitives/vec.h"
 
 namespace cnnfast {
 namespace CNNFAST_ISA {
 
-constexpr int64_t kShortRow = 128, kLongRow = 4096;  // elements
+constexpr int64_t kShortRow = 1024, kLongRow = 4096;  // elements
+constexpr int64_t kRowsFirst = 64;  // that are walked in ascending order where the last ones come first
+constexpr int64_t kAlias = 4096;  // bytes
+constexpr int64_t kStreamBytes = 1 << 24;  // a result of more goes past the caches
 
 // An operand: null, or a pointer and what lies between images, image rows and pixels.
 template <class S>
@@ -46,7 +50,7 @@ Rows make_rows(int64_t N, int64_t C, int64_t H, int64_t W, Operands&... operands
   int64_t pixels = 1;
   while (pixels * C % kLanes<T> && pixels * C <= kLongRow) pixels *= 2;
   if (pixels * C > kLongRow) pixels = 1;
-  while (pixels * C < kShortRow) pixels *= 2;
+  pixels *= ceil_div(kShortRow, pixels * C) | 1;
   const int64_t rows = N * H * W / pixels, len = pixels * C;
   (make_flat(operands, len), ...);
   return {1, 1, rows, len, (N * H * W - rows * pixels) * C};
@@ -72,6 +76,21 @@ CNNFAST_INLINE void for_each_rows(const Rows& rows, int64_t begin, int64_t end, 
   if (end > whole) f(Count<1>{}, int64_t{0}, int64_t{0}, rows.W, rows.tail);
 }
 
+// The same with the last rows first: what was read or written before, front to back, still lies in the caches from its
+// end. Rows of y a multiple of kAlias apart go one by one: side by side they would meet in the same lines of a cache.
+template <int most, class S, class F>
+CNNFAST_INLINE void for_each_rows_back(const Rows& rows, const Pixels<S>& y, int64_t begin, int64_t end, const F& f) {
+  const bool apart = y.w * static_cast<int64_t>(sizeof(S)) % kAlias != 0;
+  while (end > begin) {
+    const int64_t from = max(begin, end - kRowsFirst);
+    if (most > 1 && apart)
+      for_each_rows<most>(rows, from, end, f);
+    else
+      for_each_rows<1>(rows, from, end, f);
+    end = from;
+  }
+}
+
 // Calls f(first element, lanes) for the elements [begin, end): Count<all lanes>, then int64_t where fewer are left.
 template <class T, class F>
 CNNFAST_INLINE void for_each_vector(int64_t begin, int64_t end, const F& f) {
@@ -94,6 +113,37 @@ CNNFAST_INLINE void write(S* p, Vec<Compute<S>> v, Count<n>) {
 template <class S>
 CNNFAST_INLINE void write(S* p, Vec<Compute<S>> v, int64_t n) {
   store_narrow(p, v, n);
+}
+
+// How a result is stored: kept in the caches, or past them.
+struct Kept {
+  template <class S, class Lanes>
+  static CNNFAST_INLINE void write_to(S* p, Vec<Compute<S>> v, Lanes lanes) {
+    write(p, v, lanes);
+  }
+  static CNNFAST_INLINE void end() {}
+};
+struct Streamed {
+  template <class S, int n>
+  static CNNFAST_INLINE void write_to(S* p, Vec<Compute<S>> v, Count<n>) {
+    stream_narrow(p, v);
+  }
+  template <class S>
+  static CNNFAST_INLINE void write_to(S* p, Vec<Compute<S>> v, int64_t n) {
+    store_narrow(p, v, n);
+  }
+  static CNNFAST_INLINE void end() { stream_end(); }
+};
+
+// Calls f(Streamed) for a large result whose rows are whole, aligned vectors, else f(Kept).
+template <class S, class F>
+CNNFAST_INLINE void with_stores(const Rows& rows, const Pixels<S>& y, const F& f) {
+  const int64_t bytes = rows.N * rows.H * rows.W * rows.len * static_cast<int64_t>(sizeof(S));
+  const bool whole = rows.N == 1 && rows.H == 1 && y.w == rows.len && rows.len % kLanes<Compute<S>> == 0;
+  if (bytes >= kStreamBytes && whole && reinterpret_cast<uintptr_t>(y.data) % kVecBytes == 0)
+    f(Streamed{});
+  else
+    f(Kept{});
 }
 
 }  // namespace CNNFAST_ISA

@@ -100,6 +100,48 @@ CNNFAST_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
 
+// The larger of two, the NaN where one is (a where both are); of zeros either.
+CNNFAST_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_mask_max_ps(a, _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), a, b);  // b where either is NaN
+#else
+  return (b > a) | (b != b) ? b : a;
+#endif
+}
+CNNFAST_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) {
+#if defined(__AVX512F__)
+  return _mm512_mask_max_pd(a, _mm512_cmp_pd_mask(a, a, _CMP_ORD_Q), a, b);
+#else
+  return (b > a) | (b != b) ? b : a;
+#endif
+}
+
+// Stores past the caches to addresses that are a multiple of a vector: a result that wouldn't stay in them needn't be
+// read before it is written. Such stores are ordered by stream_end() alone.
+CNNFAST_INLINE void stream(float* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+CNNFAST_INLINE void stream(double* p, Vec<double> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_pd(p, v);
+#elif defined(__AVX2__)
+  _mm256_stream_pd(p, v);
+#else
+  store(p, v);
+#endif
+}
+CNNFAST_INLINE void stream_end() {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // The first n of a vector's elements, 0 <= n <= lanes; the rest are zero. Nothing beyond them is read or written.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 CNNFAST_INLINE __m256i first_floats(int64_t n) {
@@ -253,6 +295,21 @@ template <class S>
 CNNFAST_INLINE void store_narrow(S* p, Vec<float> v, int64_t n) {
   HalfVec h = narrow(v, S{});
   memcpy(p, &h, static_cast<size_t>(n) * sizeof(S));
+}
+
+// A vector past the caches; p is a multiple of its storage.
+CNNFAST_INLINE void stream_narrow(float* p, Vec<float> v) { stream(p, v); }
+CNNFAST_INLINE void stream_narrow(double* p, Vec<double> v) { stream(p, v); }
+template <class S>
+CNNFAST_INLINE void stream_narrow(S* p, Vec<float> v) {
+  const HalfVec h = narrow(v, S{});
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)h);
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)h);
+#else
+  memcpy(p, &h, sizeof h);
+#endif
 }
 
 // One element.
