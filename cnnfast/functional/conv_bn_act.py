@@ -100,7 +100,8 @@ def conv_bn_act(
     named = {"weight": bn_weight, "bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
     check_batch_norm("conv_bn_act", input, (1, weight.shape[0]), named, False, momentum, eps)
     wide = dispatch.ACCUMULATORS.get(input.dtype, torch.float32)
-    scale, shift = _factors(*(vector(t, wide) for t in vectors), eps)
+    mean, var, gamma, beta = (vector(t, wide) for t in vectors)
+    scale, shift = _factors(mean, var, gamma, beta, eps)
     params = (*_params(weight, stride, padding, dilation, groups), activation)
     return ops.conv_bn_act(input, weight, bias, scale, shift, residual, *params, *resolve_precision(input.device))
 

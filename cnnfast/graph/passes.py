@@ -155,8 +155,9 @@ def _folded(
         factor, _ = _affine_map(vectors, eps, torch.float64)
         out = torch.empty_like(weight)
         rows = max(1, _WIDENED // max(1, weight[0].numel()))  # in slices: the widened weight would be twice as large
-        for part, own, f in zip(out.split(rows), weight.split(rows), factor.split(rows), strict=True):
-            part.copy_(own.double() * f.reshape(-1, 1, 1, 1))
+        for i in range(0, len(weight), rows):
+            part = slice(i, i + rows)
+            out[part] = weight[part].double() * factor[part].reshape(-1, 1, 1, 1)
         return out
 
     def moved(bias: torch.Tensor | None, *vectors: torch.Tensor | None) -> torch.Tensor:

@@ -549,7 +549,7 @@ def _layer(node: fx.Node, constants: Constants) -> str:
     """The module that a node was recorded in: a convolution's by its weight's name, because a block may call it."""
     weight = arguments(node)["w"] if node.target is CONV else None
     if isinstance(weight, fx.Node) and weight.op == "get_attr":
-        merged = constants.key(str(weight.target)).split("; ")
+        merged = constants[str(weight.target)].key.split("; ")
         names = [found[1] for key in merged if (found := re.search(r"([\w.]+)\.weight\b", key))]
         if names:
             return " + ".join(dict.fromkeys(names))
