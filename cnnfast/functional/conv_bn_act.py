@@ -199,7 +199,7 @@ def conv_for_norm(
 
 def normalised(pending: Tensor | Pending, residual: Tensor | None = None) -> Tensor:
     """What a convolution left, normalised, with a residual added, and activated; a tensor is taken to be that."""
-    if isinstance(pending, Tensor):
+    if not isinstance(pending, Pending):
         return pending
     z, mean, invstd, weight, bias, activation, eps = pending
     if residual is not None and residual.shape != z.shape:
