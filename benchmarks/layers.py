@@ -7,6 +7,8 @@
     python benchmarks/layers.py --memory        peak memory above what an import takes, in fresh processes, batch 1 and 8
     python benchmarks/layers.py --overhead      a call of almost no work: what reaching the kernel costs
 
+Both sides without AVX-512: ``ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CNNFAST_CPU_ISA=avx2``.
+
 fp32, channels_last input, weights as modules hold them, a bias where the network has one, two threads.
 """
 
@@ -270,7 +272,7 @@ def main() -> None:
         )
         name = f"layers-batch{batch}" if options.direction == "forward" else f"layers-{options.direction}-batch{batch}"
         name += "-packed" if options.packed else ""
-    isa = next((i for i in found["machine"]["isa"]), "cpu")
+    isa = os.environ.get("CNNFAST_CPU_ISA") or next((i for i in found["machine"]["isa"]), "cpu")
     path = options.json or RESULTS / f"{name}-{isa}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
