@@ -118,23 +118,13 @@ void transform_panel(T* u, T* taps, const S* w, const Conv2dView& v, const Winog
                   {min(width, v.K - k), vecs, channels, R, R, v.w_k, v.w_c, v.w_r, v.w_s});
     for (int64_t i = 0; i < channels; ++i)
       for (int64_t j = 0; j < width; j += VL) {
-        Vec<T> columns[R][P];  // [column][point]
-#pragma GCC unroll 3
-        for (int s = 0; s < R; ++s) {
-          Vec<T> g[R];
-#pragma GCC unroll 3
-          for (int r = 0; r < R; ++r) g[r] = load(taps + ((r * R + s) * channels + i) * width + j);
-          transform_weights<T, M>(g, columns[s]);
-        }
         T* out = u + (c - first + i) * width + j;
-#pragma GCC unroll 6
-        for (int a = 0; a < P; ++a) {
-          const Vec<T> g[R] = {columns[0][a], columns[1][a], columns[2][a]};
-          Vec<T> row[P];
-          transform_weights<T, M>(g, row);
-#pragma GCC unroll 6
-          for (int b = 0; b < P; ++b) store(out + (a * P + b) * plan.u_product, row[b]);
-        }
+        transform_both<T, R, P>(
+            [&](int r, int s)
+                __attribute__((always_inline)) { return load(taps + ((r * R + s) * channels + i) * width + j); },
+            transform_weights<T, M>,
+            [&](int a, int b, Vec<T> t)
+                __attribute__((always_inline)) { store(out + (a * P + b) * plan.u_product, t); });
       }
   }
 }
@@ -144,24 +134,13 @@ template <class T, int M, class S>
 CNNFAST_INLINE void transform_tile(T* v, int64_t product, const S* const* pixels, int64_t c, int64_t channels) {
   constexpr int P = kPoints<M>, VL = kLanes<T>;
   const auto step = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    Vec<T> rows[P][P];
-#pragma GCC unroll 6
-    for (int b = 0; b < P; ++b) {
-      Vec<T> d[P], t[P];
-#pragma GCC unroll 6
-      for (int a = 0; a < P; ++a)
-        d[a] = n == VL ? load_wide(pixels[a * P + b] + c + i) : load_wide(pixels[a * P + b] + c + i, n);
-      transform_input<T, M>(d, t);
-#pragma GCC unroll 6
-      for (int a = 0; a < P; ++a) rows[a][b] = t[a];
-    }
-#pragma GCC unroll 6
-    for (int a = 0; a < P; ++a) {
-      Vec<T> t[P];
-      transform_input<T, M>(rows[a], t);
-#pragma GCC unroll 6
-      for (int b = 0; b < P; ++b) store(v + (a * P + b) * product + i, t[b]);
-    }
+    transform_both<T, P, P>(
+        [&](int a, int b) __attribute__((always_inline)) {
+          const S* pixel = pixels[a * P + b] + c + i;
+          return n == VL ? load_wide(pixel) : load_wide(pixel, n);
+        },
+        transform_input<T, M>,
+        [&](int a, int b, Vec<T> t) __attribute__((always_inline)) { store(v + (a * P + b) * product + i, t); });
   };
   int64_t i = 0;
   for (; i + VL <= channels; i += VL) step(i, VL);
@@ -327,18 +306,10 @@ class Worker {
     for (int64_t j = 0; j < vecs; ++j) {
       const int64_t k = (panel * kMaxTileVecs + j) * VL, lanes = min(VL, v_.K - k);
       const T* m = products_ + (index * vecs + j) * VL;
-      Vec<T> half[M][P], values[M][M];
-#pragma GCC unroll 6
-      for (int b = 0; b < P; ++b) {
-        Vec<T> column[P], t[M];
-#pragma GCC unroll 6
-        for (int a = 0; a < P; ++a) column[a] = load(m + (a * P + b) * m_product_);
-        transform_output<T, M>(column, t);
-#pragma GCC unroll 4
-        for (int i = 0; i < M; ++i) half[i][b] = t[i];
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < M; ++i) transform_output<T, M>(half[i], values[i]);
+      Vec<T> values[M][M];
+      transform_both<T, P, M>(
+          [&](int a, int b) __attribute__((always_inline)) { return load(m + (a * P + b) * m_product_); },
+          transform_output<T, M>, [&](int i, int q, Vec<T> t) __attribute__((always_inline)) { values[i][q] = t; });
       const int64_t channel = group_ * v_.K + k;
       const Vec<T> bias = bias_ ? load_wide(bias_ + channel, lanes) : Vec<T>{};
       S* y = y_ + at.n * v_.y_n + at.p * v_.y_h + at.q * v_.y_w + channel;

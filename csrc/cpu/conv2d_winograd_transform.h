@@ -134,5 +134,27 @@ CNNFAST_INLINE void transform_taps(const Vec<T>* m, Vec<T>* g) {
   }
 }
 
+// Along both axes: out(a, b) of Out x Out from in(i, j) of In x In; `transform` makes Out vectors of In.
+template <class T, int In, int Out, class Load, class Transform, class Store>
+CNNFAST_INLINE void transform_both(const Load& in, const Transform& transform, const Store& out) {
+  Vec<T> rows[Out][In];
+#pragma GCC unroll 6
+  for (int j = 0; j < In; ++j) {
+    Vec<T> column[In], t[Out];
+#pragma GCC unroll 6
+    for (int i = 0; i < In; ++i) column[i] = in(i, j);
+    transform(column, t);
+#pragma GCC unroll 6
+    for (int a = 0; a < Out; ++a) rows[a][j] = t[a];
+  }
+#pragma GCC unroll 6
+  for (int a = 0; a < Out; ++a) {
+    Vec<T> t[Out];
+    transform(rows[a], t);
+#pragma GCC unroll 6
+    for (int b = 0; b < Out; ++b) out(a, b, t[b]);
+  }
+}
+
 }  // namespace CNNFAST_ISA
 }  // namespace cnnfast

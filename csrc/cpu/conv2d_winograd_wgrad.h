@@ -74,24 +74,13 @@ struct WgradPlan {
 template <class T, int M, class S>
 CNNFAST_INLINE void transform_gradient_tile(T* z, int64_t product, const S* const* pixels, int64_t k, int64_t lanes) {
   constexpr int P = kPoints<M>;
-  Vec<T> rows[P][M];
-#pragma GCC unroll 4
-  for (int j = 0; j < M; ++j) {
-    Vec<T> d[M], t[P];
-#pragma GCC unroll 4
-    for (int i = 0; i < M; ++i)
-      d[i] = lanes == kLanes<T> ? load_wide(pixels[i * M + j] + k) : load_wide(pixels[i * M + j] + k, lanes);
-    transform_gradient<T, M>(d, t);
-#pragma GCC unroll 6
-    for (int a = 0; a < P; ++a) rows[a][j] = t[a];
-  }
-#pragma GCC unroll 6
-  for (int a = 0; a < P; ++a) {
-    Vec<T> t[P];
-    transform_gradient<T, M>(rows[a], t);
-#pragma GCC unroll 6
-    for (int b = 0; b < P; ++b) store(z + (a * P + b) * product, t[b]);
-  }
+  transform_both<T, M, P>(
+      [&](int i, int j) __attribute__((always_inline)) {
+        const S* pixel = pixels[i * M + j] + k;
+        return lanes == kLanes<T> ? load_wide(pixel) : load_wide(pixel, lanes);
+      },
+      transform_gradient<T, M>,
+      [&](int a, int b, Vec<T> t) __attribute__((always_inline)) { store(z + (a * P + b) * product, t); });
 }
 
 template <class T, int M, class S>
@@ -195,26 +184,13 @@ class WgradWorker {
     const int64_t k = panel * kMaxTileVecs * VL;
     Vec<T> check{};  // stays zero as long as everything is finite
     for (int64_t i = 0; i < product; i += VL) {
-      Vec<T> half[kTapsAcross][P];
-#pragma GCC unroll 6
-      for (int b = 0; b < P; ++b) {
-        Vec<T> column[P], t[kTapsAcross];
-#pragma GCC unroll 6
-        for (int a = 0; a < P; ++a) column[a] = load(sums + (a * P + b) * product + i);
-        transform_taps<T, M>(column, t);
-#pragma GCC unroll 3
-        for (int r = 0; r < kTapsAcross; ++r) half[r][b] = t[r];
-      }
-#pragma GCC unroll 3
-      for (int r = 0; r < kTapsAcross; ++r) {
-        Vec<T> t[kTapsAcross];
-        transform_taps<T, M>(half[r], t);
-#pragma GCC unroll 3
-        for (int s = 0; s < kTapsAcross; ++s) {
-          check += t[s] * T(0);
-          store(weights + (r * kTapsAcross + s) * product + i, t[s]);
-        }
-      }
+      transform_both<T, P, kTapsAcross>(
+          [&](int a, int b) __attribute__((always_inline)) { return load(sums + (a * P + b) * product + i); },
+          transform_taps<T, M>,
+          [&](int r, int s, Vec<T> t) __attribute__((always_inline)) {
+            check += t * T(0);
+            store(weights + (r * kTapsAcross + s) * product + i, t);
+          });
     }
     unpack_panel(dw_ + k * v_.w_k + c * v_.w_c, weights,
                  {min(width, v_.K - k), vecs, channels, kTapsAcross, kTapsAcross, v_.w_k, v_.w_c, v_.w_r, v_.w_s});
