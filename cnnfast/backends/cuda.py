@@ -193,6 +193,18 @@ def _stem(p: Problem) -> list[str]:
     ]
 
 
+def _stem_weights(p: Problem) -> list[str]:
+    vector, pairs = 4 if p.dtype == "f32" else 8, p.R * (-(-p.S // 2))
+    return _stem(p) + [
+        reason
+        for wrong, reason in (
+            (p.K % vector != 0, f"needs filters in multiples of {vector}, not {p.K}"),
+            (pairs > 32, f"holds the sums of 32 pairs of taps in registers, not {pairs}"),
+        )
+        if wrong
+    ]
+
+
 def _if_high(p: Problem) -> list[str]:
     return [f"precision {p.precision}: rounds to tf32"] if p.precision != "high" else []
 
@@ -262,8 +274,11 @@ def _grouped_rule(rate: float, *unsupported: Callable[[Problem], list[str]]) -> 
     return "conv2d", lambda p: [r for f in unsupported for r in f(p)], lambda p: _grouped_cost(p, rate), options
 
 
-def _stem_rule(rate: float, *unsupported: Callable[[Problem], list[str]]) -> _Rule:
-    options = {"layouts": {"x": "any", "y": "nhwc"}}
+_DENSE: dict[str, Any] = {"layouts": dict.fromkeys("xy", "nhwc"), "alignment": 16}
+
+
+def _stem_rule(rate: float, *unsupported: Callable[[Problem], list[str]], **options: Any) -> _Rule:
+    options = {"layouts": {"x": "any", "y": "nhwc"}, **options}
     return "conv2d", lambda p: [r for f in unsupported for r in f(p)], lambda p: _stem_cost(p, rate), options
 
 
@@ -287,6 +302,9 @@ RULES: dict[str, _Rule] = {
     "conv2d_stem": _stem_rule(6e13, _stem),
     "conv2d_stem.tf32": _stem_rule(3e13, _if_high, _stem),
     "conv2d_stem.tf32x3": _stem_rule(1e13, _unless_ieee, _stem),
+    "conv2d_stem.dense": _stem_rule(6e13, _stem_weights, **_DENSE),
+    "conv2d_stem.dense_tf32": _stem_rule(3e13, _if_high, _stem_weights, **_DENSE),
+    "conv2d_stem.dense_tf32x3": _stem_rule(1e13, _unless_ieee, _stem_weights, **_DENSE),
     "conv2d_winograd_f4x4": _winograd_rule(4, 1.6e13),
     "conv2d_winograd_f2x2": _winograd_rule(2, 1.6e13),
     "conv2d_winograd_f2x2.mma": _winograd_rule(2, 6e13, layouts=dict.fromkeys("xwy", "nhwc"), alignment=16),

@@ -10,6 +10,7 @@
 // of any pixel: a product takes its 16 (f32: 8) of depth from two slices, be they of one tap or of two.
 #pragma once
 #include <algorithm>
+#include <cstdlib>
 
 #include "conv2d_axes.h"
 #include "conv2d_implicit_gemm.h"
@@ -57,12 +58,6 @@ struct Tiling {
   __host__ __device__ int patch_vectors() const { return patch_rows * patch_columns * kSlices; }
 };
 
-// Pixels that `positions` positions read along an axis.
-__host__ __device__ __forceinline__ int reach(const Axis& axis, int positions) {
-  const int tap = axis.in_tap < 0 ? -axis.in_tap : axis.in_tap;
-  return (positions - 1) * axis.in_step + (axis.taps > 0 ? axis.taps - 1 : 0) * tap + 1;
-}
-
 inline Axis axis_of(const Conv2dParams& p, Direction direction, bool vertical, int klass) {
   if (vertical)
     return direction == Direction::fprop ? fprop_axis(p.P, p.H, p.R, p.stride_h, p.pad_h, p.dilation_h)
@@ -70,6 +65,21 @@ inline Axis axis_of(const Conv2dParams& p, Direction direction, bool vertical, i
   return direction == Direction::fprop ? fprop_axis(p.Q, p.W, p.S, p.stride_w, p.pad_w, p.dilation_w)
                                        : dgrad_axis(klass, p.W, p.Q, p.S, p.stride_w, p.pad_w, p.dilation_w);
 }
+
+// What the classes of an axis need at most.
+struct Extent {
+  int step = 1, span = 0, taps = 0;  // pixels between positions, and between the first tap and the last; taps
+
+  Extent(const Conv2dParams& p, Direction direction, bool vertical, int classes) {
+    for (int i = 0; i < classes; ++i) {
+      const Axis axis = axis_of(p, direction, vertical, i);
+      step = axis.in_step;
+      span = std::max(span, (axis.taps - 1) * std::abs(axis.in_tap));
+      taps = std::max(taps, axis.taps);
+    }
+  }
+  int reach(int positions) const { return (positions - 1) * step + span + 1; }
+};
 
 // The rectangle that reads the fewest pixels in all; ties go to wider ones. `channels`: of a chunk.
 inline Tiling tiling_of(const Conv2dParams& p, Direction direction, int channels, int most_pixels = kPatchPixels) {
@@ -82,26 +92,20 @@ inline Tiling tiling_of(const Conv2dParams& p, Direction direction, int channels
   const int height = static_cast<int>(forward ? p.P : ceil_div(p.H, p.stride_h));
   const int width = static_cast<int>(forward ? p.Q : ceil_div(p.W, p.stride_w));
   if (height == 0 || width == 0) return t;
+  const Extent vertical(p, direction, true, classes.h), horizontal(p, direction, false, classes.w);
   int64_t least = -1;
   for (int columns = std::min(width, kRows); columns >= 1; --columns) {
-    for (int rows = std::min(height, kRows / columns); rows >= 1; --rows) {
-      int across = 1, down = 1;
-      for (int i = 0; i < classes.h; ++i) down = std::max(down, reach(axis_of(p, direction, true, i), rows));
-      for (int i = 0; i < classes.w; ++i) across = std::max(across, reach(axis_of(p, direction, false, i), columns));
-      if (int64_t{down} * across > most_pixels) continue;
-      const int64_t tiles = ceil_div(height, rows) * ceil_div(width, columns);
-      const int64_t cost = tiles * (int64_t{down} * across + 2 * kRows);  // and what a tile costs, however small
-      if (least >= 0 && cost >= least) break;
-      least = cost;
-      t.rows = rows, t.columns = columns, t.patch_rows = down, t.patch_columns = across;
-      break;  // fewer rows only read more
-    }
+    const int across = horizontal.reach(columns), room = most_pixels / across - vertical.span - 1;
+    if (room < 0) continue;
+    const int rows = std::min({height, kRows / columns, room / vertical.step + 1}), down = vertical.reach(rows);
+    const int64_t tiles = ceil_div(height, rows) * ceil_div(width, columns);
+    const int64_t cost = tiles * (int64_t{down} * across + 2 * kRows);  // and what a tile costs, however small
+    if (least >= 0 && cost >= least) continue;
+    least = cost;
+    t.rows = rows, t.columns = columns, t.patch_rows = down, t.patch_columns = across;
   }
   t.tiles_h = static_cast<int>(ceil_div(height, t.rows)), t.tiles_w = static_cast<int>(ceil_div(width, t.columns));
-  int taps_h = 0, taps_w = 0;
-  for (int i = 0; i < classes.h; ++i) taps_h = std::max(taps_h, axis_of(p, direction, true, i).taps);
-  for (int i = 0; i < classes.w; ++i) taps_w = std::max(taps_w, axis_of(p, direction, false, i).taps);
-  t.taps = taps_h * taps_w;
+  t.taps = vertical.taps * horizontal.taps;
   t.buffers = 2 * t.patch_rows * t.patch_columns <= most_pixels ? 2 : 1;
   return t;
 }

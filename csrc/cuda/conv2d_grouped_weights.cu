@@ -14,7 +14,7 @@
 // order. The number of parts depends on sizes only. Layout NHWC, dense and 16-byte aligned, weights with any strides.
 // Accumulator f32, one rounding at the end. Memory offsets are 64-bit; pixels are numbered in 32 bits.
 #include "../common/kernel_table.h"
-#include "conv2d_grouped.h"
+#include "conv2d_grouped_weights.h"
 #include "primitives/launch.h"
 
 namespace cnnfast::cuda {
@@ -26,9 +26,6 @@ constexpr int kMostTaps = 10;
 template <class Shape>
 constexpr int kMostPairs =  // products below each other, of a warp
     (kMostTaps * Shape::kColumns / 2 + Shape::kParts - 1) / Shape::kParts;
-constexpr int64_t kTilesAPart = 8;  // at least
-constexpr int64_t kBlocksWanted = 528;
-constexpr int kAddThreads = 256;
 constexpr size_t kMostShared = (kPatchPixels + 2 * kRows) * kSlices * sizeof(Vector);
 
 // Where eight channels of one tap lie: the tap's distance from a position in the patch, the first slice of the
@@ -36,21 +33,6 @@ constexpr size_t kMostShared = (kPatchPixels + 2 * kRows) * kSlices * sizeof(Vec
 struct alignas(8) Octet {
   int pixel, slice;
 };
-
-// Stages the tile's positions of dy; zeros where there is none.
-template <class T>
-__device__ __forceinline__ void stage_positions(Vector* to, const T* __restrict__ y, const TilePlace& at,
-                                                const int* positions, int P, int Q, int channel0, int channels) {
-  constexpr int kVector = 16 / static_cast<int>(sizeof(T)), kAtOnce = kThreads / kSlices;
-  const int slice = static_cast<int>(threadIdx.x) % kSlices, channel = channel0 + slice * kVector;
-#pragma unroll
-  for (int i = 0; i < kRows / kAtOnce; ++i) {
-    const int m = static_cast<int>(threadIdx.x) / kSlices + i * kAtOnce, position = positions[m];
-    const int row = at.row + position / 256, column = at.column + position % 256;
-    const bool valid = position >= 0 && row < P && column < Q && channel < channels;
-    copy_async_16(to + place(m, slice), y + ((int64_t{at.n} * P + row) * Q + column) * channels + channel, valid);
-  }
-}
 
 template <class Shape>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -191,31 +173,12 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
 }
 
-// dw = the sum over parts, in order.
-template <class T>
-__global__ void __launch_bounds__(kAddThreads) add_parts(const Conv2dParams p, const float* __restrict__ partial,
-                                                         T* __restrict__ w, const int parts, const int64_t elements) {
-  const int channels = static_cast<int>(p.C / p.G), S = static_cast<int>(p.S), taps = static_cast<int>(p.R) * S;
-  for (int64_t i = int64_t{blockIdx.x} * kAddThreads + threadIdx.x; i < elements;
-       i += int64_t{gridDim.x} * kAddThreads) {
-    float sum = 0.0f;
-    for (int part = 0; part < parts; ++part) sum += partial[part * elements + i];
-    const int64_t row = i / channels;
-    const int c = static_cast<int>(i - row * channels), tap = static_cast<int>(row % taps);
-    w[row / taps * p.w_k + c * p.w_c + tap / S * p.w_r + tap % S * p.w_s] = Numeric<T>::narrow(sum);
-  }
-}
-
 // ---- launch ---------------------------------------------------------------------------------------------------------
-
-int64_t elements_of(const Conv2dParams& p) { return p.K * p.R * p.S * (p.C / p.G); }
 
 template <class T>
 Tiling cut(const Conv2dParams& p) {
   Tiling t = tiling_of(p, Direction::fprop, kSlices * 16 / static_cast<int>(sizeof(T)));
-  if (t.tiles() > 0 && t.chunks > 0)
-    t.blocks = static_cast<int>(
-        std::max<int64_t>(1, std::min<int64_t>(ceil_div(t.tiles(), kTilesAPart), ceil_div(kBlocksWanted, t.chunks))));
+  t.blocks = parts_of(t);
   return t;
 }
 

@@ -1,5 +1,5 @@
 // The first convolution of a network, fprop with at most 4 input channels, on tensor cores (sm_80 mma.sync): bf16, f16,
-// and f32 in tf32 or as three products of tf32 (tf32x3).
+// and f32 in tf32 or as three products of tf32 (tf32x3). (The weight's gradient is in conv2d_stem_weights.cu.)
 //
 //   y[m, k] = b[k] + sum_r sum_j patch[m moved by row r, j] w[k, r, j]     j = (s, c): taps across, 4 channels each
 //
@@ -13,7 +13,7 @@
 // Accumulator f32, bias and epilogue (conv_bn_act) applied to it, one rounding at the end. Memory offsets are 64-bit;
 // pixels are numbered in 32 bits.
 #include "../common/kernel_table.h"
-#include "conv2d_grouped.h"
+#include "conv2d_stem.h"
 #include "epilogue.h"
 #include "primitives/launch.h"
 
@@ -22,8 +22,6 @@ namespace {
 
 using namespace grouped;
 
-constexpr int kPixel = 4;  // elements in shared memory
-constexpr int kPatchBytes = 28 * 1024;
 constexpr int kWeightBytes = 66 * 1024;
 constexpr size_t kMostShared = kPatchBytes + kWeightBytes;
 constexpr int kWarpRows = 2;  // products, 16 positions each
@@ -71,30 +69,6 @@ __device__ __forceinline__ void lay_out_weights(const Conv2dParams& p, int filte
       value.v[e] = present ? weight[filter * p.w_k + c * p.w_c + row * p.w_r + tap * p.w_s] : Numeric<T>::narrow(0.0f);
     }
     memcpy(&to[i], &value, sizeof value);
-  }
-}
-
-// Stages a tile's patch, a pixel a thread at a time; zeros for the padding and the channels that there aren't.
-template <class T>
-__device__ __forceinline__ void stage_pixels(const Conv2dParams& p, const Tiling& t, const TilePlace& at,
-                                             const T* __restrict__ x, T* patch) {
-  struct alignas(kPixel * sizeof(T)) Pixel {
-    T v[kPixel];
-  };
-  const int h0 = at.row * static_cast<int>(p.stride_h) - static_cast<int>(p.pad_h);
-  const int w0 = at.column * static_cast<int>(p.stride_w) - static_cast<int>(p.pad_w);
-  const T* image = x + at.n * p.x_n;
-  int row = static_cast<int>(threadIdx.x) / t.patch_columns, column = static_cast<int>(threadIdx.x) % t.patch_columns;
-  for (int i = threadIdx.x; i < t.patch_rows * t.patch_columns; i += kThreads) {
-    const int h = h0 + row, w = w0 + column;
-    const bool inside = h >= 0 && h < p.H && w >= 0 && w < p.W;
-    Pixel pixel;
-#pragma unroll
-    for (int c = 0; c < kPixel; ++c)
-      pixel.v[c] = inside && c < p.C ? image[h * p.x_h + w * p.x_w + c * p.x_c] : Numeric<T>::narrow(0.0f);
-    reinterpret_cast<Pixel*>(patch)[i] = pixel;
-    column += kThreads;
-    while (column >= t.patch_columns) column -= t.patch_columns, ++row;
   }
 }
 
