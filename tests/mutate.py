@@ -177,8 +177,8 @@ def main() -> int:
             outcomes.append(outcome)
             counts = Counter(o.verdict for o in outcomes)
             progress.update(task, advance=1, description=f"{counts['killed']} killed, {counts['survived']} survived")
-            if outcome.verdict == "survived":
-                progress.console.print(f"survived: {outcome.mutant}", highlight=False, markup=False)
+            if outcome.verdict == "survived" or not sys.stdout.isatty():  # a log: what is done stays known
+                print(f"{outcome.verdict}: {outcome.mutant}\n    {outcome.how}".rstrip(), flush=True)
     return report(outcomes)
 
 

@@ -41,6 +41,7 @@ DYNAMIC = {
         "implicit_gemm::kSharedBytes<{0}, {1}>",
     ),
 }
+VARYING = ("conv2d_depthwise.cu",)  # what filters need, 48 KB at most
 # A few bytes of stack on Blackwell, for which no code of its own is shipped: what an H100 measured bounds the registers.
 SPILLS = {
     ("batch_norm_stats.cu", 100): 16,
@@ -149,7 +150,8 @@ def examine(file: str, architecture: int) -> list[Facts]:
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
         usage = run([cuobjdump, "--dump-resource-usage", cubin]).stdout
         assembly = run([cuobjdump, "-sass", cubin]).stdout if file in TENSOR_FILES else ""
-        threads = dict(re.findall(r"\.entry (\w+)\((?:.|\n)*?\.maxntid (\d+)", ptx.read_text()))
+        entries = {e.split("(", 1)[0]: e for e in re.split(r"\.entry ", ptx.read_text())[1:]}
+    threads = {name: m[1] for name, entry in entries.items() if (m := re.search(r"\.maxntid (\d+)", entry))}
     complaints = [line for line in assembled.stderr.splitlines() if "warning" in line or re.search(r"\(C\d+\)", line)]
     bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", assembly, re.S))
     used = re.findall(r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
@@ -162,6 +164,8 @@ def examine(file: str, architecture: int) -> list[Facts]:
         spilled = int(stack) > SPILLS.get((file, architecture), 0) or int(local)
         problems = [f"{stack} bytes of stack, {local} of local memory"] if spilled else []
         problems += [] if name in threads else ["no __launch_bounds__"]
+        if "cnnfast_dynamic_shared" in entries[name] and kernel not in more and file not in VARYING:
+            problems.append("how much dynamic shared memory? Neither DYNAMIC nor VARYING says")
         if bodies and kernel.startswith(TENSOR_KERNELS):
             body = bodies[name]
             wanted = {"HMMA": r"\bHMMA\."}
