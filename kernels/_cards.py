@@ -135,10 +135,12 @@ def asynchronous_products(arch: int) -> bool:
 def shared_bytes(tile: Tile, itemsize: int, arch: int, how: str = "half") -> int:
     """Of the pipeline, or of the result on its way to memory, which takes its place.
 
-    A stage less than num_stages where products read registers: the operands of the step at hand have left shared memory.
+    A stage less than num_stages where products read registers: the operands of the step at hand have left shared memory,
+    but for those that are split into terms.
     """
     stage = (tile.block_m + tile.block_n) * tile.block_k * itemsize
-    stages = tile.num_stages if asynchronous_products(arch) else max(1, tile.num_stages - 1)
+    kept = asynchronous_products(arch) or how == "tf32x3"
+    stages = tile.num_stages if kept else max(1, tile.num_stages - 1)
     if how == "tf32x3" and asynchronous_products(arch):
         return stage * stages + tile.block_n * tile.block_k * itemsize + KIB  # the split operand
     return max(stage * stages, tile.block_m * tile.block_n * itemsize) + (KIB if asynchronous_products(arch) else 0)

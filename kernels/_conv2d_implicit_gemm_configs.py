@@ -18,6 +18,7 @@ from .conv2d_implicit_gemm import PACKED_CHANNELS, _even, _pointwise, _wgrad_spl
 
 DIRECTIONS = {"fprop": 3, "dgrad": 0, "wgrad": 1}  # and the result's place among the operands
 _RESIDUAL = 6  # its place
+FEW_CHANNELS = 16  # a group
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,12 @@ def vectors(p: Conv2dProblem, direction: str, of: Facts) -> bool:
 
 
 def configs(p: Conv2dProblem, direction: str, of: Facts, card: Card) -> tuple[Config, ...]:
-    """The tiles that a direction can take on a card, without doubles, the predicted fastest first."""
+    """The tiles that a direction can take on a card, without doubles, the predicted fastest first.
+
+    None for groups of few channels, whose tiles follow from their sizes: the launcher's own rule.
+    """
+    if p.G > 1 and max(p.C, p.K) // p.G <= FEW_CHANNELS:
+        return ()
     wanted = product(p, direction, of)
     width = max(16, next_power_of_2(wanted.n))
     found = candidates(p.precision, of.itemsize, vectors(p, direction, of), card.arch, of.residual)

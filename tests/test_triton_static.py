@@ -1,168 +1,274 @@
-"""The Triton kernels, compiled for cards that this machine need not have: no spills, the instructions they are for.
+"""The Triton kernels, compiled for cards that this machine need not have: no spills, no access without a mask, the
+instructions they are for, and the table in triton_static.txt.
 
-Machine code comes from the compiler in Triton's wheel, offline, in processes of their own. Run as a script, this file
-compiles every variant and prints the table.
+As a script: compares the table with what the compiler makes now (``make static``); rows whose IR is unchanged hold and are
+not compiled again. ``--write`` writes what changed, and what was done when it is interrupted; ``--fresh`` compiles all rows;
+``--all`` also the variants that have none (an hour); ``--prune`` compiles nothing and takes out the rows whose IR changed.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-ARCHITECTURES = (80, 90)
-# One variant in so many, and one of each kind for either card: the rest rotates in with the seed, and all are compiled by
-# the script.
-SAMPLE = 120
-SEED = int(os.environ.get("CNNFAST_TEST_SEED", "0"))
-INSTRUCTIONS = ("HMMA", "HGMMA", "LDGSTS", "LDG", "FFMA", "STL", "LDL")
+from support import process, static, ttir
+from support.static import ARCHITECTURES, Row
 
+from cnnfast.kernels import _cards, _common, _tiles
 
-@dataclass(frozen=True)
-class Facts:
-    """What the machine code of one variant shows."""
+ROOT = Path(__file__).resolve().parent.parent
+# One variant in so many, beside one of each kind on one card or another: the rest rotates in with the seed.
+SAMPLE = 400
+SEED = process.SEED
 
-    architecture: int
-    name: str
-    registers: int
-    stack: int
-    shared: int
-    counts: dict[str, int]
-    problems: list[str]
-
-    def __str__(self) -> str:
-        counts = " ".join(f"{name}={count}" for name, count in self.counts.items() if count)
-        line = f"sm_{self.architecture} {self.name:36s} {self.registers:3d} registers, {self.shared:6d} B; {counts}"
-        return line + "".join(f"\n    {problem}" for problem in self.problems)
+pytestmark = pytest.mark.skipif(process.EMULATED or process.INTERPRETED, reason="compiles: the plain process runs it")
 
 
-def variants(architecture: int) -> Iterator[Any]:
-    """All variants of all kernel files."""
-    kernels = importlib.import_module("cnnfast.kernels")
-    for path in sorted(Path(str(kernels.__file__)).parent.glob("_*_variants.py")):
-        yield from importlib.import_module(f"cnnfast.kernels.{path.stem}").variants(architecture)
-
-
-def sample(architecture: int) -> list[int]:
-    """Every kind of call in bf16 with its largest tile, on one card or the other, and a rotating share of everything."""
+def sample(architecture: int) -> list[Any]:
+    """Every kind of call in bf16 with its largest tile, on one card or another, and a rotating share of everything."""
     chosen = []
     seen: set[str] = set()
-    for index, variant in enumerate(variants(architecture)):
+    for variant in static.variants(architecture):
         kind, mode, _ = variant.name.split(".", 2)
         turn = ARCHITECTURES[zlib.crc32(f"{SEED}.{kind}".encode()) % len(ARCHITECTURES)]
-        first = mode == "bf16" and f"{kind}.{mode}" not in seen and turn == architecture
-        seen.add(f"{kind}.{mode}")
+        first = mode == "bf16" and kind not in seen and turn == architecture
+        seen |= {kind} if mode == "bf16" else set()
         if first or zlib.crc32(f"{SEED}.{architecture}.{variant.name}".encode()) % SAMPLE == 0:
-            chosen.append(index)
+            chosen.append(variant)
     return chosen
 
 
-def _tool(*arguments: str) -> str:
-    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([str(binary), *arguments], capture_output=True, text=True, check=True).stdout
+def jobs(what: str) -> list[Any]:
+    """What to examine: "sample", "table" (what has rows), or "all"."""
+    pick = {"sample": sample, "table": static.tabled, "all": lambda a: list(static.variants(a))}[what]
+    return [variant for architecture in ARCHITECTURES for variant in pick(architecture)]
 
 
-def examine(architecture: int, index: int) -> Facts:
-    """Compiles one variant and reads its machine code."""
-    from cnnfast.kernels import _common
+def worker(part: int, parts: int, what: str, *options: str) -> None:
+    """Examines its part; a line of JSON each. A row of the table whose IR is unchanged is repeated, not compiled.
 
-    variant = list(variants(architecture))[index]
-    compiled = _common.compile_variant(variant)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        resources = _tool("--dump-resource-usage", str(cubin))
-        assembly = _tool("-sass", str(cubin))
-    match = re.search(r"REG:(\d+) STACK:(\d+)", resources)
-    assert match, resources
-    registers, stack = int(match[1]), int(match[2])
-    counts = {name: len(re.findall(rf"\b{name}\b", assembly)) for name in INSTRUCTIONS}
-    problems: list[str] = []
-    if counts["STL"] or counts["LDL"]:  # a frame of 8 bytes that nothing reads is no spill
-        problems.append(f"spills: {stack} bytes of stack, {counts['STL']} stores, {counts['LDL']} loads")
-    tensor_core = "HGMMA" if architecture == 90 else "HMMA"
-    if variant.tensor_cores and not counts[tensor_core]:
-        problems.append(f"no {tensor_core}")
-    if not variant.tensor_cores and (counts["HMMA"] or counts["HGMMA"]):
-        problems.append("tensor cores in a kernel of full precision")
-    if variant.asynchronous and not counts["LDGSTS"]:
-        problems.append("no LDGSTS: loads are not asynchronous")
-    if compiled.metadata.shared > (163 if architecture == 80 else 227) * 1024:
-        problems.append(f"{compiled.metadata.shared} bytes of shared memory: more than a block can have")
-    return Facts(architecture, variant.name, registers, stack, compiled.metadata.shared, counts, problems)
+    Options: "--fresh": compiles everything; "--prune": compiles nothing.
+    """
+    compiler, rows = static.read()
+    known = (
+        {row.digest: row for row in rows.values()} if compiler == static.compiler() and "--fresh" not in options else {}
+    )
+    for variant in jobs(what)[part::parts]:
+        mark, open_ = static.lower(variant)
+        row = known.get(mark)
+        if row is None and "--prune" in options:
+            continue
+        if row is None:
+            row = known[mark] = static.examine(variant)
+        found = {**asdict(row), "name": variant.name, "problems": sorted({*open_, *row.problems})}
+        print(json.dumps(found), flush=True)
 
 
-def worker(part: int, parts: int, everything: bool) -> None:
-    """Examines its part of the variants; one line of JSON each."""
-    jobs = []
-    for architecture in ARCHITECTURES:
-        indices = range(sum(1 for _ in variants(architecture))) if everything else sample(architecture)
-        jobs += [(architecture, index) for index in indices]
-    for architecture, index in jobs[part::parts]:
-        print(json.dumps(asdict(examine(architecture, index))), flush=True)
-
-
-def examine_all(everything: bool) -> Iterator[Facts]:
+def examine_all(what: str, *options: str) -> Iterator[Row]:
     """In processes of their own: an interpreting process cannot compile, and a test process may have threads."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    parts = len(os.sched_getaffinity(0))
+    paths = (str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    parts = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
+    lines: Queue[str | None] = Queue()
 
-    def run(part: int) -> str:
-        arguments = [sys.executable, __file__, "--part", str(part), str(parts), *(["--all"] if everything else [])]
-        return subprocess.run(arguments, stdout=subprocess.PIPE, text=True, env=environment, check=True).stdout
+    def run(part: int) -> int:
+        arguments = [sys.executable, __file__, "--part", str(part), str(parts), what, *options]
+        try:
+            with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as running:
+                for line in running.stdout or ():
+                    lines.put(line)
+            return running.returncode
+        finally:
+            lines.put(None)
 
     with ThreadPoolExecutor(parts) as pool:
-        for output in pool.map(run, range(parts)):
-            yield from (Facts(**json.loads(line)) for line in output.splitlines())
+        done = [pool.submit(run, part) for part in range(parts)]
+        for _ in range(parts):
+            while (line := lines.get()) is not None:
+                found = json.loads(line)
+                yield Row(**{**found, "problems": tuple(found["problems"])})
+        assert not any(future.result() for future in done), "a compiling process failed"
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
 
 
 def test_machine_code() -> None:
-    facts = list(examine_all(everything=False))
-    for fact in facts:
-        print(fact)
-    assert {fact.architecture for fact in facts} == set(ARCHITECTURES)
-    failures = [str(fact) for fact in facts if fact.problems]
+    """A rotating sample is as it should be, and as its row says where one was written by this compiler."""
+    compiler, rows = static.read()
+    found = list(examine_all("sample", "--fresh"))
+    assert {row.architecture for row in found} == set(ARCHITECTURES)
+    failures = [f"{row}: {'; '.join(row.problems)}" for row in found if row.problems]
+    if compiler == static.compiler():
+        pairs = [(row, rows.get((row.architecture, row.name), row)) for row in found]
+        failures += [f"{row}\n  in the table: {kept}" for row, kept in pairs if kept != row]
+    assert not failures, "\n".join(failures) + "\n(on purpose? python tests/test_triton_static.py --write, or --prune)"
+
+
+def test_no_row_is_left_over() -> None:
+    """Every row is of a variant that there still is. (That none is missing is make static's: it compiles what is.)"""
+    _, rows = static.read()
+    there = {(v.capability, v.name) for architecture in ARCHITECTURES for v in static.tabled(architecture)}
+    left = sorted(set(rows) - there)
+    assert rows
+    assert not left, f"{left[:5]}: python tests/test_triton_static.py --write, or --prune"
+
+
+def test_the_model_of_shared_memory() -> None:
+    """kernels/_cards.py predicts at least what the compiler takes, and not much more: it decides which tiles fit."""
+    _, rows = static.read()
+    checked = 0
+    for architecture in ARCHITECTURES:
+        for variant in static.tabled(architecture):
+            row = rows.get((architecture, variant.name))
+            blocks = variant.constexprs
+            if row is None or not variant.tensor_cores or "INPUT_PRECISION" not in blocks:
+                continue
+            itemsize = 2 if variant.name.split(".")[1] in ("bf16", "fp16") else 4
+            how = "half" if itemsize == 2 else blocks["INPUT_PRECISION"]
+            tile = _tiles.Config(
+                blocks["BLOCK_M"], blocks["BLOCK_N"], blocks["BLOCK_K"], variant.num_warps, variant.num_stages
+            )
+            predicted = _cards.shared_bytes(tile, itemsize, architecture, how)
+            assert row.shared <= predicted, f"{row}: predicted {predicted}"
+            checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_access_has_its_masks(architecture: int) -> None:
+    """In the IR of one block of each kind of call; make static looks at all."""
+    failures, seen = [], set()
+    for variant in static.variants(architecture):
+        turn = ARCHITECTURES[zlib.crc32(f"{SEED}.{static.kind(variant)}".encode()) % len(ARCHITECTURES)]
+        if static.kind(variant) in seen or turn != architecture:
+            continue
+        seen.add(static.kind(variant))
+        failures += [f"{variant.name}: {reason}" for reason in static.lower(variant)[1]]
     assert not failures, "\n".join(failures)
 
 
-def test_tiles_fit() -> None:
-    from cnnfast.kernels import _tiles
-
-    for architecture in ARCHITECTURES:
-        for precision, itemsize in (("ieee", 4), ("fp32", 4), ("high", 4), ("high", 2)):
-            for vectors in (False, True):
-                for tile in _tiles.candidates(precision, itemsize, vectors, architecture):
-                    assert tile.shared_bytes(itemsize) <= _tiles.SHARED_BYTES[architecture], tile
+def _text(kind: str) -> tuple[str, Any]:
+    variant = next(v for v in static.variants(90) if v.name.startswith(f"{kind}.bf16."))
+    return _common.lower_variant(variant), variant
 
 
-def main() -> None:
+@pytest.mark.parametrize("kind", ["fprop_odd_epilogue", "wgrad_stem", "batch_norm_sums_odd", "max_pool2d_dgrad_odd"])
+def test_a_mask_that_is_taken_away_is_missed(kind: str) -> None:
+    """From each access of a kernel in turn: its mask, and each half of it."""
+    text, variant = _text(kind)
+    lines = text.splitlines()
+    of = (variant.fn.__name__, variant.constexprs)
+    assert not list(ttir.unmasked(text, *of))
+    mutated = 0
+    for at, line in enumerate(lines):
+        access = re.search(r"tt\.(load|store) (.*) : ", line)
+        if not access:
+            continue
+        values = access[2].split(", ")
+        mask = 1 if access[1] == "load" else 2
+        bare = line.replace(access[2], ", ".join(values[:mask]))
+        halves = next(
+            re.findall(r"%[\w$.-]+(?:#\d+)?", one)[1:] for one in lines if f" {values[mask]} = " in f" {one.strip()}"
+        )
+        changed = [bare]
+        if any(f"{values[mask]} = arith.andi" in one for one in lines) and f"tensor<{_shape(line)}xi1>" in text:
+            changed += [line.replace(values[mask], half) for half in halves if _two_ranges(lines, halves)]
+        for other in changed:
+            found = list(ttir.unmasked("\n".join([*lines[:at], other, *lines[at + 1 :]]), *of))
+            assert found, f"{other.strip()} of {line.strip()}"
+            mutated += 1
+    assert mutated >= 4
+
+
+def _shape(line: str) -> str:
+    match = re.search(r"tensor<([\dx]+)x!tt", line)
+    return match[1] if match else "?"
+
+
+def _two_ranges(lines: list[str], halves: list[str]) -> bool:
+    """Whether both sides of an `and` are broadcast along different dimensions: then neither can do alone."""
+    origins = [next((one for one in lines if one.strip().startswith(f"{half} = ")), "") for half in halves]
+    shapes = [re.search(r"tensor<(\d+)x(\d+)xi1> -> ", origin) for origin in origins]
+    return all(shapes) and len({tuple(size == "1" for size in s.groups()) for s in shapes if s}) == 2
+
+
+PLANTED = {
+    "right": 0, "no_mask": 1, "half_a_mask": 1, "mask_of_another_range": 1, "always_true": 1, "store": 1, "in_a_loop": 1,
+    "through_a_helper": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bugs(bug: str) -> None:
+    import planted_triton
+
+    names = planted_triton.copy.arg_names
+    constants = {"BUG": bug, "BLOCK_M": 16, "BLOCK_N": 32}
+    variant = _common.Variant(
+        name=bug, fn=planted_triton.copy, constexprs=constants, aligned=(), num_warps=4, num_stages=1, capability=90,
+        signature={n: "constexpr" if n in constants else {"x": "*fp32", "y": "*fp32"}.get(n, "i32") for n in names},
+        tensor_cores=False, asynchronous=False,
+    )  # fmt: skip
+    assert len(list(ttir.unmasked(_common.lower_variant(variant)))) == PLANTED[bug]
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    """See the head of this file."""
     if "--part" in sys.argv:
         at = sys.argv.index("--part")
-        worker(int(sys.argv[at + 1]), int(sys.argv[at + 2]), "--all" in sys.argv)
-        return
-    failed = total = 0
-    for fact in examine_all(everything=True):
-        print(fact, flush=True)
-        failed += bool(fact.problems)
-        total += 1
-    sys.exit(f"{failed} of {total} variants have problems" if failed else 0)
+        worker(int(sys.argv[at + 1]), int(sys.argv[at + 2]), *sys.argv[at + 3 :])
+        return 0
+    writing, everything, pruning = ("--write" in sys.argv, "--all" in sys.argv, "--prune" in sys.argv)
+    compiler, rows = static.read()
+    expected = {(v.capability, v.name) for architecture in ARCHITECTURES for v in static.tabled(architecture)}
+    kept = {key: row for key, row in rows.items() if key in expected} if compiler == static.compiler() else {}
+    held: set[tuple[int, str]] = set()
+    failed = changed = total = 0
+    try:
+        for row in examine_all("all" if everything else "table", *({"--fresh", "--prune"} & set(sys.argv))):
+            key = (row.architecture, row.name)
+            held.add(key)
+            total += 1
+            failed += bool(row.problems)
+            if row.problems:  # has no row, so that it is compiled, and said, every time
+                kept.pop(key, None)
+                print(f"{row}: {'; '.join(row.problems)}", flush=True)
+            elif key in expected and rows.get(key) != row:
+                changed += 1
+                kept[key] = row
+                print(f"{row}\n  was {rows.get(key, 'not there')}", flush=True)
+                if writing and changed % 50 == 0:
+                    static.write(kept.values())
+        if pruning:
+            static.write(row for key, row in kept.items() if key in held)
+    finally:
+        if writing:
+            static.write(kept.values())
+    left = sorted(set(rows) - expected)
+    print(
+        f"{total} variants: {failed} with problems, {changed} changed, {len(left)} rows of variants that aren't there"
+    )
+    return 1 if failed or (not writing and not pruning and (changed or left)) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -124,7 +124,7 @@ def test_cards_by_name() -> None:
 def test_order(card: _cards.Card, direction: str) -> None:
     """The predicted fastest first, without doubles, none wider than the product, all cut to its depth."""
     for p in (
-        problem(32, 64, 56, 64), problem(1, 512, 7, 512), problem(32, 3, 224, 64, 7, 2), problem(4, 128, 28, 128, groups=32),
+        problem(32, 64, 56, 64), problem(1, 512, 7, 512), problem(32, 3, 224, 64, 7, 2), problem(4, 128, 28, 128, groups=4),
         problem(8, 96, 14, 208, 1), problem(2, 40, 9, 24),
     ):  # fmt: skip
         for of in (
@@ -143,6 +143,14 @@ def test_order(card: _cards.Card, direction: str) -> None:
             assert max(t.block_n for t in tiles) <= max(16, 2 * wanted.n)
             assert configs.usual(p, direction, of, card) in tiles
             assert all(configs.parse(json.loads(json.dumps(configs.dump(t)))) == t for t in tiles)
+
+
+@plain
+def test_groups_of_few_channels_have_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tiles follow from their sizes; the launcher is given none, tuned or not."""
+    p = problem(4, 128, 28, 128, groups=32)
+    assert configs.configs(p, "fprop", HALF, _cards.CARDS["A100"]) == ()
+    assert _call(monkeypatch, "NVIDIA A100", _cards.CARDS["A100"], p=p) == [None]
 
 
 @plain
@@ -433,8 +441,8 @@ def test_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.Monkey
 # ---- how a call finds it ---------------------------------------------------------------------------------------------
 
 
-def _call(monkeypatch: pytest.MonkeyPatch, name: str, of: _cards.Card, calls: int = 1) -> list[Any]:
-    """The tiles that the launcher of a 3x3 convolution is given on a card."""
+def _call(monkeypatch: pytest.MonkeyPatch, name: str, of: _cards.Card, calls: int = 1, p: Any = None) -> list[Any]:
+    """The tiles that the launcher of a convolution, by default a 3x3 of 64 channels, is given on a card."""
     given: list[Any] = []
 
     def launcher(p: Any, *operands: Any, tile: Any = None) -> None:
@@ -443,7 +451,7 @@ def _call(monkeypatch: pytest.MonkeyPatch, name: str, of: _cards.Card, calls: in
     monkeypatch.setattr(backend_tiles, "card", lambda device: (name, of))
     monkeypatch.setattr(backend, "INTERPRETED", True)  # launches aren't recorded
     choose = backend_tiles.chooser("conv2d_implicit_gemm", "fprop")
-    p = problem(32, 64, 56, 64)
+    p = p or problem(32, 64, 56, 64)
     fields = {k: v for k, v in vars(p).items() if k != "precision"}
     bound = backend._binder(launcher, None, choose)(types.SimpleNamespace(precision="high", capability=(9, 0)), fields)  # type: ignore[arg-type]
     operands = [torch.zeros(16, dtype=torch.bfloat16) for _ in range(2)]

@@ -37,25 +37,25 @@ class Chooser:
         """The tile of a call, or None for the launcher's own; bind(tile): the call in a given one, for tuning."""
         name, found = card(next(t.device for t in operands if t is not None))
         of = self._configs.facts(operands)
+        tiles = self._configs.configs(p, self._direction, of, found)
+        if not tiles:
+            return None
         key = f"{self._stem} {self._configs.bucket(p, self._direction, of)}"
         entry = tuning.lookup(name, key)
-        tile = None
-        if entry is not None:
-            tile = self._configs.parse(entry.tile)
-            if tile not in self._configs.configs(p, self._direction, of, found):
-                tile = None  # no tile that this kernel was compiled and checked in
+        tile = self._configs.parse(entry.tile) if entry is not None else None
+        if tile not in tiles:  # only what this kernel was compiled and checked in
+            tile = None
         if tile is None and name != "interpreter" and found.arch not in range(90, 120):
-            tile = self._configs.configs(p, self._direction, of, found)[0]
-        tuning.note(lambda: self._task(p, operands, bind, name, found, of, key, tile))
+            tile = tiles[0]
+        tuning.note(lambda: self._task(p, operands, bind, name, found, of, key, tiles, tile))
         return tile
 
     def _task(
         self, p: Any, operands: Sequence[torch.Tensor | None], bind: Callable[[Any], Any], name: str, found: Any,
-        of: Any, key: str, tile: Any,
+        of: Any, key: str, tiles: Any, tile: Any,
     ) -> tuning.Task:  # fmt: skip
         cards = importlib.import_module("cnnfast.kernels._cards")
         before = tile or self._configs.usual(p, self._direction, of, found)
-        tiles = self._configs.configs(p, self._direction, of, found)
         return tuning.Task(
             key=key, card=name, before=before, bind=bind, dump=self._configs.dump,
             output=self._configs.DIRECTIONS[self._direction],

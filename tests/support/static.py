@@ -1,0 +1,179 @@
+"""The Triton kernels' machine code without a GPU: compiled by what Triton's wheel ships, examined, and kept in a table.
+
+The table has a row for each variant and architecture: a digest of its IR, registers, shared memory, instructions. Equal
+IR gives equal code from one compiler, so a row whose digest holds need not be compiled again, and variants that are the
+same code are compiled once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from support import ttir
+
+ARCHITECTURES = (80, 90, 100)
+TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+TABLE = Path(__file__).resolve().parent.parent / "triton_static.txt"
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "UTMASTG")  # what a row counts
+SPILLS = ("STL", "LDL")
+# Kinds whose every tile is in the table; of others those that need most registers, and the smallest.
+THOROUGH = ("fprop", "fprop_linear", "dgrad_stride2", "wgrad")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the machine code of one variant shows."""
+
+    architecture: int
+    name: str
+    digest: str
+    registers: int
+    shared: int
+    counts: Mapping[str, int]
+    problems: tuple[str, ...] = field(default=(), compare=False)
+
+    def __str__(self) -> str:
+        counts = " ".join(f"{name}={count}" for name, count in self.counts.items())
+        return f"{self.architecture} {self.name} {self.digest} {self.registers} {self.shared} {counts}".rstrip()
+
+    @classmethod
+    def of(cls, line: str) -> Row:
+        architecture, name, digest, registers, shared, *counts = line.split()
+        pairs = (count.split("=") for count in counts)
+        return cls(int(architecture), name, digest, int(registers), int(shared), {k: int(v) for k, v in pairs})
+
+
+# ---- which variants there are ----------------------------------------------------------------------------------------
+
+
+def variants(architecture: int) -> Iterator[Any]:
+    """All variants of all kernel files."""
+    kernels = importlib.import_module("cnnfast.kernels")
+    for path in sorted(Path(str(kernels.__file__)).parent.glob("_*_variants.py")):
+        yield from importlib.import_module(f"cnnfast.kernels.{path.stem}").variants(architecture)
+
+
+def kind(variant: Any) -> str:
+    return variant.name.split(".")[0]
+
+
+def tabled(architecture: int) -> list[Any]:
+    """The variants that have rows, without doubles.
+
+    Of matrix products every tile of the THOROUGH kinds, and of each other kind the three with most sums a thread, the first
+    and the last. Of what no tensor core multiplies the first and the last block, on newer cards than sm_80 the first in
+    bf16 and the first of fp32 products. In fp16, whose code is bf16's but for conversions, only the first.
+    """
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for variant in variants(architecture):
+        groups.setdefault((kind(variant), variant.name.split(".")[1]), {}).setdefault(variant.name, variant)
+    chosen = []
+    for (name, mode), named in groups.items():
+        group = list(named.values())
+        if not group[0].tensor_cores and architecture > 80:
+            group = group[:1] if mode in ("bf16", "ieee") else []
+        elif mode == "fp16" or (mode == "fp32" and not group[0].tensor_cores):
+            group = group[:1]
+        elif name not in THOROUGH:
+            largest = sorted(group, key=_sums, reverse=True)[:3] if group[0].tensor_cores else []
+            kept = {v.name for v in (*largest, group[0], group[-1])}
+            group = [v for v in group if v.name in kept]
+        chosen += group
+    return chosen
+
+
+def _sums(variant: Any) -> float:
+    blocks = variant.constexprs
+    return blocks["BLOCK_M"] * blocks["BLOCK_N"] * (1 + blocks["BLOCK_K"] / 1024) / variant.num_warps
+
+
+# ---- examining one ---------------------------------------------------------------------------------------------------
+
+
+def digest(variant: Any, text: str) -> str:
+    """Of all that the compiler gets."""
+    options = f"{variant.capability} {variant.num_warps} {variant.num_stages}\n"
+    return hashlib.sha256((options + text).encode()).hexdigest()[:10]
+
+
+def lower(variant: Any) -> tuple[str, list[str]]:
+    """The digest of a variant's IR, and what its masks leave open."""
+    from cnnfast.kernels import _common
+
+    text = _common.lower_variant(variant)
+    return digest(variant, text), list(ttir.unmasked(text, variant.fn.__name__, variant.constexprs))
+
+
+def _tool(*arguments: str) -> str:
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([str(binary), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def examine(variant: Any) -> Row:
+    """Compiles a variant and reads its machine code."""
+    from cnnfast.kernels import _cards, _common
+
+    architecture = variant.capability
+    mark, problems = lower(variant)
+    compiled = _common.compile_variant(variant)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        resources = _tool("--dump-resource-usage", str(cubin))
+        assembly = _tool("-sass", str(cubin))
+    match = re.search(r"REG:(\d+) STACK:(\d+)", resources)
+    assert match, resources
+    registers, stack = int(match[1]), int(match[2])
+    counts = {name: len(re.findall(rf"\b{name}\b", assembly)) for name in (*INSTRUCTIONS, *SPILLS)}
+    if any(counts[name] for name in SPILLS):  # a frame that nothing reads is no spill
+        problems.append(f"spills: {stack} bytes of stack, {counts['STL']} stores, {counts['LDL']} loads")
+    if variant.tensor_cores and not counts[TENSOR_CORE[architecture]]:
+        problems.append(f"no {TENSOR_CORE[architecture]}")
+    if not variant.tensor_cores and any(counts[name] for name in TENSOR_CORE.values()):
+        problems.append("tensor cores in a kernel of full precision")
+    if variant.asynchronous and not counts["LDGSTS"] and not counts["UTMALDG"]:
+        problems.append("neither LDGSTS nor UTMALDG: loads are not asynchronous")
+    shared, most = compiled.metadata.shared, _cards.LIMITS[architecture].shared_block
+    if shared > most:
+        problems.append(f"{shared} bytes of shared memory: a block can have {most}")
+    kept = {name: counts[name] for name in INSTRUCTIONS if counts[name]}
+    return Row(architecture, variant.name, mark, registers, shared, kept, tuple(problems))
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+HEAD = """\
+# The machine code of the Triton kernels, by `python tests/test_triton_static.py --write` (make static compares).
+# Compiled by {compiler}. No variant spills. A row: architecture, kind.mode.block, digest of the IR, registers, bytes of
+# shared memory, instructions.
+"""
+
+
+def compiler() -> str:
+    return f"triton {triton.__version__}"
+
+
+def read(path: Path = TABLE) -> tuple[str, dict[tuple[int, str], Row]]:
+    """The compiler, and the rows by architecture and name."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    match = re.search(r"Compiled by (.*?)\. ", text)
+    rows = (Row.of(line) for line in text.splitlines() if line and not line.startswith("#"))
+    return match[1] if match else "", {(row.architecture, row.name): row for row in rows}
+
+
+def write(rows: Iterable[Row], path: Path = TABLE) -> None:
+    """Sorted, so that a change shows as what it is."""
+    ordered = sorted(rows, key=lambda row: (row.name.split(".")[0], row.name, row.architecture))
+    text = HEAD.format(compiler=compiler()) + "".join(f"{row}\n" for row in ordered)
+    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+    path.with_suffix(".tmp").replace(path)
