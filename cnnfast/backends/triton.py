@@ -103,9 +103,12 @@ def _moved(p: Problem) -> float:
 
 def _multiplied(p: Problem) -> float:
     """Predicted seconds of a convolution: few channels a group leave most of a tile, and the vectors, unused."""
-    c, k = p.C // p.G, p.K // p.G
+    c, k, dense = p.C // p.G, p.K // p.G, _PRODUCTS[p.precision if p.dtype == "f32" else p.dtype]
+    width = 16 if p.dtype == "f32" else 32  # channels of a tile that groups share
     if min(c, k) >= 16:
-        rate = _PRODUCTS[p.precision if p.dtype == "f32" else p.dtype] * min(1.0, k / 64)
+        rate = dense * min(1.0, k / 64)
+    elif p.G > 1 and 2 * max(c, k) <= width:
+        rate = dense / 8 * min(c, k) / width  # not measured yet: most products are with zeros, of small tiles
     else:
         depth = c * p.R * p.S
         rate = 6.5e12 * min(1.0, max(k, 1) / 16) * depth / (-(-depth // 16) * 16) if depth else 1e12
