@@ -258,8 +258,9 @@ def wgrad(
     splits = _wgrad_splits(p)
     chunks = _chunks(workspace, wgrad_workspace(p))
     if tile is None:
-        m, vectors = p.K * splits, together == 1 and _vectors(p, x, y, unit=1)
-        tile = config(m, c_src if together > 1 else columns, 0, p.precision, x.element_size(), vectors, capability(x))
+        m, n = p.K * splits, c_src if together > 1 else columns
+        vectors = together == 1 and _vectors(p, x, y, unit=1)
+        tile = config(m, n, 0, p.precision, x.element_size(), vectors, capability(x), norm.present)
     packed = (
         p.R * p.S > 1 and c_src % tile.block_n != 0 and together == 1
     )  # a tile then crosses taps, and wastes no column

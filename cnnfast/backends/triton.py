@@ -73,12 +73,15 @@ def _batch_norm(p: Problem) -> list[str]:
 
 def _bn_act_conv(p: Problem) -> list[str]:
     narrow = min(p.C, p.K) // p.G
+    phases = -(-p.H // p.stride_h) * p.stride_h * -(-p.W // p.stride_w) * p.stride_w
+    tiles = p.N * max(p.P * p.Q, phases) // 64 + p.stride_h * p.stride_w
     return _conv2d(p) + [
         reason
         for wrong, reason in (
             (p.direction != "fprop" and not p.normed, "x isn't normalised: the gradient is conv2d's"),
             (p.N * p.P * p.Q == 0, "an empty result has no statistics"),
             (p.N * p.H * p.W >= _PROGRAMS, "numbers pixels in 32 bits"),
+            (3 * tiles * max(p.C, p.K) >= _PROGRAMS, "numbers the sums of tiles in 32 bits"),
             (narrow < 16, f"{narrow} channels a group leave tiles empty: kernels for so few, and passes of their own"),
         )
         if wrong
