@@ -26,14 +26,69 @@ def _phase_taps(phase, taps, stride, pad, dilation, gcd, inverse):
     return first, every, count, (shift - first * dilation) // stride
 
 
+@triton.jit
+def _product(
+    acc, src, weight, base, src_i, src_j, in_m, in_n, lane, w_lane, w_channel, own, only, group_channel, mean, invstd, gamma, beta,
+    count_r, count_s, c_src, src_h, src_w, step_h, step_w, src_row, src_col, w_src, w_r, w_s,
+    LINEAR: tl.constexpr, EVEN_K: tl.constexpr, NORM_SOURCE: tl.constexpr, NORM_ACT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + the sum over taps and channels; own and only, where they are given, mask weights and source channels."""
+    # One loop over taps and channels, so that loads are in flight across the change of the tap.
+    blocks = tl.cdiv(c_src, BLOCK_K)
+    c0 = 0
+    r = 0
+    s = 0
+    for _ in range(0, count_r * count_s * blocks):
+        if LINEAR:
+            valid = in_m
+            offset = c0
+        else:
+            i = src_i + r * step_h
+            j = src_j + s * step_w
+            valid = on_map(i, src_h) & on_map(j, src_w)
+            offset = r * step_h * src_row + s * step_w * src_col + c0
+        a_ptrs = src + offset + (base[:, None] + lane[None, :])
+        b_ptrs = weight + (r * w_r + s * w_s + c0 * w_src) + (w_lane[:, None] + w_channel[None, :])
+        if EVEN_K:
+            a = tl.load(a_ptrs, mask=valid[:, None], other=0.0)
+            b = tl.load(b_ptrs, mask=in_n[None, :], other=0.0)
+        elif own is not None:
+            in_k = lane < c_src
+            if only is not None:
+                in_k &= only
+            a = tl.load(a_ptrs, mask=valid[:, None] & in_k[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=in_k[:, None] & in_n[None, :] & own, other=0.0)
+        else:
+            in_k = c0 + lane < c_src
+            a = tl.load(a_ptrs, mask=valid[:, None] & in_k[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
+        if NORM_SOURCE:
+            c = c0 + lane
+            a = batch_normed(
+                a, valid[:, None] & (c < c_src)[None, :], group_channel + c, c < c_src, mean, invstd, gamma, beta,
+                NORM_ACT, BY_HAND,
+            )  # fmt: skip
+        acc = accumulate(a, b, acc, INPUT_PRECISION, BY_HAND)
+        c0 += BLOCK_K
+        tap_done = c0 >= c_src
+        c0 = tl.where(tap_done, 0, c0)
+        s = tl.where(tap_done, s + 1, s)
+        row_done = s >= count_s
+        r = tl.where(row_done, r + 1, r)
+        s = tl.where(row_done, 0, s)
+    return acc
+
+
 @triton.jit(do_not_specialize=["batch", "out_h", "out_w", "src_h", "src_w", "taps_r", "taps_s", "pad_h", "pad_w"])
 def _gather_gemm(
     src, weight, bias, scale, shift, residual, mean, invstd, gamma, beta, sums, out,
     batch, out_h, out_w, src_h, src_w, c_src, c_out, groups, taps_r, taps_s,
     stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, gcd_h, gcd_w, inverse_h, inverse_w,
+    each_src, each_out, wrap_src, wrap_out,
     src_n, src_row, src_col, w_group, w_src, w_out, w_r, w_s, out_n, out_row, out_col, res_n, res_row, res_col,
     ACT: tl.constexpr, TRANSPOSED: tl.constexpr, LINEAR: tl.constexpr, PACKED: tl.constexpr, EVEN_K: tl.constexpr,
-    NORM_ACT: tl.constexpr, NORM_SOURCE: tl.constexpr, NORM_RESULT: tl.constexpr,
+    DIAGONAL: tl.constexpr, NORM_ACT: tl.constexpr, NORM_SOURCE: tl.constexpr, NORM_RESULT: tl.constexpr,
     HAS_BIAS: tl.constexpr, INT64: tl.constexpr, INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -128,43 +183,36 @@ def _gather_gemm(
             )
             acc = accumulate(a, b, acc, INPUT_PRECISION, BY_HAND)
     else:
-        # One loop over taps and channels, so that loads are in flight across the change of the tap.
-        blocks = tl.cdiv(c_src, BLOCK_K)
-        c0 = 0
-        r = 0
-        s = 0
-        for _ in range(0, count_r * count_s * blocks):
-            if LINEAR:
-                valid = in_m
-                offset = c0
-            else:
-                i = src_i + r * step_h
-                j = src_j + s * step_w
-                valid = on_map(i, src_h) & on_map(j, src_w)
-                offset = r * step_h * src_row + s * step_w * src_col + c0
-            a_ptrs = src + offset + (base[:, None] + lane[None, :])
-            b_ptrs = weight + (r * w_r + s * w_s + c0 * w_src) + ((lane * w_src)[:, None] + w_channel[None, :])
-            if EVEN_K:
-                a = tl.load(a_ptrs, mask=valid[:, None], other=0.0)
-                b = tl.load(b_ptrs, mask=in_n[None, :], other=0.0)
-            else:
-                in_k = c0 + lane < c_src
-                a = tl.load(a_ptrs, mask=valid[:, None] & in_k[None, :], other=0.0)
-                b = tl.load(b_ptrs, mask=in_k[:, None] & in_n[None, :], other=0.0)
-            if NORM_SOURCE:
-                c = c0 + lane
-                a = batch_normed(
-                    a, valid[:, None] & (c < c_src)[None, :], group * c_src + c, c < c_src, mean, invstd, gamma, beta,
-                    NORM_ACT, BY_HAND,
-                )  # fmt: skip
-            acc = accumulate(a, b, acc, INPUT_PRECISION, BY_HAND)
-            c0 += BLOCK_K
-            tap_done = c0 >= c_src
-            c0 = tl.where(tap_done, 0, c0)
-            s = tl.where(tap_done, s + 1, s)
-            row_done = s >= count_s
-            r = tl.where(row_done, r + 1, r)
-            s = tl.where(row_done, 0, s)
+        own = None
+        w_lane = lane * w_src
+        if DIAGONAL:
+            # Several groups in a tile: the weights are its diagonal blocks, zeros beside them.
+            own = (lane // each_src)[:, None] == (channel // each_out)[None, :]
+            w_lane = lane % wrap_src * w_src
+            w_channel = channel % wrap_out * w_out
+        i = 0
+        j = 0
+        if not LINEAR:
+            i = src_i
+            j = src_j
+        acc = _product(
+            acc, src, weight, base, i, j, in_m, in_n, lane, w_lane, w_channel, own, None, group * c_src,
+            mean, invstd, gamma, beta,
+            count_r, count_s, c_src, src_h, src_w, step_h, step_w, src_row, src_col, w_src, w_r, w_s,
+            LINEAR, EVEN_K, NORM_SOURCE, NORM_ACT, INPUT_PRECISION, BY_HAND, BLOCK_K,
+        )  # fmt: skip
+        if DIAGONAL:  # noqa: SIM102
+            # A zero times what isn't finite would reach the other groups: these are rare, and computed one by one.
+            if tl.sum(tl.sum((acc - acc != 0.0).to(tl.int32), axis=1), axis=0) > 0:
+                for g in range(0, c_src // each_src):
+                    one = _product(
+                        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
+                        src, weight, base, i, j, in_m, in_n, lane, w_lane, w_channel, own, lane // each_src == g,
+                        group * c_src, mean, invstd, gamma, beta,
+                        count_r, count_s, c_src, src_h, src_w, step_h, step_w, src_row, src_col, w_src, w_r, w_s,
+                        LINEAR, EVEN_K, NORM_SOURCE, NORM_ACT, INPUT_PRECISION, BY_HAND, BLOCK_K,
+                    )  # fmt: skip
+                    acc = tl.where((channel // each_out == g)[None, :], one, acc)
 
     if HAS_BIAS:
         b = tl.load(bias + group * c_out + channel, mask=in_n, other=0.0)

@@ -12,6 +12,8 @@ from .conv2d_implicit_gemm import (
     BGRAD_BLOCK_M,
     BGRAD_BLOCK_N,
     REDUCE_BLOCK,
+    TOGETHER_CHANNELS,
+    TOGETHER_WARPS,
     _bgrad_partial,
     _gather_gemm,
     _sum_splits,
@@ -91,6 +93,30 @@ KINDS: tuple[Kind, ...] = (
         unaligned=_X_ODD,
         vectors=False,
     ),
+    Kind(
+        "fprop_together",
+        _gather_gemm,
+        {"DIAGONAL": True},
+        (*_STRIDE_1, "dilation_h", "dilation_w", "gcd_h", "gcd_w"),
+        unaligned=("each_src", "each_out", "wrap_src", "wrap_out", "w_out", "w_r", "w_s", "w_src"),
+        vectors=False,
+    ),
+    Kind(
+        "dgrad_together",
+        _gather_gemm,
+        {"DIAGONAL": True, "TRANSPOSED": True},
+        (),
+        unaligned=("each_src", "each_out", "wrap_src", "wrap_out", "w_out", "w_r", "w_s", "w_src"),
+        vectors=False,
+    ),
+    Kind(
+        "wgrad_together",
+        _wgrad_gemm,
+        {"DIAGONAL": True, "EVEN": True, "SPLIT": True},
+        (*_STRIDE_1,),
+        unaligned=("each_src", "each_out", "w_k", "w_r", "w_s", "w_c"),
+        vectors=False,
+    ),
     Kind("fprop_statistics", _gather_gemm, {"EVEN_K": True}, (*_UNIT, *_STRIDE_1, "w_src"), present=("sums",)),
     Kind(
         "fprop_normed",
@@ -133,6 +159,7 @@ KINDS: tuple[Kind, ...] = (
 # How fp32 is multiplied -> the precision mode that asks for it.
 PRECISIONS = {how: mode for mode, how in INPUT_PRECISION.items()}
 _FLAGS = (
+    "DIAGONAL",
     "NORM_SOURCE",
     "NORM_RESULT",
     "TRANSPOSED",
@@ -192,6 +219,8 @@ def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", *PRECISIONS)) 
                 for tile in candidates(
                     precision, itemsize, kind.vectors, arch, bool({"residual", "sums"} & set(kind.present))
                 ):
+                    if kind.fn is _gather_gemm and kind.flags.get("DIAGONAL"):
+                        tile = replace(tile, block_k=TOGETHER_CHANNELS[itemsize], num_warps=TOGETHER_WARPS)
                     block_k = tile.block_k
                     # Only the gathering kernel's blocks are cut to the channels.
                     while block_k >= (16 if kind.fn is _gather_gemm else tile.block_k):

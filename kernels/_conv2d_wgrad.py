@@ -24,9 +24,9 @@ def _coordinates(pixel, height, width):
 def _wgrad_gemm(
     x, grad, mean, invstd, gamma, beta, out, workspace,
     batch, out_h, out_w, src_h, src_w, c_src, c_out, groups, taps_r, taps_s,
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, splits, chunk,
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, each_src, each_out, splits, chunk,
     src_n, src_row, src_col, w_k, w_c, w_r, w_s, out_n, out_row, out_col,
-    SPLIT: tl.constexpr, LINEAR: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, INT64: tl.constexpr,
+    SPLIT: tl.constexpr, LINEAR: tl.constexpr, EVEN: tl.constexpr, DIAGONAL: tl.constexpr, PACKED: tl.constexpr, INT64: tl.constexpr,
     NORM_ACT: tl.constexpr, NORM_SOURCE: tl.constexpr, INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -111,6 +111,11 @@ def _wgrad_gemm(
             image += images + carry.to(tl.int32)
 
     inside_tile = in_m[:, None] & in_n[None, :]
+    if DIAGONAL:
+        # Several groups in a tile: what belongs together lies on its diagonal.
+        inside_tile &= (k // each_out)[:, None] == (c // each_src)[None, :]
+        c = c % each_src
+        c_src = each_src
     if SPLIT:
         row = tl.cast((split * groups + group) * c_out + k, tl.int64)
         tl.store(

@@ -11,8 +11,9 @@ Mapping. fprop and dgrad are one kernel: both gather, for an output pixel and a 
 ``i * mul + off + tap * step`` of each axis. dgrad splits its output into stride_h * stride_w phases; the taps that
 reach a phase are ``first + j * every``, so no product with an inserted zero is computed and no output is added to
 twice. A program computes BLOCK_M pixels × BLOCK_N channels of one group (and phase), over the taps and BLOCK_K
-channels at a time; programs that share a weight panel or a pixel panel follow each other (GROUP_M). With few channels a
-group (PACKED) the reduction runs over the flattened (r, s, c) instead. 1×1 at stride 1 is a plain product (LINEAR).
+channels at a time; programs that share a weight panel or a pixel panel follow each other (GROUP_M). Groups of few channels share a
+tile, whose weights lie on its diagonal (DIAGONAL); few channels that can't, stems for one, flatten the reduction (PACKED),
+which then runs over (r, s, c). 1×1 at stride 1 is a plain product (LINEAR).
 wgrad's reduction runs over the pixels; it is split into ``splits`` chunks where the result alone has too few tiles,
 each chunk into a workspace of its own, summed in order: bitwise deterministic, no atomics.
 
@@ -28,11 +29,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from ._common import Conv2dProblem, by_hand, capability, ceil_div, launch, needs_int64, on_device
+from ._common import Conv2dProblem, by_hand, capability, ceil_div, launch, needs_int64, next_power_of_2, on_device
 from ._conv2d_gather import _gather_gemm
 from ._conv2d_wgrad import _bgrad_partial, _sum_splits, _wgrad_gemm
 from ._tiles import INPUT_PRECISION, Config, config
@@ -40,6 +42,9 @@ from ._tiles import INPUT_PRECISION, Config, config
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants; the tiles are in _tiles.py
 
+# By the bytes of an element: groups of so few channels that several fit into this share a tile, its diagonal the weights.
+TOGETHER_CHANNELS = {2: 32, 4: 16}
+TOGETHER_WARPS = 8
 PACKED_CHANNELS = 16  # below this many channels a group, fprop and dgrad flatten the reduction
 
 # Split reductions. They depend on the problem alone, never on the card, and so does the rounding.
@@ -115,6 +120,12 @@ def _vectors(p: Conv2dProblem, *tensors: torch.Tensor, unit: int) -> bool:
     return unit == 1 and all(s % 16 == 0 for s in strides) and all(t.data_ptr() % 16 == 0 for t in tensors)
 
 
+def _together(p: Conv2dProblem, itemsize: int) -> int:
+    """Groups that share a tile: as many as fill it and divide their number."""
+    fitting = TOGETHER_CHANNELS[itemsize] // max(p.C // p.G, p.K // p.G, 1)
+    return max((n for n in range(1, min(p.G, fitting) + 1) if p.G % n == 0), default=1)
+
+
 def _input_precision(p: Conv2dProblem, dtype: torch.dtype) -> str:
     # 16-bit products are exact in fp32: one spelling for all modes, one compilation.
     return INPUT_PRECISION[p.precision] if dtype == torch.float32 else "tf32"
@@ -126,8 +137,10 @@ def gather(
     r: torch.Tensor | None = None, act: int = 0, norm: Norm = NO_NORM,
 ) -> tuple[int, int]:  # fmt: skip
     """Launches _gather_gemm: fprop from x to y, or transposed, dgrad from y to x; returns BLOCK_M and the tiles of pixels."""
-    x_side = (p.H, p.W, p.C // p.G, p.x_n, p.x_h, p.x_w)
-    y_side = (p.P, p.Q, p.K // p.G, p.y_n, p.y_h, p.y_w)
+    together = _together(p, src.element_size())
+    groups = p.G // together
+    x_side = (p.H, p.W, p.C // groups, p.x_n, p.x_h, p.x_w)
+    y_side = (p.P, p.Q, p.K // groups, p.y_n, p.y_h, p.y_w)
     src_h, src_w, c_src, src_n, src_row, src_col = y_side if transposed else x_side
     out_h, out_w, c_out, out_n, out_row, out_col = x_side if transposed else y_side
     w_src, w_out = (p.w_k, p.w_c) if transposed else (p.w_c, p.w_k)
@@ -135,13 +148,13 @@ def gather(
     pixels = p.N * ceil_div(out_h, phases[0]) * ceil_div(out_w, phases[1])
     if pixels == 0 or c_out == 0:
         return 1, 0
-    launches = p.G * phases[0] * phases[1]
+    launches = groups * phases[0] * phases[1]
     res = (p.r_n, p.r_h, p.r_w) if r is not None else (0, 0, 0)
     linear = _pointwise(p) and (r is None or _even(p, *res))
-    packed = not linear and c_src < PACKED_CHANNELS
+    packed = not linear and c_src < PACKED_CHANNELS and together == 1
     if tile is None:
         depth = c_src * p.R * p.S if packed else c_src
-        vectors = not packed and _vectors(p, src, w, out, unit=w_out if transposed else w_src)
+        vectors = not packed and together == 1 and _vectors(p, src, w, out, unit=w_out if transposed else w_src)
         itemsize, arch = src.element_size(), capability(src)
         tile = config(
             pixels * launches,
@@ -153,20 +166,27 @@ def gather(
             arch,
             r is not None or norm.sums is not None,
         )
+    if together > 1:
+        # a product that may be repeated holds more in registers
+        tile = replace(tile, block_k=max(tile.block_k, next_power_of_2(c_src)), num_warps=TOGETHER_WARPS)
     gcd_h, gcd_w = math.gcd(p.stride_h, p.dilation_h), math.gcd(p.stride_w, p.dilation_w)
+    # Weights know the input channels of a group alone: these begin anew with each group of a tile.
+    wraps = (c_src, c_out // together) if transposed else (c_src // together, c_out)
     grid = ceil_div(pixels, tile.block_m) * ceil_div(c_out, tile.block_n) * launches
     with on_device(src):
         launch(
             _gather_gemm, grid,
             src, w, b, scale, shift, r, *norm.operands, norm.sums, out,
-            p.N, out_h, out_w, src_h, src_w, c_src, c_out, p.G, p.R, p.S,
+            p.N, out_h, out_w, src_h, src_w, c_src, c_out, groups, p.R, p.S,
             p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w, gcd_h, gcd_w,
             _inverse(p.dilation_h // gcd_h, p.stride_h // gcd_h), _inverse(p.dilation_w // gcd_w, p.stride_w // gcd_w),
-            src_n, src_row, src_col, p.K // p.G * p.w_k, w_src, w_out, p.w_r, p.w_s, out_n, out_row, out_col,
+            c_src // together, c_out // together, *wraps,
+            src_n, src_row, src_col, p.K // groups * p.w_k, w_src, w_out, p.w_r, p.w_s, out_n, out_row, out_col,
             *res, ACT=act, NORM_ACT=norm.act, NORM_SOURCE=norm.present and not transposed,
             NORM_RESULT=norm.present and transposed, TRANSPOSED=transposed and not linear, LINEAR=linear,
-            PACKED=packed, EVEN_K=c_src % tile.block_k == 0 and not packed, HAS_BIAS=b is not None,
-            INT64=_int64(p) or needs_int64((p.N, res[0]), (out_h, res[1]), (out_w, res[2]), (c_out * p.G, 1)),
+            PACKED=packed, EVEN_K=c_src % tile.block_k == 0 and not packed and together == 1,
+            DIAGONAL=together > 1, HAS_BIAS=b is not None,
+            INT64=_int64(p) or needs_int64((p.N, res[0]), (out_h, res[1]), (out_w, res[2]), (c_out * groups, 1)),
             INPUT_PRECISION=_input_precision(p, src.dtype), BY_HAND=by_hand(src.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -230,26 +250,32 @@ def wgrad(
     *, workspace: torch.Tensor | None = None, tile: Config | None = None, norm: Norm = NO_NORM,
 ) -> None:  # fmt: skip
     """Writes w, the weight's gradient, from x and y, the output's gradient."""
-    c_src, c_out, columns = p.C // p.G, p.K // p.G, p.R * p.S * (p.C // p.G)
+    together = _together(p, x.element_size())
+    groups = p.G // together
+    c_src, c_out, columns = p.C // groups, p.K // groups, p.R * p.S * (p.C // p.G)
     if p.K * columns == 0:
         return
     splits = _wgrad_splits(p)
     chunks = _chunks(workspace, wgrad_workspace(p))
     if tile is None:
-        m, vectors = c_out * p.G * splits, _vectors(p, x, y, unit=1)
-        tile = config(m, columns, 0, p.precision, x.element_size(), vectors, capability(x))
-    packed = p.R * p.S > 1 and c_src % tile.block_n != 0  # a tile then crosses taps, and wastes no column
+        m, n = p.K * splits, c_src if together > 1 else columns
+        vectors = together == 1 and _vectors(p, x, y, unit=1)
+        tile = config(m, n, 0, p.precision, x.element_size(), vectors, capability(x), norm.present)
+    packed = (
+        p.R * p.S > 1 and c_src % tile.block_n != 0 and together == 1
+    )  # a tile then crosses taps, and wastes no column
     num_n = ceil_div(columns, tile.block_n) if packed else p.R * p.S * ceil_div(c_src, tile.block_n)
-    grid = ceil_div(c_out, tile.block_m) * num_n * p.G * splits
+    grid = ceil_div(c_out, tile.block_m) * num_n * groups * splits
     with on_device(x):
         launch(
             _wgrad_gemm, grid,
             x, y, *norm.operands, w, chunks,
-            p.N, p.P, p.Q, p.H, p.W, c_src, c_out, p.G, p.R, p.S,
+            p.N, p.P, p.Q, p.H, p.W, c_src, c_out, groups, p.R, p.S,
             p.stride_h, p.stride_w, p.pad_h, p.pad_w, p.dilation_h, p.dilation_w,
-            splits, ceil_div(p.N * p.P * p.Q, splits),
+            c_src // together, c_out // together, splits, ceil_div(p.N * p.P * p.Q, splits),
             p.x_n, p.x_h, p.x_w, p.w_k, p.w_c, p.w_r, p.w_s, p.y_n, p.y_h, p.y_w,
-            SPLIT=splits > 1, LINEAR=_pointwise(p), EVEN=_even(p, p.y_n, p.y_h, p.y_w), PACKED=packed, INT64=_int64(p),
+            SPLIT=splits > 1, LINEAR=_pointwise(p), EVEN=_even(p, p.y_n, p.y_h, p.y_w),
+            DIAGONAL=together > 1, PACKED=packed, INT64=_int64(p),
             NORM_ACT=norm.act, NORM_SOURCE=norm.present,
             INPUT_PRECISION=_input_precision(p, x.dtype), BY_HAND=by_hand(x.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
@@ -259,7 +285,7 @@ def wgrad(
             total = p.K * columns
             launch(
                 _sum_splits, ceil_div(total, REDUCE_BLOCK),
-                chunks, w, splits, total, columns, c_src, p.S, p.w_k, p.w_c, p.w_r, p.w_s,
+                chunks, w, splits, total, columns, p.C // p.G, p.S, p.w_k, p.w_c, p.w_r, p.w_s,
                 INT64=_int64(p), BY_HAND=by_hand(w.dtype), BLOCK=REDUCE_BLOCK,
                 num_warps=4,
             )  # fmt: skip

@@ -74,12 +74,15 @@ def _batch_norm(p: Problem) -> list[str]:
 
 def _bn_act_conv(p: Problem) -> list[str]:
     narrow = min(p.C, p.K) // p.G
+    phases = -(-p.H // p.stride_h) * p.stride_h * -(-p.W // p.stride_w) * p.stride_w
+    tiles = p.N * max(p.P * p.Q, phases) // 64 + p.stride_h * p.stride_w
     return _conv2d(p) + [
         reason
         for wrong, reason in (
             (p.direction != "fprop" and not p.normed, "x isn't normalised: the gradient is conv2d's"),
             (p.N * p.P * p.Q == 0, "an empty result has no statistics"),
             (p.N * p.H * p.W >= _PROGRAMS, "numbers pixels in 32 bits"),
+            (3 * tiles * max(p.C, p.K) >= _PROGRAMS, "numbers the sums of tiles in 32 bits"),
             (narrow < 16, f"{narrow} channels a group leave tiles empty: kernels for so few, and passes of their own"),
         )
         if wrong
@@ -104,9 +107,12 @@ def _moved(p: Problem) -> float:
 
 def _multiplied(p: Problem) -> float:
     """Predicted seconds of a convolution: few channels a group leave most of a tile, and the vectors, unused."""
-    c, k = p.C // p.G, p.K // p.G
+    c, k, dense = p.C // p.G, p.K // p.G, _PRODUCTS[p.precision if p.dtype == "f32" else p.dtype]
+    width = 16 if p.dtype == "f32" else 32  # channels of a tile that groups share
     if min(c, k) >= 16:
-        rate = _PRODUCTS[p.precision if p.dtype == "f32" else p.dtype] * min(1.0, k / 64)
+        rate = dense * min(1.0, k / 64)
+    elif p.G > 1 and 2 * max(c, k) <= width:
+        rate = dense / 8 * min(c, k) / width  # not measured yet: most products are with zeros, of small tiles
     else:
         depth = c * p.R * p.S
         rate = 6.5e12 * min(1.0, max(k, 1) / 16) * depth / (-(-depth // 16) * 16) if depth else 1e12
