@@ -1,4 +1,4 @@
-"""Top-1 and top-5 of every network on 64 photographs: float64's wherever torch's in fp32 are.
+"""Top-1 and top-5 of every network on 64 photographs: float64's wherever torch's in fp32 are, and not by luck.
 
 Eager, fused, and torchvision's twin converted and fused. Weights are random, so the classes mean nothing; statistics of
 batch norm are those of the photographs, and the last layer looks only at what tells them apart, so that they differ.
@@ -74,21 +74,29 @@ def check(name: str, size: int) -> list[str]:
     exact = logits(copy.deepcopy(other).double(), images.double())
     right = exact.topk(5).indices
     assert len(set(right[:, 0].tolist())) > 8, "the images are told apart"
-    theirs = logits(other, images).topk(5).indices
-    nearly = (theirs == right).all(1).double().mean()
-    assert nearly > 0.9, "torch's fp32 classes are mostly float64's: the same network"
-    lines = [f"{name}, torch: all five of {int((theirs == right).all(1).sum())} images are float64's"]
+    theirs = logits(other, images)
+    torch_error = (theirs - exact).abs().amax(1)
+    # Ours may err 3 times as much as torch, on either of two classes: closer ones are told apart by luck, torch's or ours.
+    gaps = exact.topk(6).values.diff().abs() > 6 * torch_error[:, None]
+    firsts, fives = gaps[:, 0], gaps.all(1)
+    assert int(firsts.sum()) >= IMAGES - 2
+    assert int(fives.sum()) >= IMAGES - 8
+    same = theirs.topk(5).indices == right
+    firsts, fives = firsts & same[:, 0], fives & same.all(1)
+    lines = [f"{name}, torch: {_counts(theirs, right)} of {IMAGES}, {int(fives.sum())} of them not by luck"]
     for what, run in competitors(model, other):
         ours = logits(run, images)
-        found = ours.topk(5).indices
-        first, all_five = (theirs[:, 0] == right[:, 0]), (theirs == right).all(1)
-        gaps = (exact.topk(6).values.diff().abs() / exact.abs().amax(1, keepdim=True)).amin(1)
-        error = float((ours - exact).abs().max() / exact.abs().max())
-        told = f"{name}, {what}: error {error:.1e} of the largest logit, closest classes {float(gaps.min()):.1e} apart"
-        assert bool((found[:, 0] == right[:, 0])[first].all()), told
-        assert bool((found == right).all(1)[all_five].all()), told
-        lines.append(f"{told}; all five of {int((found == right).all(1).sum())} images are float64's")
+        found = ours.topk(5).indices == right
+        error = float(((ours - exact).abs().amax(1) / torch_error).max())
+        lines.append(f"{name}, {what}: {_counts(ours, right)} of {IMAGES}; error at most {error:.1f} times torch's")
+        assert bool(found[:, 0][firsts].all()), lines
+        assert bool(found.all(1)[fives].all()), lines
     return lines
+
+
+def _counts(found: torch.Tensor, right: torch.Tensor) -> str:
+    same = found.topk(5).indices == right
+    return f"float64's first class for {int(same[:, 0].sum())}, first five for {int(same.all(1).sum())} images"
 
 
 def competitors(model: torch.nn.Module, other: torch.nn.Module) -> Iterator[tuple[str, Any]]:
