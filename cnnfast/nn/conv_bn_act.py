@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from cnnfast import functional, ops
+from cnnfast.nn._scripting import activated
 from cnnfast.nn.batch_norm import BatchNorm2d
 from cnnfast.nn.conv2d import Conv2d
 
@@ -60,7 +61,11 @@ class ConvBNAct(torch.nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W), and a residual of the result's shape (N, K, P, Q), to (N, K, P, Q)."""
-        return conv_bn_act(self.conv, self.bn, x, residual, self.activation)
+        if torch.jit.is_scripting():
+            y = self.bn(self.conv(x))
+            return activated(y if residual is None else y + residual, self.activation)
+        else:
+            return conv_bn_act(self.conv, self.bn, x, residual, self.activation)
 
     def extra_repr(self) -> str:
         """The activation."""
