@@ -192,7 +192,7 @@ def _taken(model: torch.nn.Module, constants: Constants, inplace: bool) -> torch
                 hollow[id(tensor)] = _hollow(tensor, tensor.device)
             constants.lend(name, tensor.detach(), None if inplace else tensor)
     if not inplace:
-        return copy.deepcopy(model, dict(hollow))  # type: ignore[arg-type]
+        return copy.deepcopy(model, dict(hollow))
     _exchange(model, hollow)
     return model
 

@@ -16,7 +16,8 @@ import torch.fx as fx
 from cnnfast import dispatch, ops
 from cnnfast.functional._arguments import pair, resolve_precision
 from cnnfast.graph._nodes import Editor, arguments, is_tensor
-from cnnfast.graph.capture import Constants, value
+from cnnfast.graph.capture import value
+from cnnfast.graph.constants import Constants
 from cnnfast.graph.lower import erase_unused
 
 aten = torch.ops.aten

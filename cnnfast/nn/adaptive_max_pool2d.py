@@ -16,7 +16,7 @@ class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) or (C, H, W) to (N, C, P, Q) or (C, P, Q); with ``return_indices`` also the int64 indices."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._scripted(input)
         else:
             return functional.adaptive_max_pool2d(input, self.output_size, self.return_indices)

@@ -23,7 +23,7 @@ class AddAct(torch.nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Two tensors that can be broadcast to each other."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return activated(x + y, self.activation)
         else:
             return functional.add_act(x, y, self.activation)

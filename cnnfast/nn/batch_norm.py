@@ -17,7 +17,7 @@ class BatchNorm2d(torch.nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._scripted(input)
         else:
             return self.forward_act(input, None, "none")

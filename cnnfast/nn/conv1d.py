@@ -22,7 +22,7 @@ class Conv1d(torch.nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, L) or (C, L) to (N, K, Q) or (K, Q)."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._scripted(input, self.weight, self.bias)
         else:
             return self._conv_forward(input, self.weight, self.bias)

@@ -25,7 +25,7 @@ class Conv2d(torch.nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q)."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._scripted(input, self.weight, self.bias)
         else:
             return self._conv_forward(input, self.weight, self.bias)

@@ -61,7 +61,7 @@ class ConvBNAct(torch.nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W), and a residual of the result's shape (N, K, P, Q), to (N, K, P, Q)."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             y = self.bn(self.conv(x))
             return activated(y if residual is None else y + residual, self.activation)
         else:

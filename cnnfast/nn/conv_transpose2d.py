@@ -18,7 +18,7 @@ class ConvTranspose2d(torch.nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(N, C, P, Q) or (C, P, Q) to (N, K, H, W) or (K, H, W); ``output_size`` chooses among the possible (H, W)."""
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._scripted(input, output_size)
         else:
             return self._transposed(input, output_size)
