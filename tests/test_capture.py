@@ -233,6 +233,45 @@ def test_jit_trace() -> None:
     assert_close(torch.jit.load(buffer)(x), theirs(x))
 
 
+SCRIPTED: list[tuple[Any, tuple[int, ...], int]] = [
+    (lambda: cnnfast.Conv2d(4, 6, 3, 2, 1, groups=2), (2, 4, 9, 8), 1),
+    (lambda: cnnfast.Conv2d(4, 6, (3, 4), padding="same", bias=False), (4, 9, 8), 1),
+    (lambda: cnnfast.Conv2d(4, 6, 3, padding=2, padding_mode="reflect"), (2, 4, 9, 8), 1),
+    (lambda: cnnfast.Conv1d(4, 6, 3), (2, 4, 9), 1),
+    (lambda: cnnfast.ConvTranspose2d(4, 6, 3, 2), (2, 4, 5, 4), 1),
+    (lambda: cnnfast.MaxPool2d(3, 2, 1), (2, 4, 9, 8), 1),
+    (lambda: cnnfast.AvgPool2d(3, 2, 1), (2, 4, 9, 8), 1),
+    (lambda: cnnfast.AdaptiveAvgPool2d((2, 3)), (2, 4, 9, 8), 1),
+    (lambda: cnnfast.AdaptiveMaxPool2d(2), (2, 4, 9, 8), 1),
+    (lambda: cnnfast.BatchNorm2d(4), (2, 4, 9, 8), 1),
+    *((lambda a=a: cnnfast.AddAct(a), (2, 4, 9, 8), 2) for a in ("none", "relu", "relu6", "leaky_relu")),
+    (lambda: cnnfast.ConvBNAct(4, 4, 3), (2, 4, 9, 8), 2),
+    (lambda: torch.nn.Sequential(cnnfast.Conv2d(4, 6, 3), cnnfast.BatchNorm2d(6), cnnfast.MaxPool2d(2)), (2, 4, 9, 8), 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("make", "shape", "count"), SCRIPTED)
+def test_torchscript(make: Any, shape: tuple[int, ...], count: int, training: bool) -> None:
+    """Every module can be compiled and traced for TorchScript, to torch's own operators; what was given stays ours."""
+    torch.manual_seed(0)
+    module, inputs = make().train(training), [torch.randn(shape) for _ in range(count)]
+    before = copy.deepcopy(module)
+    classes = [type(m) for m in module.modules()]
+    compiled = [torch.jit.script(copy.deepcopy(module))]
+    if not training:  # a trace of batch norm in training would hold the batch's share of the running statistics
+        compiled.append(torch.jit.trace(copy.deepcopy(module), tuple(inputs)))
+    for scripted in compiled:
+        assert "cnnfast::" not in str(scripted.inlined_graph)
+        buffer = io.BytesIO()
+        torch.jit.save(scripted, buffer)
+        buffer.seek(0)
+        assert_close(torch.jit.load(buffer)(*inputs), before(*inputs), rtol=1e-4, atol=1e-5)
+        before = copy.deepcopy(module)
+    torch.jit.script(module)
+    assert [type(m) for m in module.modules()] == classes
+
+
 def test_fx_symbolic_trace() -> None:
     """Traced through, functional.conv2d is one node; as a leaf, the module is one."""
     ours, theirs = _pair()

@@ -174,7 +174,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     with torch.no_grad():
         fused = cnnfast.fuse(copy.deepcopy(model).to(dtype))
         _near(fused(x.to(dtype)), model(x).to(dtype))
-    assert len(fused.programs[0].kernels) == 2
+    assert len(fused.programs[0].kernels) == 3, "two convolutions; the image in flattening's order"
 
 
 def test_nan_and_infinity_pass() -> None:
@@ -469,6 +469,34 @@ def test_compile(freeze: bool) -> None:
             _near(compiled(x), model(x))
     with pytest.raises(Exception, match="expected options out of freeze"):
         torch.compile(model, backend=backend, options={"fast": True})(torch.randn(1, 3, 8, 8))
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_batch_norms_whose_parameters_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call makes the factors and addends of all of them, where they have both, and one plan is the rest."""
+    from cnnfast.graph import backend as module
+
+    programs: list[Program] = []
+    original = module.build
+    monkeypatch.setattr(module, "build", lambda *args: programs.append(original(*args)) or programs[-1])
+    torch.manual_seed(0)
+    parts = [
+        (nn.Conv2d(5 + i, 6 + i, 1 + 2 * (i % 2), padding=i % 2), nn.BatchNorm2d(6 + i), nn.ReLU()) for i in range(5)
+    ]
+    model = _randomise(nn.Sequential(*(m for part in parts for m in part)))
+    x = torch.randn(2, 5, 9, 8)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend)
+        for _ in range(2):
+            _near(compiled(x), model(x))
+            for m in model.modules():
+                if isinstance(m, nn.BatchNorm2d):
+                    m.weight.mul_(1.5), m.bias.sub_(0.1), m.running_mean.add_(0.1), m.running_var.mul_(2)
+        assert (len(programs[0].kernels), [call.name for call in programs[0].calls]) == (5, ["affine_maps"])
+        bare = _randomise(
+            nn.Sequential(_conv(5, 6), nn.BatchNorm2d(6, affine=False), _conv(6, 5), nn.BatchNorm2d(5, eps=1e-3))
+        )
+        _near(torch.compile(bare, backend=backend)(x), bare(x))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -11,6 +11,7 @@ from cnnfast.functional._arguments import (
     check_tensors,
     has_torch_function,
     not_ours,
+    plain,
     scripting,
     torch_serves,
 )
@@ -31,10 +32,10 @@ def add_act(input: Tensor, other: Tensor, activation: str = "relu") -> Tensor:
     check_tensors("add_act", input=input, other=other)
     ops.activation_code("add_act", activation)
     backend, _, strict = settings._state
+    if not plain() and scripting():
+        return ops.activate(input + other, activation)
     if input.dim() == 4 and input.shape == other.shape and input.dtype == other.dtype and not not_ours(input, other):
         return ops.add_act(input, other, activation, backend, strict)
-    if scripting():
-        return ops.activate(input + other, activation)
     dtype = torch.result_type(input, other)
     a, b = torch.broadcast_tensors(input.to(dtype), other.to(dtype))  # type: ignore[no-untyped-call]
     reason = not_ours(a, b) or (f"{a.dim()} dimensions (ours: up to 4)" if a.dim() > 4 else "")

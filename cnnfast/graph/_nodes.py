@@ -25,6 +25,20 @@ CAT = torch.ops.aten.cat.default
 MUL = torch.ops.aten.mul.Tensor
 
 
+def affine_maps(
+    gammas: Sequence[torch.Tensor], betas: Sequence[torch.Tensor], means: Sequence[torch.Tensor],
+    variances: Sequence[torch.Tensor], eps: float,
+) -> torch.Tensor:  # fmt: skip
+    """Batch norms as x * factor + addend: the factors of all of them, then the addends, in four passes over all."""
+    var = torch.cat(list(variances))
+    out = var.new_empty(2 * var.numel())
+    factor, addend = out.chunk(2)
+    torch.rsqrt(var.add_(eps), out=factor)
+    factor.mul_(torch.cat(list(gammas)))
+    torch.addcmul(torch.cat(list(betas)), torch.cat(list(means)), factor, value=-1, out=addend)
+    return out
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call of an operator by name, defaults included."""
     given = {}

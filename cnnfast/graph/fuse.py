@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import gc
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -215,6 +216,7 @@ def _program(
 ) -> tuple[Program, pytree.TreeSpec]:
     with torch.inference_mode(False), torch.no_grad():
         captured = capture(model, args, kwargs, constants)
+        gc.collect()  # what torch.export leaves lies in cycles, and is as large as many a layer
         reasons = lower(captured.graph, constants)
         optimise(captured.graph, constants)
         program = build(captured.graph, constants, reasons, shared, frozen=True, who="fuse")

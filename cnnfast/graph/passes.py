@@ -24,6 +24,7 @@ from cnnfast.graph._nodes import (
     RESHAPE,
     SLICE,
     Editor,
+    affine_maps,
     arguments,
     is_constant,
     is_tensor,
@@ -46,6 +47,7 @@ def optimise(graph: fx.Graph, constants: Constants) -> None:
     fold_batch_norms(editor)
     merge_epilogues(editor)
     merge_siblings(editor)
+    merge_affine_maps(editor)
     erase_unused(graph)
     graph.lint()
 
@@ -194,6 +196,16 @@ def _scale_and_shift(editor: Editor, norm: fx.Node, vectors: list[Any], eps: flo
             editor.constant(norm, f"factor({key})", vectors, lambda *t: _affine_map(t, eps, dtype)[0]),
             editor.constant(norm, f"addend({key})", vectors, lambda *t: _affine_map(t, eps, dtype)[1]),
         )
+    if gamma is None or beta is None:
+        return _written_out(editor, norm, vectors, eps)
+    count = shape(var)[0]
+    flat = editor.call(norm, affine_maps, ([gamma], [beta], [mean], [var], eps), var, (2 * count,))
+    return tuple(editor.call(norm, SLICE, (flat, 0, i * count, (i + 1) * count, 1), var) for i in range(2))  # type: ignore[return-value]
+
+
+def _written_out(editor: Editor, norm: fx.Node, vectors: list[Any], eps: float) -> tuple[fx.Node, fx.Node]:
+    """The factor and the addend where either of gamma and beta is absent."""
+    gamma, beta, mean, var = vectors
     aten = torch.ops.aten
     scale = editor.call(norm, aten.rsqrt.default, (editor.call(norm, aten.add.Scalar, (var, eps), var),), var)
     if gamma is not None:
@@ -204,6 +216,25 @@ def _scale_and_shift(editor: Editor, norm: fx.Node, vectors: list[Any], eps: flo
         shift = editor.call(norm, aten.addcmul.default, (beta, mean, scale), var)
         shift.kwargs = {"value": -1}
     return scale, shift
+
+
+def merge_affine_maps(editor: Editor) -> None:
+    """The factors and addends of all batch norms whose parameters are inputs, in one call in front of everything."""
+    groups: dict[Any, list[fx.Node]] = defaultdict(list)
+    for node in _calls(editor, affine_maps):
+        if all(n.op == "placeholder" for n in node.all_input_nodes):
+            groups[node.args[4], value(node).dtype, value(node).device].append(node)
+    first = next(n for n in editor.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    for (eps, *_), nodes in groups.items():
+        if len(nodes) == 1:
+            continue
+        counts = [shape(node)[0] // 2 for node in nodes]
+        every = [[node.args[i][0] for node in nodes] for i in range(4)]  # type: ignore[index]
+        flat = editor.call(first, affine_maps, (*every, eps), nodes[0], (2 * sum(counts),))
+        for node, count, start in zip(nodes, counts, itertools.accumulate(counts, initial=0), strict=False):
+            for piece in list(node.users):  # the factors, the addends
+                at = start if piece.args[2] == 0 else sum(counts) + start
+                piece.args = (flat, 0, at, at + count, 1)
 
 
 def _move(node: fx.Node, before: fx.Node) -> None:

@@ -237,15 +237,18 @@ class Plan:
         for node in self._nodes:  # one after the other, so that what only they need goes as they are done
             assert node.selection.implementation.node is not None
             kernel, params = node.selection.implementation.node(node.selection.problem, node.parameters)
-            operands, packed = self._packed(node)
-            last = () if packed is None else ((self._native.FIXED, packed.data_ptr()),)
-            self._added.append((kernel, params, [where(v) for v in operands], *last))
-            self._native.add(*self._added[-1])
+            last = []  # constants that nobody reads after this node
             for constant in self._constants(node):
                 if constant is not None:
                     waiting[constant] -= 1
                     if not waiting[constant]:
-                        constant.settled()
+                        last.append(constant)
+            operands, packed = self._packed(node, last)
+            extra = () if packed is None else ((self._native.FIXED, packed.data_ptr()),)
+            self._added.append((kernel, params, [where(v) for v in operands], *extra))
+            self._native.add(*self._added[-1])
+            for constant in last:
+                constant.settled()
         for constant in self.constants:
             if constant not in waiting:
                 constant.settled()
@@ -254,7 +257,7 @@ class Plan:
         """The frozen ones among a node's operands, in their places."""
         return [None if v is None else self._frozen.get(id(v.root)) for v in node.operands]
 
-    def _packed(self, node: _Node) -> tuple[list[Value | None], torch.Tensor | None]:
+    def _packed(self, node: _Node, last: list[Constant]) -> tuple[list[Value | None], torch.Tensor | None]:
         """What the kernel has to be given beside what it makes of its constants beforehand, and that, if it makes anything."""
         implementation, problem = node.selection.implementation, node.selection.problem
         if implementation.prepare is None or not problem.packed:
@@ -262,7 +265,7 @@ class Plan:
         constants = self._constants(node)
         packing = implementation.prepare(problem, node.parameters)
         weights = _weights(problem.op)
-        packed, complete = self._shared.packed(implementation.name, constants, packing, weights)
+        packed, complete = self._shared.packed(implementation.name, constants, packing, weights, last)
         self._holds.append(packed)
         return [None if complete and i in weights else v for i, v in enumerate(node.operands)], packed
 
@@ -332,7 +335,7 @@ class Shared:
 
     def __init__(self) -> None:
         self._arenas: list[torch.Tensor] = []
-        self._packed: dict[Any, list[tuple[torch.Tensor, bool]]] = {}
+        self._packed: dict[Any, list[torch.Tensor]] = {}
 
     def take(self, bytes: int, device: torch.device) -> torch.Tensor:
         """Memory that no other call has until it is given back; kept between calls, because fresh pages cost much."""
@@ -347,24 +350,32 @@ class Shared:
         self._arenas.append(arena)
 
     def packed(
-        self, kernel: str, constants: Sequence[Constant | None], packing: dispatch.Packing, weights: Sequence[int]
-    ) -> tuple[torch.Tensor, bool]:
+        self, kernel: str, constants: Sequence[Constant | None], packing: dispatch.Packing, weights: Sequence[int],
+        last: list[Constant],
+    ) -> tuple[torch.Tensor, bool]:  # fmt: skip
         """What a kernel makes of constants, and whether it needs those in the places ``weights`` no more.
 
-        That is an earlier form where it is the same, as it mostly is for another shape.
+        That is an earlier form where it is the same, as it mostly is for another shape. Of ``last``, those that it takes over
+        are settled: then a parameter goes before it is there twice.
         """
         values = [None if c is None else c.value() for c in constants]
+        present = [(i, c) for i, c in enumerate(constants) if i in weights and c is not None]
+        # a sum tells, without memory for an answer for each element; one that overflows keeps the weights needlessly
+        complete = packing.unpack is not None and all(bool(torch.isfinite(values[i].sum())) for i, _ in present)  # type: ignore[union-attr]
+        if complete:
+            for _, constant in present:
+                if constant in last:
+                    last.remove(constant)
+                    constant.settled()
         made = packing.pack(values)
         known = self._packed.setdefault((kernel, *constants), [])
-        for other, complete in known:
+        for other in known:
             if torch.equal(other, made):
                 return other, complete
-        present = [(i, c) for i, c in enumerate(constants) if i in weights and c is not None]
-        complete = packing.unpack is not None and all(bool(torch.isfinite(c.value()).all()) for _, c in present)
         if complete:
             for place, constant in present:
                 constant.packed.append((made, _undoing(packing, made, place)))
-        known.append((made, complete))
+        known.append(made)
         return made, complete
 
 

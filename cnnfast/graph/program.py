@@ -31,6 +31,7 @@ from cnnfast.graph._nodes import (
     MUL,
     RESHAPE,
     SLICE,
+    affine_maps,
     arguments,
     is_tensor,
     shape,
@@ -162,9 +163,9 @@ def _check_strict(program: Program, who: str) -> None:
 
 
 def _is_slice(node: fx.Node) -> bool:
-    """A stretch of channels (or images)."""
+    """A stretch of channels (or images), or of a vector."""
     a = arguments(node)
-    return is_tensor(a["self"], 4) and a["dim"] in (0, 1) and a["step"] == 1
+    return ((is_tensor(a["self"], 4) and a["dim"] in (0, 1)) or is_tensor(a["self"], 1)) and a["step"] == 1
 
 
 def _is_channel_cat(node: fx.Node) -> bool:
@@ -300,15 +301,17 @@ class _Builder:
         name = getattr(node.target, "__name__", str(node.target))
         ours = getattr(node.target, "namespace", "") == "cnnfast"
         usual = "an operator of ours, on its own: plans hold CPU tensors" if ours else "cnnfast has no such operation"
+        if node.target is affine_maps:
+            usual = "computes the factors and addends of batch norms, whose parameters may change"
         reason = self.refused.get(node, usual)
         if node.target in _VIEWS or name == "getitem":
             reason = ""  # no work, and so nothing to explain
         function: Any = node.target
         if _reads_strides(function):
             function = _with_captured_strides(function, node)
-        return Call(
-            str(node.target) if reason else name, function, fill, self.place(node), reason, _layer(node, self.constants)
-        )
+        full = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else name
+        layer = _layer(node, self.constants)
+        return Call(full if reason else name, function, fill, self.place(node), reason, layer)
 
     # ---- plans
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cnnfast import functional, ops
+from cnnfast.nn._scripting import activated
 
 
 class AddAct(torch.nn.Module):
@@ -22,7 +23,10 @@ class AddAct(torch.nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Two tensors that can be broadcast to each other."""
-        return functional.add_act(x, y, self.activation)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return activated(x + y, self.activation)
+        else:
+            return functional.add_act(x, y, self.activation)
 
     def extra_repr(self) -> str:
         """The activation."""

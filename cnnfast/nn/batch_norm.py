@@ -7,14 +7,20 @@ from torch import Tensor
 from torch.overrides import has_torch_function_unary
 
 from cnnfast import functional
+from cnnfast.nn._scripting import scripted
 
 
 class BatchNorm2d(torch.nn.BatchNorm2d):
     """``torch.nn.BatchNorm2d`` with the same constructor, parameters, buffers, ``state_dict`` and meaning."""
 
+    _scripted = scripted(torch.nn.BatchNorm2d.forward)
+
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
-        return self.forward_act(input, None, "none")
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._scripted(input)
+        else:
+            return self.forward_act(input, None, "none")
 
     def forward_act(self, input: Tensor, residual: Tensor | None = None, activation: str = "relu") -> Tensor:
         """``act(self(input) + residual)`` in one pass over memory; see :func:`cnnfast.functional.batch_norm_act`."""

@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from cnnfast import functional
+from cnnfast.nn._scripting import scripted
 
 
 class Conv1d(torch.nn.Conv1d):
     """``torch.nn.Conv1d`` with the same constructor, parameters, ``state_dict`` and meaning, on cnnfast's kernels."""
+
+    _scripted = scripted(torch.nn.Conv1d._conv_forward)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode != "zeros":
@@ -19,4 +22,7 @@ class Conv1d(torch.nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, L) or (C, L) to (N, K, Q) or (K, Q)."""
-        return self._conv_forward(input, self.weight, self.bias)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._scripted(input, self.weight, self.bias)
+        else:
+            return self._conv_forward(input, self.weight, self.bias)

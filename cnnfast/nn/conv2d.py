@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cnnfast import functional
+from cnnfast.nn._scripting import scripted
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -13,6 +14,8 @@ class Conv2d(torch.nn.Conv2d):
 
     The weights are read at every call: nothing derived from them is kept, so no update can be missed.
     """
+
+    _scripted = scripted(torch.nn.Conv2d._conv_forward)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode != "zeros":
@@ -22,4 +25,7 @@ class Conv2d(torch.nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) or (C, H, W) to (N, K, P, Q) or (K, P, Q)."""
-        return self._conv_forward(input, self.weight, self.bias)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._scripted(input, self.weight, self.bias)
+        else:
+            return self._conv_forward(input, self.weight, self.bias)

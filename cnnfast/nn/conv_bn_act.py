@@ -11,6 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from cnnfast import dispatch, functional, ops, settings
 from cnnfast.functional.conv_bn_act import Pending, conv_for_norm, normalised, trains_fused
+from cnnfast.nn._scripting import activated
 from cnnfast.nn.batch_norm import BatchNorm2d
 from cnnfast.nn.conv2d import Conv2d
 
@@ -63,7 +64,11 @@ class ConvBNAct(torch.nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(N, C, H, W), and a residual of the result's shape (N, K, P, Q), to (N, K, P, Q)."""
-        return conv_bn_act(self.conv, self.bn, x, residual, self.activation)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            y = self.bn(self.conv(x))
+            return activated(y if residual is None else y + residual, self.activation)
+        else:
+            return conv_bn_act(self.conv, self.bn, x, residual, self.activation)
 
     def extra_repr(self) -> str:
         """The activation."""

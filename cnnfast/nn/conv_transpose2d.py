@@ -8,13 +8,22 @@ import torch
 from torch import Tensor
 
 from cnnfast import functional
+from cnnfast.nn._scripting import scripted
 
 
 class ConvTranspose2d(torch.nn.ConvTranspose2d):
     """``torch.nn.ConvTranspose2d`` with the same constructor, parameters and meaning, on cnnfast's kernels."""
 
-    def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
+    _scripted = scripted(torch.nn.ConvTranspose2d.forward)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """(N, C, P, Q) or (C, P, Q) to (N, K, H, W) or (K, H, W); ``output_size`` chooses among the possible (H, W)."""
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._scripted(input, output_size)
+        else:
+            return self._transposed(input, output_size)
+
+    def _transposed(self, input: Tensor, output_size: Any) -> Tensor:
         if self.padding_mode != "zeros":
             raise ValueError("ConvTranspose2d: only padding_mode 'zeros' is supported")
         me: Any = self  # torch annotates its own attributes wrongly
