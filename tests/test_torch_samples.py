@@ -90,8 +90,10 @@ def _cases() -> Iterator[Any]:
 
 def test_there_are_samples() -> None:
     """Every function that torch has samples for is among them; the lists can't run empty unnoticed."""
-    assert {"conv1d", "conv2d", "conv_transpose2d", "max_pool2d"} <= set(OPERATORS)
-    assert {"Conv1d", "Conv2d", "ConvTranspose2d", "MaxPool2d"} <= set(MODULES)
+    pools = {"avg_pool2d", "adaptive_avg_pool2d", "max_pool2d", "adaptive_max_pool2d"}
+    assert {"conv1d", "conv2d", "conv_transpose2d", "batch_norm", *pools} <= set(OPERATORS)
+    pools = {"AvgPool2d", "AdaptiveAvgPool2d", "MaxPool2d", "AdaptiveMaxPool2d"}
+    assert {"Conv1d", "Conv2d", "ConvTranspose2d", "BatchNorm2d", *pools} <= set(MODULES)
 
 
 @pytest.mark.parametrize(("name", "dtype"), list(_cases()))

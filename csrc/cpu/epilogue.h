@@ -81,8 +81,8 @@ CNNFAST_INLINE Vec<T> activate_gradient(Vec<T> g, Vec<T> at, Activation act) {
   return act == Activation::kRelu ? g : at >= six ? zero : g;
 }
 
-// Calls f with the activation, known to the compiler where it is one of networks' most common: beside memory-bound loops
-// the choice would count.
+// Calls f with the activation, known to the compiler where it is one of networks' most common: beside memory-bound
+// loops the choice would count.
 template <Activation value>
 struct KnownActivation {
   constexpr operator Activation() const { return value; }

@@ -1,0 +1,223 @@
+"""The operations that memory bounds, where sizes, threads and processes matter: large results, many elements, forks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import process
+from test_processes import run_python
+
+import cnnfast
+from cnnfast import functional
+from cnnfast.backends import cpu
+
+pytestmark = [
+    pytest.mark.skipif(
+        process.EMULATED or process.INTERPRETED, reason="the CPU's kernels: the plain process runs them"
+    ),
+    pytest.mark.skipif(cpu.MODULE is None, reason=f"no CPU kernels here: {cpu.ABSENT}"),
+]
+CL = torch.channels_last
+Function = Callable[..., torch.Tensor]
+# name -> ours, torch's; each of an image alone, so that one list serves every test
+OPERATIONS: dict[str, tuple[Function, Function]] = {
+    "max_pool2d": (lambda x: functional.max_pool2d(x, 3, 2, 1), lambda x: F.max_pool2d(x, 3, 2, 1)),
+    "max_pool2d 1": (lambda x: functional.max_pool2d(x, 3, 1, 1), lambda x: F.max_pool2d(x, 3, 1, 1)),
+    "avg_pool2d": (lambda x: functional.avg_pool2d(x, 3, 1, 1), lambda x: F.avg_pool2d(x, 3, 1, 1)),
+    "adaptive_avg_pool2d": (lambda x: functional.adaptive_avg_pool2d(x, 5), lambda x: F.adaptive_avg_pool2d(x, 5)),
+    "adaptive_max_pool2d": (lambda x: functional.adaptive_max_pool2d(x, 5), lambda x: F.adaptive_max_pool2d(x, 5)),
+    "batch_norm": (
+        lambda x: functional.batch_norm(x, None, None, training=True),
+        lambda x: F.batch_norm(x, None, None, training=True),
+    ),
+    "batch_norm_act": (
+        lambda x: functional.batch_norm_act(x, None, None, None, None, x, "relu", True),
+        lambda x: F.relu(F.batch_norm(x, None, None, training=True) + x),
+    ),
+    "add_act": (lambda x: functional.add_act(x, x), lambda x: F.relu(x + x)),
+}
+
+
+def _both(function: Function, x: torch.Tensor) -> list[torch.Tensor]:
+    """The result, and the gradient of x for one made of it, by an operation that torch keeps serial where it is small:
+    in a forked child it would hang."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = function(x)
+    return [y.detach(), *torch.autograd.grad(y, x, 1 - y.detach())]
+
+
+# 2 * 64 * 193 * 193 floats are 19 MB, more than goes through the caches; 74498 pixels leave a shorter row at the end
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("name", ["batch_norm", "batch_norm_act", "add_act"])
+def test_large_results(name: str, isa: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 193, 193).to(memory_format=CL)
+    ours, theirs = OPERATIONS[name]
+    op = "add_act" if name == "add_act" else "batch_norm"
+    with cnnfast.backend(f"cpu.{op}.{isa}"):
+        found = _both(ours, x)
+    for a, b in zip(found, _both(theirs, x.double()), strict=True):
+        # a sum that rounding put on the other side of relu's 0 has another gradient
+        wrong = (a - b).abs() > 1e-5 * (1 + b.abs())
+        assert int(wrong.sum()) <= (4 if "act" in name else 0)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_thread_count_changes_nothing(name: str) -> None:
+    """1, 2, 3 or 7 threads: results equal bit by bit."""
+    torch.manual_seed(0)
+    before, results = torch.get_num_threads(), []
+    x = torch.randn(3, 40, 29, 31).to(memory_format=CL)
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(_both(OPERATIONS[name][0], x))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
+
+
+def test_many_threads() -> None:
+    """Eight threads at once, different shapes: everybody gets their own results."""
+    torch.manual_seed(0)
+    jobs = [
+        (ours, torch.randn(2, 24, 20 + i, 21).to(memory_format=CL)) for i, (ours, _) in enumerate(OPERATIONS.values())
+    ]
+    expected = [_both(*job) for job in jobs]
+    start, failures = threading.Barrier(len(jobs)), list[str]()
+
+    def work(i: int) -> None:
+        try:
+            start.wait()
+            for _ in range(10):
+                if not all(torch.equal(p, q) for p, q in zip(_both(*jobs[i]), expected[i], strict=True)):
+                    failures.append(list(OPERATIONS)[i])
+        except Exception as error:
+            failures.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+
+
+ALONE = [name for name in OPERATIONS if "act" not in name]  # x is used once: torch has nothing to add up
+# What a process does: every operation, forward and backward, beside torch's.
+WORK = """
+    import os, signal, sys, torch
+    sys.path.insert(0, TESTS)
+    from test_memory_bound import CL, OPERATIONS, _both
+    torch.manual_seed(0)
+    x = torch.randn(2, 24, 20, 21).to(memory_format=CL)
+    def work():
+        return [t for ours, _ in OPERATIONS.values() for t in _both(ours, x)]
+""".replace("TESTS", repr(os.path.dirname(os.path.abspath(__file__))))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_fork_after_parallel_work() -> None:
+    """A forked child runs them, though its parent used all threads: torch's own hang there."""
+    code = (
+        WORK
+        + """
+    from test_memory_bound import ALONE
+    # large enough for threads; in the child nothing of torch's computes, neither sums of gradients nor comparisons
+    x = torch.randn(2, 24, 40, 41).to(memory_format=CL).requires_grad_()
+    calls = [OPERATIONS[name][0] for name in ALONE]
+    gradients = [torch.ones_like(call(x)) for call in calls]
+    def work():
+        outs = [call(x) for call in calls]
+        found = outs + [torch.autograd.grad(y, x, g)[0] for y, g in zip(outs, gradients)]
+        return [t.detach().numpy().tobytes() for t in found]
+    torch.relu(torch.randn(1 << 21))
+    expected = work()
+    child = os.fork()
+    if not child:
+        signal.alarm(30)
+        os._exit(0 if work() == expected else 3)
+    assert os.waitpid(child, 0)[1] == 0
+    """
+    )
+    run_python(code, timeout=90)
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="no taskset here")
+@pytest.mark.parametrize("threads", [None, "1", "7"])
+def test_one_processor(threads: str | None) -> None:
+    """With one processor, and with fewer or more threads than there are processors."""
+    code = (
+        WORK
+        + """
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    found = work()
+    torch.set_num_threads(1)
+    assert all(torch.equal(p, q) for p, q in zip(work(), found))
+    """
+    )
+    run_python(code, timeout=90, **({} if threads is None else {"OMP_NUM_THREADS": threads}))
+
+
+# ---- more than 2^31 elements -------------------------------------------------------------------------------------------
+
+full = pytest.mark.skipif(not process.FULL, reason="takes 10 GB: make test-all")
+SIDE, BLOCK = 32832, 64  # 2 * 32832^2 elements are more than 2^31
+LARGE: dict[str, tuple[Function, Function]] = {
+    "max_pool2d": (lambda x: functional.max_pool2d(x, 2), lambda x: F.max_pool2d(x, 2)),
+    "avg_pool2d": (lambda x: functional.avg_pool2d(x, 2), lambda x: F.avg_pool2d(x, 2)),
+    "adaptive_avg_pool2d": (
+        lambda x: functional.adaptive_avg_pool2d(x, 1), lambda x: F.adaptive_avg_pool2d(x.float(), 1)
+    ),
+    "batch_norm": (
+        lambda x: functional.batch_norm(x, None, None, training=True),
+        lambda x: F.batch_norm(x.float(), None, None, training=True),
+    ),
+    "add_act": (lambda x: functional.add_act(x, x), lambda x: F.relu(x + x)),
+    "conv2d": (
+        lambda x: functional.conv2d(x, torch.ones(1, 2, 1, 1, dtype=x.dtype)), lambda x: x.float().sum(1, keepdim=True)
+    ),
+}  # fmt: skip
+
+
+@full
+@pytest.mark.parametrize("name", LARGE)
+def test_more_than_2_to_the_31_elements(name: str) -> None:
+    """An image of blocks of rows that are alike: so are the result's, and each is the result for one block."""
+    torch.manual_seed(0)
+    ours, theirs = LARGE[name]
+    block = torch.randn(1, 2, BLOCK, SIDE).bfloat16().to(memory_format=CL)
+    x = torch.empty(1, 2, SIDE, SIDE, dtype=torch.bfloat16, memory_format=CL)
+    for h in range(0, SIDE, BLOCK):
+        x[:, :, h : h + BLOCK] = block
+    expected, y = theirs(block), ours(x)
+    rows = expected.shape[2]
+    for h in {0, y.shape[2] // 2 // rows * rows, y.shape[2] - rows}:
+        torch.testing.assert_close(y[:, :, h : h + rows].float(), expected.float(), rtol=2e-2, atol=2e-2)
+
+
+@full
+@pytest.mark.parametrize("name", [*OPERATIONS, "conv2d"])
+def test_strides_beyond_2_to_the_31(name: str) -> None:
+    """Two images 2^31 elements apart, of which only the pages that are touched take memory."""
+    torch.manual_seed(0)
+    conv: Any = (functional.conv2d, F.conv2d)
+    w = torch.randn(8, 8, 3, 3, dtype=torch.bfloat16)
+    ours, theirs = OPERATIONS.get(name) or tuple(lambda x, f=f: f(x, w, padding=1) for f in conv)
+    far = torch.empty(2**31 + 10**4, dtype=torch.bfloat16).as_strided((2, 8, 9, 9), (2**31 + 8, 1, 72, 8))
+    near = torch.randn(2, 8, 9, 9).bfloat16().to(memory_format=CL)
+    far.copy_(near)
+    a, b = far.detach().requires_grad_(), near.detach().requires_grad_()
+    y, z = ours(a), ours(b)
+    g = torch.randn_like(y)
+    gradients = [torch.autograd.grad(out, leaf, g)[0] for out, leaf in ((y, a), (z, b))]
+    for one, other in ((y, z), (y, theirs(near)), gradients):
+        torch.testing.assert_close(one, other, rtol=5e-2, atol=5e-2)
