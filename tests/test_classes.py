@@ -79,8 +79,11 @@ def check(name: str, size: int) -> list[str]:
     # Ours may err 3 times as much as torch, on either of two classes: closer ones are told apart by luck, torch's or ours.
     gaps = exact.topk(6).values.diff().abs() > 6 * torch_error[:, None]
     firsts, fives = gaps[:, 0], gaps.all(1)
-    assert int(firsts.sum()) >= IMAGES - 2
-    assert int(fives.sum()) >= IMAGES - 8
+    decided = (
+        f"{int(firsts.sum())} first classes and {int(fives.sum())} fives of {IMAGES} are further apart than rounding"
+    )
+    assert int(firsts.sum()) >= IMAGES * 7 // 8, decided
+    assert int(fives.sum()) >= IMAGES // 2, decided
     same = theirs.topk(5).indices == right
     firsts, fives = firsts & same[:, 0], fives & same.all(1)
     lines = [f"{name}, torch: {_counts(theirs, right)} of {IMAGES}, {int(fives.sum())} of them not by luck"]
