@@ -74,14 +74,14 @@ def conv_bn_act(
     ):
         # a kind of call that was checked before
         h, w = pair("conv_bn_act", "padding", padding)
-        params = (
+        arguments = (
             pair("conv_bn_act", "stride", stride), (h, h, w, w), pair("conv_bn_act", "dilation", dilation),
             integer("conv_bn_act", "groups", groups), activation, *resolve_precision(input.device),
         )  # fmt: skip
         operands = (input, weight, bias, *_factors(*vectors, eps), residual)
-        run = ops.conv_bn_act.find(operands, params)
+        run = ops.conv_bn_act.find(operands, arguments)
         if run is not None:
-            return ops.conv_bn_act.apply(run, operands, params)
+            return ops.conv_bn_act.apply(run, operands, arguments)
     ops.activation_code("conv_bn_act", activation)
     if input.dim() != 4:
         raise ShapeError(f"conv_bn_act: expected a 4-D input (N, C, H, W), got shape {tuple(input.shape)}")
