@@ -76,11 +76,11 @@ def conv_bn_act(
     ):
         # a kind of call that was checked before
         geometry = _params(weight, stride, padding, dilation, groups)
-        params = (*geometry, activation, *resolve_precision(input.device))
+        arguments = (*geometry, activation, *resolve_precision(input.device))
         operands = (input, weight, bias, *_factors(*vectors, eps), residual)
-        run = ops.conv_bn_act.find(operands, params)
+        run = ops.conv_bn_act.find(operands, arguments)
         if run is not None:
-            return ops.conv_bn_act.apply(run, operands, params)
+            return ops.conv_bn_act.apply(run, operands, arguments)
     ops.activation_code("conv_bn_act", activation)
     if input.dim() != 4:
         raise ShapeError(f"conv_bn_act: expected a 4-D input (N, C, H, W), got shape {tuple(input.shape)}")
