@@ -31,23 +31,38 @@ TABLE = Path(__file__).with_name("cuda_static.txt")
 SEED = int(os.environ.get("CNNFAST_TEST_SEED", "0"))
 SAMPLE = 2  # of the pairs (file, architecture)
 
-# Kernels whose products are the tensor cores', and those of them that stage their operands element by element.
-TENSOR_FILES = ("conv2d_implicit_gemm.cu", "conv2d_implicit_gemm_weights.cu")
-TENSOR_KERNELS, BY_ELEMENT = ("correlate<", "wgrad<"), ", true>"
+# Instructions by what they are for.
+INSTRUCTIONS = {"HMMA": r"\bHMMA\.", "LDGSTS": r"\bLDGSTS\.", "loads of 128 bits": r"\bLDG(?:STS)?\.\S*128"}
+# Files whose products are the tensor cores', with what their kernels have to have; those of implicit GEMM that stage their
+# operands element by element need only the first.
+TENSOR_FILES = {
+    "conv2d_implicit_gemm.cu": tuple(INSTRUCTIONS),
+    "conv2d_implicit_gemm_weights.cu": tuple(INSTRUCTIONS),
+    **dict.fromkeys(
+        ("conv2d_grouped.cu", "conv2d_grouped_weights.cu", "conv2d_stem.cu", "conv2d_stem_weights.cu"), ("HMMA",)
+    ),
+}
+TENSOR_KERNELS, BY_ELEMENT = ("correlate<", "wgrad<", "winograd::correlate"), ", true>"
 # Dynamic shared memory isn't in the machine code. Of a kernel with so named parameters: the launcher's expression.
 DYNAMIC = {
     r"(implicit_gemm::(?:Half<\w+>|Tf32(?:x3)?)), (implicit_gemm::Tile<[\d, ]+>)": (
         "conv2d_implicit_gemm.h",
         "implicit_gemm::kSharedBytes<{0}, {1}>",
     ),
+    r"winograd::correlate<(\d)>": ("conv2d_winograd.h", "winograd::Block<{0}>::kSharedBytes"),
+    r"winograd::correlate_half<": ("conv2d_winograd_half.h", "winograd::HalfBlock::kSharedBytes"),
 }
-VARYING = ("conv2d_depthwise.cu",)  # what filters need, 48 KB at most
+VARYING = (  # what filters, or a tile and its halo, need
+    "conv2d_depthwise.cu", "conv2d_grouped.cu", "conv2d_grouped_weights.cu", "conv2d_stem.cu", "conv2d_stem_weights.cu",
+)  # fmt: skip
 # A few bytes of stack on Blackwell, for which no code of its own is shipped: what an H100 measured bounds the registers.
 SPILLS = {
     ("batch_norm_stats.cu", 100): 16,
     ("batch_norm_stats.cu", 120): 40,
     ("conv2d_implicit_gemm_weights.cu", 100): 24,
     ("conv2d_implicit_gemm_weights.cu", 120): 56,
+    ("conv2d_winograd_f4x4.cu", 100): 32,
+    ("conv2d_winograd_f4x4.cu", 120): 32,
 }
 
 
@@ -168,10 +183,8 @@ def examine(file: str, architecture: int) -> list[Facts]:
             problems.append("how much dynamic shared memory? Neither DYNAMIC nor VARYING says")
         if bodies and kernel.startswith(TENSOR_KERNELS):
             body = bodies[name]
-            wanted = {"HMMA": r"\bHMMA\."}
-            if not kernel.endswith(BY_ELEMENT):
-                wanted |= {"LDGSTS": r"\bLDGSTS\.", "loads of 128 bits": r"\bLDG(?:STS)?\.\S*128"}
-            problems += [f"no {what}" for what, pattern in wanted.items() if not re.search(pattern, body)]
+            wanted = ("HMMA",) if kernel.endswith(BY_ELEMENT) else TENSOR_FILES[file]
+            problems += [f"no {what}" for what in wanted if not re.search(INSTRUCTIONS[what], body)]
         facts.append(
             Facts(file, kernel, architecture, int(threads.get(name, 1024)), int(registers),
                   max(0, int(shared) - reserved) + more.get(kernel, 0), tuple(problems + complaints))
