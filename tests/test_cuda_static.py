@@ -2,7 +2,7 @@
 
 Registers, shared memory and the blocks that a multiprocessor holds stand in ``cuda_static.txt`` and change only on
 purpose. The tests compile a rotating sample, where there is an nvcc. Run as a script, this file compiles everything,
-compares, and with ``--write`` writes the table.
+compares, and with ``--write`` writes the table; with names of files (conv2d_stem.cu ...) these alone.
 """
 
 from __future__ import annotations
@@ -155,7 +155,16 @@ def examine(file: str, architecture: int) -> list[Facts]:
     assert cuobjdump
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        command = [nvcc, "-std=c++17", "-O3", "-DNDEBUG", "-ptx", f"-arch=compute_{architecture}", "-o", ptx]
+        command: list[str | Path] = [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            "-DNDEBUG",
+            "-ptx",
+            f"-arch=compute_{architecture}",
+            "-o",
+            ptx,
+        ]
         subprocess.run([*command, SOURCES / file], check=True, capture_output=True)
         ptxas = Path(nvcc).with_name("ptxas")
         assembled = subprocess.run(
@@ -209,36 +218,44 @@ def cell(fact: Facts) -> str:
     return f"{fact.registers}/{fact.blocks}"
 
 
+HEAD = [
+    "# Written by tests/test_cuda_static.py --write, held by its test: what nvcc makes of the CUDA kernels.",
+    "# Registers of a thread / blocks that a multiprocessor holds at once, by architecture; threads and shared bytes of",
+    "# a block (on sm_80; without dynamic ones where they depend on the problem); the kernel.",
+    " ".join([*(f"{f'sm_{a}':>7}" for a in LIMITS), "threads", " shared"]),
+]
+
+
+def sections() -> dict[str, list[str]]:
+    """The lines of the table in the repository, by file."""
+    found: dict[str, list[str]] = {}
+    for line in TABLE.read_text().splitlines()[len(HEAD) :]:
+        if line.endswith(".cu"):
+            found[line] = lines = []
+        elif line:
+            lines.append(line)
+    return found
+
+
 def render(facts: list[Facts]) -> str:
-    """A line for each kernel, a column for each architecture."""
+    """A line for each kernel, a column for each architecture; of files that weren't compiled as it was."""
+    by_file = {file: lines for file, lines in sections().items() if file in files()}
     rows: dict[Row, dict[int, Facts]] = {}
     for fact in facts:
         rows.setdefault((fact.file, fact.kernel), {})[fact.architecture] = fact
-    lines = [
-        "# Written by tests/test_cuda_static.py --write, held by its test: what nvcc makes of the CUDA kernels.",
-        "# Registers of a thread / blocks that a multiprocessor holds at once, by architecture; threads and shared bytes of",
-        "# a block (on sm_80; without dynamic ones where they depend on the problem); the kernel.",
-        " ".join([*(f"{f'sm_{a}':>7}" for a in LIMITS), "threads", " shared"]),
-    ]
-    file = ""
-    for (name, kernel), by in sorted(rows.items()):
-        if name != file:
-            lines += ["", name]
-            file = name
+        by_file[fact.file] = []
+    for (file, kernel), by in sorted(rows.items()):
         first = by[min(by)]
         cells = [f"{cell(by[a]) if a in by else '-':>7}" for a in LIMITS]
-        lines.append(" ".join([*cells, f"{first.threads:7d}", f"{first.shared:7d}", kernel]))
-    return "\n".join(lines) + "\n"
+        by_file[file].append(" ".join([*cells, f"{first.threads:7d}", f"{first.shared:7d}", kernel]))
+    return "\n".join([*HEAD, *itertools.chain(*(["", file, *lines] for file, lines in sorted(by_file.items())))]) + "\n"
 
 
 def stored() -> dict[Row, dict[int, str]]:
     """(file, kernel) -> architecture -> cell, of the table in the repository."""
     found: dict[Row, dict[int, str]] = {}
-    file = ""
-    for line in TABLE.read_text().splitlines()[4:]:
-        if line.endswith(".cu"):
-            file = line
-        elif line:
+    for file, lines in sections().items():
+        for line in lines:
             *cells, _, _, kernel = line.split(maxsplit=len(LIMITS) + 2)
             found[file, kernel] = dict(zip(LIMITS, cells, strict=True))
     return found
@@ -307,7 +324,8 @@ def main() -> None:
     if not compiler() or not tool("cuobjdump"):
         sys.exit("make static needs nvcc (pip install 'cuda-toolkit[nvcc,cudart,cccl]==13.0.3') and cuobjdump")
     facts: list[Facts] = []
-    for found in examine_all([(file, architecture) for file in files() for architecture in LIMITS]):
+    chosen = [file for file in files() if file in sys.argv[1:]] or files()
+    for found in examine_all([(file, architecture) for file in chosen for architecture in LIMITS]):
         facts += found
         print(f"{found[0].file} sm_{found[0].architecture}: {len(found)} kernels", flush=True)
         for f in found:
