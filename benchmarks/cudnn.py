@@ -117,8 +117,17 @@ def compare(
 
 def layers(dtype: str, batch: int, precision: str = "high", fused: bool = False) -> Iterator[dict[str, Any]]:
     """Each layer in every direction; or fused: with batch norm, residual and ReLU, as inference has them."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, precision == "high"
+    try:
+        with cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=precision == "high"):
+            yield from _layers(dtype, batch, precision, fused)
+    finally:
+        matmul.allow_tf32 = before
+
+
+def _layers(dtype: str, batch: int, precision: str, fused: bool) -> Iterator[dict[str, Any]]:
     of = DTYPES[dtype]
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "high"
     limit = {"f32": 5e-3 if precision == "high" else 1e-4, "bf16": 2e-2, "f16": 4e-3}[dtype]
     for name, c, h, k, r, stride, groups in LAYERS:
         x = _images(batch, c, h, of)

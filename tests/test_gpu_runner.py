@@ -283,22 +283,18 @@ def test_suites_measure_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     for name in ("reset_peak_memory_stats", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, lambda: 0)
-    flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    try:
-        records = list(benchmarks.layers("f32", 2, "fp32"))
-        assert [r["missing"] for r in records] == [{}] * 9
-        assert {tuple(r["ms"]) for r in records if r["direction"] == "dgrad"} == {("cuDNN graph", "cnnfast cpu graph")}
-        fused = list(benchmarks.layers("bf16", 2, fused=True))
-        assert [r["missing"] for r in fused] == [{}] * 3
-        assert "torch.compile graph" in fused[0]["ms"]
-        (network,) = benchmarks.networks(2, ("resnet18",), autotune=True)
-        assert network["missing"] == {}
-        assert {"torch max-autotune graph", "torch channels_last", "cnnfast graph"} <= set(network["ms"])
-        (step,) = benchmarks.training(2, ("resnet18",))
-        assert step["missing"] == {}
-        assert set(step["ms"]) == set(step["memory"]) == {"torch channels_last", "torch.compile", "cnnfast"}
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
+    records = list(benchmarks.layers("f32", 2, "fp32"))
+    assert [r["missing"] for r in records] == [{}] * 9
+    assert {tuple(r["ms"]) for r in records if r["direction"] == "dgrad"} == {("cuDNN graph", "cnnfast cpu graph")}
+    fused = list(benchmarks.layers("bf16", 2, fused=True))
+    assert [r["missing"] for r in fused] == [{}] * 3
+    assert "torch.compile graph" in fused[0]["ms"]
+    (network,) = benchmarks.networks(2, ("resnet18",), autotune=True)
+    assert network["missing"] == {}
+    assert {"torch max-autotune graph", "torch channels_last", "cnnfast graph"} <= set(network["ms"])
+    (step,) = benchmarks.training(2, ("resnet18",))
+    assert step["missing"] == {}
+    assert set(step["ms"]) == set(step["memory"]) == {"torch channels_last", "torch.compile", "cnnfast"}
 
 
 def test_outcomes_read_well() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_weights_from_everything(tmp_path: Path, hub: Path, capsys: pytest.Captu
             assert same(models.resnet18(weights=weights, num_classes=7), source)
         else:
             assert same(models.create("resnet18", weights=weights, num_classes=7, progress=False), source)
-    assert "100.0%" in capsys.readouterr().err  # the URL's, once
+    assert re.search(r"100(\.0)?%", capsys.readouterr().err)  # the URL's, once; tqdm's, or torch's own bar
     other = tmp_path / "other" / "plain.pth"  # of the same name, elsewhere
     other.parent.mkdir()
     torch.save(models.resnet18(num_classes=7).state_dict(), other)

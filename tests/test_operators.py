@@ -241,7 +241,7 @@ def test_pinned_kernel_serves_what_it_has_and_its_backend_the_rest() -> None:
     for implementation in dispatch.implementations("conv2d"):
         if process.not_here(implementation) or implementation.direction != "fprop":
             continue
-        for channels, size, groups in ((8, 6, 2), (8, 6, 4), (64, 19, 1)):  # one of them fits any kernel
+        for channels, size, groups in ((8, 6, 2), (8, 6, 4), (64, 35, 1)):  # one of them fits any kernel
             x, b = torch.randn(1, channels, size, size, requires_grad=True), torch.randn(channels, requires_grad=True)
             w = torch.randn(channels, channels // groups, 3, 3, requires_grad=True)
             case = conv2d.Case("", 1, channels, size, size, channels, 3, 3, groups=groups)
