@@ -15,7 +15,7 @@ FOUND = {i.name: i for i in dispatch.implementations("conv2d") if i.stem.startsw
 KERNELS = [
     pytest.param(name, marks=process.marks(FOUND[name])) for name in sorted(FOUND) if not process.not_here(FOUND[name])
 ]
-THREADED = [name for name in sorted(FOUND) if FOUND[name].backend == "cpu"]
+OF_CPU = [name for name in sorted(FOUND) if FOUND[name].backend == "cpu"]
 CL = torch.channels_last
 GEOMETRY = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
 
@@ -71,7 +71,7 @@ def test_bad_values_stay_where_they_are(kernel: str, direction: str, dtype: torc
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
-@pytest.mark.parametrize("kernel", THREADED)
+@pytest.mark.parametrize("kernel", OF_CPU)
 def test_thread_count_changes_nothing(kernel: str, direction: str) -> None:
     t, w = _operands(direction, torch.float32)
     before, results = torch.get_num_threads(), []
@@ -86,7 +86,7 @@ def test_thread_count_changes_nothing(kernel: str, direction: str) -> None:
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", OF_CPU)
 def test_each_group_is_a_convolution(kernel: str, direction: str) -> None:
     """The bits of a group are those of a call with that group alone, with one thread, and with more threads than groups."""
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +127,7 @@ def _wgrad_operands(n: int, c: int, k: int, h: int, w: int) -> tuple[torch.Tenso
     return x.contiguous(memory_format=CL), g.contiguous(memory_format=CL)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", OF_CPU)
 def test_wgrad_of_bad_values(kernel: str) -> None:
     """A sum that isn't finite, by an operand or by what the transforms make of it, is the direct kernel's, and all others."""
     isa = kernel.rsplit(".", 1)[1]
@@ -140,7 +140,7 @@ def test_wgrad_of_bad_values(kernel: str) -> None:
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True, msg=f"{kernel} {operand} {value}")
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", OF_CPU)
 def test_wgrad_in_chunks_of_tiles(kernel: str) -> None:
     """More tiles than are transformed at a time: accuracy, and the same bits for any thread count."""
     n, c, k, h, w = 4, 71, 40, 62, 63
