@@ -129,7 +129,8 @@ def untuned(precision: str, itemsize: int, vectors: bool, arch: int, residual: b
     elif itemsize == 4 and how == "tf32x3":
         found = SPLIT_CONFIGS[table_arch(arch)] if vectors else CAREFUL_SPLIT_CONFIGS
     elif not vectors:
-        found = CAREFUL_CONFIGS
+        # the widest tile spills where accumulators lie in tensor memory
+        found = CAREFUL_CONFIGS[1:] if known(arch) == 100 else CAREFUL_CONFIGS
     else:
         found = HALF_CONFIGS[table_arch(arch)] if itemsize == 2 else TF32_CONFIGS
     return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual))
