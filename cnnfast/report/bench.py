@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cnnfast import models
 from cnnfast.convert import convert, revert
 from cnnfast.graph import fuse
 from cnnfast.report.peers import PEERS
@@ -57,11 +58,11 @@ def competitors(
     return out, missing
 
 
-def training(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+def training(model: torch.nn.Module, x: torch.Tensor, name: str = "") -> dict[str, Callable[[], torch.Tensor]]:
     """A training step (forward, cross-entropy, backward, SGD) of torch in both formats and of cnnfast's modules.
 
     Each has its own copy of the model, in training mode without dropout, so that all compute the same; a function returns
-    the loss before its step.
+    the loss before its step. ``name``: if :mod:`cnnfast.models` has that network, its own, whose blocks are fused, too.
     """
     labels = torch.arange(x.shape[0], device=x.device)
 
@@ -85,11 +86,16 @@ def training(model: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[], 
 
         return run
 
-    return {
+    out = {
         "torch NCHW": runner(copy.deepcopy(model).to(memory_format=NCHW), NCHW),
         "torch channels_last": runner(copy.deepcopy(model).to(memory_format=NHWC), NHWC),
         "cnnfast": runner(convert(model), NHWC),
     }
+    if name in models.list() and not any("aux" in key for key in model.state_dict()):
+        own = models.create(name).to(dtype=x.dtype, memory_format=NHWC)  # type: ignore[call-overload]
+        own.load_state_dict(model.state_dict())
+        out["cnnfast.models"] = runner(own, NHWC)
+    return out
 
 
 def measure(
@@ -126,7 +132,7 @@ def measure(
     functions: dict[str, Callable[[], Any]]
     missing: dict[str, str] = {}
     if train:
-        functions = dict(training(model, x))
+        functions = dict(training(model, x, name))
         expected, flops = training(copy.deepcopy(model).float(), x.float())["torch NCHW"](), 3 * flops
     else:
         functions, missing = competitors(model, x, tuple(PEERS) if peers else ())
