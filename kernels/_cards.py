@@ -132,8 +132,9 @@ def asynchronous_products(arch: int) -> bool:
     return 90 <= arch < 120
 
 
-def shared_bytes(tile: Tile, itemsize: int, arch: int, how: str = "half") -> int:
-    """Of the pipeline, or of the result on its way to memory, which takes its place.
+def shared_bytes(tile: Tile, itemsize: int, arch: int, how: str = "half", normed: bool = False) -> int:
+    """Of the pipeline, or of the result on its way to memory, which takes its place; ``normed``: of one that normalises its
+    first operand, which goes back to shared memory for the products, eight elements between its rows.
 
     A stage less than num_stages where products read registers: the operands of the step at hand have left shared memory,
     but for those that are split into terms.
@@ -141,6 +142,8 @@ def shared_bytes(tile: Tile, itemsize: int, arch: int, how: str = "half") -> int
     stage = (tile.block_m + tile.block_n) * tile.block_k * itemsize
     kept = asynchronous_products(arch) or how == "tf32x3"
     stages = tile.num_stages if kept else max(1, tile.num_stages - 1)
+    if normed:
+        return shared_bytes(tile, itemsize, arch, how) + tile.block_m * (tile.block_k + 8) * itemsize
     if how == "tf32x3" and asynchronous_products(arch):
         return stage * stages + tile.block_n * tile.block_k * itemsize + KIB  # the split operand
     return max(stage * stages, tile.block_m * tile.block_n * itemsize) + (KIB if asynchronous_products(arch) else 0)
