@@ -79,14 +79,14 @@ def _grouped(p: Problem, lanes: int) -> list[str]:
 def _winograd(p: Problem, isa: str, m: int) -> list[str]:
     # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
     summed, unit, least = (p.C if p.direction == "fprop" else p.K) // p.G, "channels", 32
-    inputs = p.N * p.C * p.H * p.W
     if p.G > 1:
         least = 16  # oneDNN sums these as we do
     if isa == "portable":
         least *= 2  # it has no fused multiply-add
     if p.direction == "wgrad":
-        summed, unit, least, inputs = p.N * p.P * p.Q, "pixels", 1024, 1 << 62
-    rounds = m == 4 and p.dtype == "f32"
+        summed, unit, least = p.N * p.P * p.Q, "pixels", 1024
+    rounds, inputs = m == 4 and p.dtype == "f32", p.N * p.C * p.H * p.W
+    few = p.direction != "wgrad" and inputs <= 20480
     return [
         reason
         for wrong, reason in (
@@ -96,7 +96,7 @@ def _winograd(p: Problem, isa: str, m: int) -> list[str]:
             (p.direction == "wgrad" and p.G != 1, f"needs one group for wgrad, not {p.G}"),
             (p.G > 1 and min(p.C, p.K) < 16 * p.G, "needs 16 or more channels a group"),
             (rounds and summed < least, f"needs sums over {least} {unit} to be as accurate as asked, not {summed}"),
-            (rounds and inputs <= 20480, f"needs more than 20480 inputs to be as accurate as asked, not {inputs}"),
+            (rounds and few, f"needs more than 20480 inputs to be as accurate as asked, not {inputs}"),
             (p.precision == "ieee", "precision ieee: multiplies sums of inputs by sums of weights, not each by each"),
         )
         if wrong

@@ -139,11 +139,10 @@ def measure(
     scale = float(expected.abs().max()) or 1.0
     errors = {k: float((output(f()).float() - expected).abs().max()) / scale for k, f in functions.items()}
     allowed = TOLERANCE if x.dtype == torch.float32 else 3 * max(errors["torch NCHW"], 1e-3)
-    for name in [
-        k for k in functions if k in PEERS and not errors[k] <= 10 * allowed
-    ]:  # other's rounding may be coarser
-        missing[name] = f"its output is off by {errors[name]:.1g} of the largest"
-        del functions[name]
+    for peer in PEERS.keys() & functions.keys():
+        if not errors[peer] <= 10 * allowed:  # its rounding may be coarser than ours
+            missing[peer] = f"its output is off by {errors[peer]:.1g} of the largest"
+            del functions[peer]
     timings = interleaved(functions, rounds=rounds, budget_s=budget_s, progress=progress)
     others = [k for k in functions if not is_ours(k)]
     ours = [k for k in functions if is_ours(k)]
