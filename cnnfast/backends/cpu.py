@@ -131,9 +131,12 @@ def _conversions(p: Problem) -> float:
 
 
 def _grouped_cost(p: Problem, isa: str) -> float:
-    # one vector multiply-add a cycle, every lane used; two where a group is a whole vector and nothing is shuffled
+    # every lane used; one vector multiply-add a cycle, fewer shuffles where three taps of a row share them, none in wgrad
+    # where a group is a whole vector
     lanes = _lanes(isa, p.dtype)
-    rate = 2 if p.direction == "wgrad" and lanes == p.C // p.G else 1
+    rate = 1.5 if p.S == 3 and p.stride_w <= 2 and p.dilation_w == 1 else 1.0
+    if p.direction == "wgrad":
+        rate = 2.0 if lanes == p.C // p.G else 1.0
     return _seconds(p.flops / 2 / (rate * lanes)) + _conversions(p)
 
 
@@ -141,6 +144,8 @@ def _implicit_gemm_cost(p: Problem, isa: str) -> float:
     lanes, columns = _lanes(isa, p.dtype), (p.K if p.direction != "dgrad" else p.C) // p.G
     used = min(1.0, columns / lanes) if p.G > 1 else 1.0
     multiply = p.flops / 2 / (2 * lanes * used)  # two a cycle, on the lanes that a group fills
+    if p.G > 1:
+        multiply *= 1.4  # short sums, and few channels to share what is loaded
     vectors = p.R * p.S * p.C // p.G * p.K / (lanes * used) if p.direction != "wgrad" else 0.0
     return _seconds(_with_weights(p, isa, multiply, vectors, 12 * vectors)) + _conversions(p)
 
@@ -150,7 +155,7 @@ def _with_weights(p: Problem, isa: str, multiply: float, vectors: float, pack: f
     if not p.packed:
         return multiply + pack
     bytes = LANE_BYTES[isa] * vectors
-    return max(multiply, 0.2 * bytes) if bytes > 2**20 else multiply
+    return max(multiply, 0.1 * bytes) if bytes > 2**20 else multiply
 
 
 def _winograd_cost(p: Problem, isa: str, m: int) -> float:

@@ -9,6 +9,9 @@
 //
 //   acc[pixel] += spread<q>(x[pixel moved by tap]) * w[tap][q]        8 pixels of one row x 1 vector a tile
 //
+// Filters of three columns spread an input pixel once for all three taps of a row, which leaves 16 shuffles for 42 FMAs
+// in a tile of 14 pixels: on Zen 4 shuffles and FMAs share units, and a shuffle for each FMA halves its speed.
+//
 // dgrad is fprop of the gradient, one stride-1 convolution for each residue class (conv2d_view.h). fprop with more
 // operands is conv_bn_act: sums go through epilogue.h.
 // A thread owns vectors of channels times rows of the output. For 4 vectors at a time it packs the weights inside the
@@ -29,13 +32,21 @@ namespace cnnfast {
 namespace CNNFAST_ISA {
 namespace {
 
-constexpr int kKnownSteps = 2;                  // pixels from output to output that tiles are compiled for
-constexpr int kMaxRows = 8;                     // pixels in a tile
-constexpr int64_t kVecs = 4;                    // vectors of channels at a time
-constexpr int64_t kStripBytes = 64 << 10;       // copied rows of one vector
-constexpr int64_t kImageBytes = 1 << 20;        // of g, while the classes of dgrad pass by
-constexpr int64_t kMacsWorthThreads = 1 << 17;  // below, one thread
-constexpr int64_t kChain = 128;                 // products added up in a row; sums of sums stay accurate
+constexpr int kKnownSteps = 2;  // pixels from output to output that tiles are compiled for
+constexpr int kMaxRows = 8;     // pixels in a tile
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kMaxSharedRows = 14;  // and where taps share what is spread
+#else
+constexpr int kMaxSharedRows = 8;
+#endif
+constexpr int kSharedTaps = 3;                   // columns of such a filter
+constexpr int64_t kVecs = 4;                     // vectors of channels at a time
+constexpr int64_t kStripBytes = 64 << 10;        // copied rows of one vector
+constexpr int64_t kImageBytes = 1 << 20;         // of g, while the classes of dgrad pass by
+constexpr int64_t kMacsWorthThreads = 1 << 17;   // below, one thread
+constexpr int64_t kRowsWorthSharing = 16;        // of a thread
+constexpr int64_t kWeightsWorthTwice = 1 << 16;  // weights that threads may pack each for itself
+constexpr int64_t kChain = 128;                  // products added up in a row; sums of sums stay accurate
 
 template <class T>
 struct TileArgs {
@@ -59,54 +70,91 @@ CNNFAST_INLINE void multiply(Vec<T>& acc, const GroupLanes<T, kIn, kOut>& x, con
   }
 }
 
+// One filter row of kSharedTaps taps, pixels of the strip `kStep` from output to output: every one of them is spread
+// once for each q.
+template <class T, int kIn, int kOut, int kStep, int MR, int q = 0>
+CNNFAST_INLINE void multiply_row(Vec<T> (&acc)[MR], const T* x, const T* w) {
+  if constexpr (q < kIn) {
+    using Lanes = GroupLanes<T, kIn, kOut>;
+    constexpr int VL = kLanes<T>;
+    Vec<T> weights[kSharedTaps];
+#pragma GCC unroll 3
+    for (int s = 0; s < kSharedTaps; ++s) weights[s] = load(w + (s * kIn + q) * VL);
+#pragma GCC unroll 32
+    for (int j = 0; j < (MR - 1) * kStep + kSharedTaps; ++j) {
+      const Vec<T> value = Lanes::template read<true>(x + j * Lanes::kVectors * VL, 0).template spread<q>();
+#pragma GCC unroll 3
+      for (int s = 0; s < kSharedTaps; ++s)
+        if (j >= s && (j - s) % kStep == 0 && (j - s) / kStep < MR) acc[(j - s) / kStep] += value * weights[s];
+    }
+    multiply_row<T, kIn, kOut, kStep, MR, q + 1>(acc, x, w);
+  }
+}
+
 // kStep: pixels of the strip from one of the tile's pixels to the next, known so that no address is computed; 0: any.
-template <class T, int kIn, int kOut, int kStep, int MR>
+// kShared: kSharedTaps columns, one pixel of the strip apart.
+template <class T, int kIn, int kOut, int kStep, bool kShared, int MR>
 void tile(const TileArgs<T>& args) {
   constexpr int VL = kLanes<T>;
   const int64_t pixel = kStep ? kStep * GroupLanes<T, kIn, kOut>::kVectors * VL : args.pixel;
   Vec<T> total[MR], acc[MR];
-#pragma GCC unroll 8
+#pragma GCC unroll 14
   for (int i = 0; i < MR; ++i) total[i] = load(args.bias);
   const T* w = args.w;
   for (int64_t r0 = 0; r0 < args.R; r0 += args.flush_rows) {
-#pragma GCC unroll 8
+#pragma GCC unroll 14
     for (int i = 0; i < MR; ++i) acc[i] = Vec<T>{};
     const int64_t end = min(args.R, r0 + args.flush_rows);
     for (int64_t r = r0; r < end; ++r) {
       const T* x = args.x + r * args.row;
-      for (int64_t s = 0; s < args.S; ++s, x += args.column, w += kIn * VL) {
-        Vec<T> weights[kIn];
+      if constexpr (kShared) {
+        multiply_row<T, kIn, kOut, kStep, MR>(acc, x, w);
+        w += kSharedTaps * kIn * VL;
+      } else {
+        for (int64_t s = 0; s < args.S; ++s, x += args.column, w += kIn * VL) {
+          Vec<T> weights[kIn];
 #pragma GCC unroll 16
-        for (int q = 0; q < kIn; ++q) weights[q] = load(w + q * VL);
+          for (int q = 0; q < kIn; ++q) weights[q] = load(w + q * VL);
 #pragma GCC unroll 8
-        for (int i = 0; i < MR; ++i)
-          multiply<T, kIn, kOut>(acc[i], GroupLanes<T, kIn, kOut>::template read<true>(x + i * pixel, 0), weights);
+          for (int i = 0; i < MR; ++i)
+            multiply<T, kIn, kOut>(acc[i], GroupLanes<T, kIn, kOut>::template read<true>(x + i * pixel, 0), weights);
+        }
       }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 14
     for (int i = 0; i < MR; ++i) total[i] += acc[i];
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 14
   for (int i = 0; i < MR; ++i) store(args.out + i * args.out_step, total[i]);
 }
 
 template <class T>
 struct Tiles {
-  TileFn<T> function[kKnownSteps + 1][kMaxRows + 1];  // by step and pixels
+  TileFn<T> function[kKnownSteps + 1][kMaxRows + 1];      // by step and pixels
+  TileFn<T> shared[kKnownSteps + 1][kMaxSharedRows + 1];  // step 1 and more
 };
-#define CNNFAST_TILES(step)     \
-  {nullptr,                     \
-   tile<T, kIn, kOut, step, 1>, \
-   tile<T, kIn, kOut, step, 2>, \
-   tile<T, kIn, kOut, step, 3>, \
-   tile<T, kIn, kOut, step, 4>, \
-   tile<T, kIn, kOut, step, 5>, \
-   tile<T, kIn, kOut, step, 6>, \
-   tile<T, kIn, kOut, step, 7>, \
-   tile<T, kIn, kOut, step, 8>}
+
+template <class T, int kIn, int kOut, int MR>
+constexpr void add_tiles(Tiles<T>& tiles) {
+  if constexpr (MR <= kMaxSharedRows) {
+    tiles.shared[1][MR] = tile<T, kIn, kOut, 1, true, MR>;
+    tiles.shared[2][MR] = tile<T, kIn, kOut, 2, true, MR>;
+    if constexpr (MR <= kMaxRows) {
+      tiles.function[0][MR] = tile<T, kIn, kOut, 0, false, MR>;
+      tiles.function[1][MR] = tile<T, kIn, kOut, 1, false, MR>;
+      tiles.function[2][MR] = tile<T, kIn, kOut, 2, false, MR>;
+    }
+    add_tiles<T, kIn, kOut, MR + 1>(tiles);
+  }
+}
 template <class T, int kIn, int kOut>
-constexpr Tiles<T> kTiles = {{CNNFAST_TILES(0), CNNFAST_TILES(1), CNNFAST_TILES(2)}};
-#undef CNNFAST_TILES
+constexpr Tiles<T> make_tiles() {
+  Tiles<T> tiles{};
+  add_tiles<T, kIn, kOut, 1>(tiles);
+  return tiles;
+}
+template <class T, int kIn, int kOut>
+constexpr Tiles<T> kTiles = make_tiles<T, kIn, kOut>();
 
 template <class T, int kIn, int kOut>
 const Tiles<T>* tiles_or_null() {
@@ -154,7 +202,7 @@ class Worker {
       block = ceil_div(block, 2);
     const auto carve = [&](Carver carver) {
       packed_ = carver.take<T>(vecs * weights_ * VL);
-      tile_ = carver.take<T>(kMaxRows * VL);
+      tile_ = carver.take<T>(kMaxSharedRows * VL);
       strip_ = carver.take<T>(max(pitch_, vecs * strip_elements(block)) + VL);
       return carver.used();
     };
@@ -236,14 +284,16 @@ class Worker {
   }
 
   void run_row(int64_t vec, const T* packed, int64_t n, int64_t p, const T* strip) {
-    const int64_t channel = vec * VL, lanes = min(VL, channels() - channel), tiles = ceil_div(v_.Q, kMaxRows);
+    const int64_t channel = vec * VL, lanes = min(VL, channels() - channel);
     S* y = y_ + n * v_.y_n + p * v_.y_h + channel;
     TileArgs<T> args;
     args.bias = packed, args.w = packed + VL;
     args.R = v_.R, args.S = v_.S;
     args.flush_rows = max(1, kChain / max(1, v_.S * v_.C));
     const int64_t step = v_.Q == 1 || direct_ ? 0 : v_.stride_w / step_w_;
-    step_tiles_ = tiles_.function[step <= kKnownSteps ? step : 0];
+    const bool shared = v_.S == kSharedTaps && v_.dilation_w == step_w_ && step && step <= kKnownSteps;
+    step_tiles_ = shared ? tiles_.shared[step] : tiles_.function[step <= kKnownSteps ? step : 0];
+    const int64_t tiles = ceil_div(v_.Q, shared ? kMaxSharedRows : kMaxRows);
     args.pixel = step * pitch_;
     args.row = v_.R == 1 ? 0 : v_.dilation_h / step_h_ * columns_ * pitch_;
     args.column = v_.S == 1 ? 0 : v_.dilation_w / step_w_ * pitch_;
@@ -338,8 +388,10 @@ void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, 
   const int64_t vecs = ceil_div(v.G * v.K, kLanes<T>), units = v.N * v.P;
   const Tiles<T>* tiles = tiles_for<T>(v.C, v.K);
   if (vecs * units * v.Q == 0 || !tiles) return;
-  // Vectors are the better half to share: no weights are packed and no rows copied twice.
-  const int64_t threads_v = vecs % threads == 0 || vecs >= 4 * threads ? threads : gcd(vecs, threads);
+  // Vectors are the better half to share: no weights are packed and no rows copied twice. But of large maps a thread
+  // then reads and writes a part of every pixel, and both together more cache lines than there are.
+  const bool large = units >= kRowsWorthSharing * threads && v.R * v.S * v.C * v.K * v.G <= kWeightsWorthTwice;
+  const int64_t threads_v = large ? 1 : vecs % threads == 0 || vecs >= 4 * threads ? threads : gcd(vecs, threads);
   const int64_t threads_u = threads / threads_v, tv = task / threads_u, tu = task % threads_u;
   Worker<T, S> worker(v, *tiles, x, w, bias, y, epilogue);
   if (!worker.run(vecs * tv / threads_v, vecs * (tv + 1) / threads_v, units * tu / threads_u,

@@ -238,6 +238,9 @@ GROUPS = _net(
     ),
     Case("depthwise 3x3 dilation 2 stride 2", 1, 24, 12, 11, 24, 3, 3, (2, 2), (2, 1), (2, 2), groups=24),
     Case("4 channels a group, many pixels: parts of the pixels", 3, 20, 31, 33, 20, 3, 3, padding=(1, 1), groups=5),
+    Case("8 channels a group, rows of several tiles", 1, 24, 5, 45, 24, 3, 3, padding=(1, 1), groups=3, bias=True),
+    Case("8 channels a group, rows of several tiles, stride 2", 2, 16, 6, 41, 16, 3, 3, (2, 2), (1, 1), groups=2),
+    Case("16 channels a group, rows of several tiles, stride 3", 1, 32, 6, 70, 32, 3, 3, (3, 3), (1, 1), groups=2),
     Case("16 channels a group, 1x1 and stride 2", 2, 48, 9, 9, 48, 1, 1, (2, 2), groups=3),
     Case("8 channels a group, even kernel, asymmetric padding", 1, 40, 8, 7, 40, 2, 4, padding=(1, 0, 2, 1), groups=5),
     Case(
