@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -12,32 +13,52 @@ from cnnfast import dispatch, ops
 from cnnfast.ops.conv2d import problem
 
 FOUND = {i.name: i for i in dispatch.implementations("conv2d") if i.stem.startswith("conv2d_winograd")}
-KERNELS = [
-    pytest.param(name, marks=process.marks(FOUND[name])) for name in sorted(FOUND) if not process.not_here(FOUND[name])
-]
+HERE = [name for name in sorted(FOUND) if not process.not_here(FOUND[name])]
 OF_CPU = [name for name in sorted(FOUND) if FOUND[name].backend == "cpu"]
+SQUARES = [name for name in OF_CPU if FOUND[name].stem in {"conv2d_winograd_f2x2", "conv2d_winograd_f4x4"}]
 CL = torch.channels_last
-GEOMETRY = ((1, 1), (1, 1, 1, 1), (1, 1), 1)
+
+
+def _filters(kernel: str) -> list[tuple[int, int]]:
+    """The sizes of filters that it serves: (5, 5) of conv2d_winograd_f2x2_5x5, 1x7 and 7x1 of conv2d_winograd_f3_1x7."""
+    found = re.search(r"_(\d)x(\d)$", FOUND[kernel].stem.removesuffix("_f2x2").removesuffix("_f4x4"))
+    r, s = (int(found[1]), int(found[2])) if found else (3, 3)
+    return [(r, s)] if r == s else [(r, s), (s, r)]
+
+
+def _with_filters(kernels: list[str]) -> list[Any]:
+    return [
+        pytest.param(k, f, marks=process.marks(FOUND[k]), id=f"{k}-{f[0]}x{f[1]}") for k in kernels for f in _filters(k)
+    ]
+
+
+def _geometry(r: int, s: int) -> tuple[Any, ...]:
+    """Padding that keeps the size."""
+    return (1, 1), (r // 2, r // 2, s // 2, s // 2), (1, 1), 1
+
+
+GEOMETRY = _geometry(3, 3)
 
 
 def _run(kernel: str, direction: str, t: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None = None) -> Any:
+    geometry = _geometry(*w.shape[2:])
     if direction == "fprop":
-        return ops.conv2d(t, w, b, *GEOMETRY, "fp32", kernel, True)
+        return ops.conv2d(t, w, b, *geometry, "fp32", kernel, True)
     size = (t.shape[0], w.shape[1], *t.shape[2:])
-    return ops.conv2d_dgrad(w, t, size, True, *GEOMETRY, "fp32", kernel, True)
+    return ops.conv2d_dgrad(w, t, size, True, *geometry, "fp32", kernel, True)
 
 
-def _operands(direction: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _operands(direction: str, dtype: torch.dtype, taps: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     t = torch.randn(2, 70, 19, 18, generator=generator).to(dtype).contiguous(memory_format=CL)
-    w = torch.randn(*((37, 70) if direction == "fprop" else (70, 37)), 3, 3, generator=generator).to(dtype)
+    w = torch.randn(*((37, 70) if direction == "fprop" else (70, 37)), *taps, generator=generator).to(dtype)
     return t, w
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("kernel", "taps"), _with_filters(HERE))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_bad_values_stay_where_they_are(kernel: str, direction: str, dtype: torch.dtype) -> None:
+def test_bad_values_stay_where_they_are(kernel: str, taps: tuple[int, int], direction: str, dtype: torch.dtype) -> None:
     """Infinities, NaNs, and finite values that overflow in the transforms: as the direct sum has them, and only there."""
     device = process.device(FOUND[kernel])
 
@@ -46,19 +67,20 @@ def test_bad_values_stay_where_they_are(kernel: str, direction: str, dtype: torc
 
     if dtype not in {dispatch.TORCH_DTYPES[d] for d in FOUND[kernel].dtypes}:
         pytest.skip(f"{kernel} has no {dtype}")
-    for operand, index in (("t", (0, 33, 9, 8)), ("t", (1, 69, 0, 17)), ("t", (0, 0, 3, 4)), ("w", (36, 36, 1, 2))):
+    last_tap = (36, 36, taps[0] // 2, taps[1] - 1)
+    for operand, index in (("t", (0, 33, 9, 8)), ("t", (1, 69, 0, 17)), ("t", (0, 0, 3, 4)), ("w", last_tap)):
         for value in (float("inf"), -float("inf"), float("nan"), 2e38):
-            t, w = _operands(direction, dtype)
+            t, w = _operands(direction, dtype, taps)
             (t if operand == "t" else w)[index] = value
             if operand == "t":
                 w.clamp_(-1, 1)  # a direct sum with 2e38 is finite
-                clean = run(_operands(direction, dtype)[0], w)
+                clean = run(_operands(direction, dtype, taps)[0], w)
             out, expected = run(t, w), _run("cpu.conv2d_direct", direction, t, w)
             what = f"{kernel} {direction}, {value} in {operand} at {index}"
             oracle.check_nonfinite(what, out, expected)
             if operand == "t":  # tiles that don't see the value are computed as before
                 n, _, h, c = index
-                rows, columns = ([i for i in range(s) if abs(i - at) > 5] for s, at in ((19, h), (18, c)))
+                rows, columns = ([i for i in range(s) if abs(i - at) > 8] for s, at in ((19, h), (18, c)))
                 assert torch.equal(out[1 - n], clean[1 - n]), what
                 assert torch.equal(out[n][:, rows], clean[n][:, rows]), what
                 assert torch.equal(out[n][:, :, columns], clean[n][:, :, columns]), what
@@ -71,9 +93,9 @@ def test_bad_values_stay_where_they_are(kernel: str, direction: str, dtype: torc
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
-@pytest.mark.parametrize("kernel", OF_CPU)
-def test_thread_count_changes_nothing(kernel: str, direction: str) -> None:
-    t, w = _operands(direction, torch.float32)
+@pytest.mark.parametrize(("kernel", "taps"), _with_filters(OF_CPU))
+def test_thread_count_changes_nothing(kernel: str, taps: tuple[int, int], direction: str) -> None:
+    t, w = _operands(direction, torch.float32, taps)
     before, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 4, 7):
@@ -86,17 +108,17 @@ def test_thread_count_changes_nothing(kernel: str, direction: str) -> None:
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
-@pytest.mark.parametrize("kernel", OF_CPU)
-def test_each_group_is_a_convolution(kernel: str, direction: str) -> None:
+@pytest.mark.parametrize(("kernel", "taps"), _with_filters(OF_CPU))
+def test_each_group_is_a_convolution(kernel: str, taps: tuple[int, int], direction: str) -> None:
     """The bits of a group are those of a call with that group alone, with one thread, and with more threads than groups."""
     generator = torch.Generator().manual_seed(0)
     groups, c, k = 3, 64, 72
     x = torch.randn(2, groups * (c if direction == "fprop" else k), 15, 21, generator=generator)
     x, bias = x.contiguous(memory_format=CL), torch.randn(groups * k, generator=generator)
-    w = torch.randn(groups * k, c, 3, 3, generator=generator)
+    w = torch.randn(groups * k, c, *taps, generator=generator)
 
     def run(t: torch.Tensor, w: torch.Tensor, b: torch.Tensor, groups: int) -> torch.Tensor:
-        params = (*GEOMETRY[:3], groups, "fp32", kernel, True)
+        params = (*_geometry(*taps)[:3], groups, "fp32", kernel, True)
         if direction == "fprop":
             y: torch.Tensor = ops.conv2d(t, w, b, *params)
             return y
@@ -127,7 +149,7 @@ def _wgrad_operands(n: int, c: int, k: int, h: int, w: int) -> tuple[torch.Tenso
     return x.contiguous(memory_format=CL), g.contiguous(memory_format=CL)
 
 
-@pytest.mark.parametrize("kernel", OF_CPU)
+@pytest.mark.parametrize("kernel", SQUARES)
 def test_wgrad_of_bad_values(kernel: str) -> None:
     """A sum that isn't finite, by an operand or by what the transforms make of it, is the direct kernel's, and all others."""
     isa = kernel.rsplit(".", 1)[1]
@@ -140,7 +162,7 @@ def test_wgrad_of_bad_values(kernel: str) -> None:
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True, msg=f"{kernel} {operand} {value}")
 
 
-@pytest.mark.parametrize("kernel", OF_CPU)
+@pytest.mark.parametrize("kernel", SQUARES)
 def test_wgrad_in_chunks_of_tiles(kernel: str) -> None:
     """More tiles than are transformed at a time: accuracy, and the same bits for any thread count."""
     n, c, k, h, w = 4, 71, 40, 62, 63

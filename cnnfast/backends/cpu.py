@@ -5,6 +5,8 @@ A kernel exists once for each ISA; the best that the processor has comes first, 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -76,7 +78,36 @@ def _grouped(p: Problem, lanes: int) -> list[str]:
     ]
 
 
-def _winograd(p: Problem, isa: str, m: int) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class _Tile:
+    """Winograd's tile: the outputs and points along each axis, for a filter in so many segments; a 1 leaves an axis alone."""
+
+    filter: tuple[int, int]
+    outputs: tuple[int, int]
+    points: tuple[int, int]
+    segments: int = 1
+
+    @property
+    def products(self) -> int:
+        return math.prod(self.points)
+
+    def turned(self) -> _Tile:
+        """For columns, where this one is for rows."""
+        return _Tile(self.filter[::-1], self.outputs[::-1], self.points[::-1], self.segments)
+
+
+# what the kernels of each stem have (csrc/cpu/conv2d_winograd.h)
+_ROW3, _ROW7 = _Tile((1, 3), (1, 4), (1, 6)), _Tile((1, 7), (1, 3), (1, 6), 2)
+_TILES = {
+    "conv2d_winograd_f4x4": [_Tile((3, 3), (4, 4), (6, 6))],
+    "conv2d_winograd_f2x2": [_Tile((3, 3), (2, 2), (4, 4))],
+    "conv2d_winograd_f2x2_5x5": [_Tile((5, 5), (2, 2), (6, 6))],
+    "conv2d_winograd_f4_1x3": [_ROW3, _ROW3.turned()],
+    "conv2d_winograd_f3_1x7": [_ROW7, _ROW7.turned()],
+}
+
+
+def _winograd(p: Problem, isa: str, stem: str) -> list[str]:
     # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
     summed, unit, least = (p.C if p.direction == "fprop" else p.K) // p.G, "channels", 32
     if p.G > 1:
@@ -85,12 +116,16 @@ def _winograd(p: Problem, isa: str, m: int) -> list[str]:
         least *= 2  # it has no fused multiply-add
     if p.direction == "wgrad":
         summed, unit, least = p.N * p.P * p.Q, "pixels", 1024
-    rounds, inputs = m == 4 and p.dtype == "f32", p.N * p.C * p.H * p.W
+    tiles, inputs = _TILES[stem], p.N * p.C * p.H * p.W
+    rounds = p.dtype == "f32" and 6 in tiles[0].points
     few = p.direction != "wgrad" and inputs <= 20480
     return [
         reason
         for wrong, reason in (
-            ((p.R, p.S) != (3, 3), f"needs a 3x3 filter, not {p.R}x{p.S}"),
+            (
+                all(tile.filter != (p.R, p.S) for tile in tiles),
+                f"needs a {' or '.join('{}x{}'.format(*tile.filter) for tile in tiles)} filter, not {p.R}x{p.S}",
+            ),
             ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
             ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
             (p.direction == "wgrad" and p.G != 1, f"needs one group for wgrad, not {p.G}"),
@@ -158,15 +193,18 @@ def _with_weights(p: Problem, isa: str, multiply: float, vectors: float, pack: f
     return max(multiply, 0.1 * bytes) if bytes > 2**20 else multiply
 
 
-def _winograd_cost(p: Problem, isa: str, m: int) -> float:
-    lanes, products = _lanes(isa, p.dtype), (m + 2) ** 2
+def _winograd_cost(p: Problem, isa: str, stem: str) -> float:
+    lanes = _lanes(isa, p.dtype)
+    tile = next((tile for tile in _TILES[stem] if tile.filter == (p.R, p.S)), _TILES[stem][0])
     c, k, h, w = (p.K, p.C, p.H, p.W) if p.direction == "dgrad" else (p.C, p.K, p.P, p.Q)
     c, k = c // p.G, k // p.G
-    tiles, vectors = p.N * -(-h // m) * -(-w // m), -(-k // lanes)
-    transforms = p.G * (6 if m == 4 else 3.6) * products * tiles * (-(-c // lanes) + vectors)
-    weights = p.G * c * vectors
-    multiply, pack = products * tiles * weights / 2, (3 * products + 75) * weights
-    return _seconds(transforms + _with_weights(p, isa, multiply, products * weights, pack)) + _conversions(p)
+    tiles, vectors = p.N * -(-h // tile.outputs[0]) * -(-w // tile.outputs[1]), -(-k // lanes)
+    transforms = (
+        p.G * (6 if tile.products > 16 else 3.6) * tile.products * tiles * (tile.segments * -(-c // lanes) + vectors)
+    )
+    weights = p.G * tile.segments * c * vectors
+    multiply, pack = tile.products * tiles * weights / 2, (3 * tile.products + 8 * p.R * p.S / tile.segments) * weights
+    return _seconds(transforms + _with_weights(p, isa, multiply, tile.products * weights, pack)) + _conversions(p)
 
 
 def _direct_cost(p: Problem, isa: str) -> float:
@@ -180,10 +218,15 @@ def _direct_cost(p: Problem, isa: str) -> float:
 
 # stem -> (operation, capability(problem, isa), predicted seconds(problem, isa)); in the order of preference
 _Rule = tuple[str, Callable[[Problem, str], list[str]], Callable[[Problem, str], float]]
+
+
+def _winograd_rule(stem: str) -> _Rule:
+    return "conv2d", lambda p, isa: _winograd(p, isa, stem), lambda p, isa: _winograd_cost(p, isa, stem)
+
+
 RULES: dict[str, _Rule] = {
     "conv2d_grouped": ("conv2d", lambda p, isa: _grouped(p, _lanes(isa, p.dtype)), _grouped_cost),
-    "conv2d_winograd_f4x4": ("conv2d", lambda p, isa: _winograd(p, isa, 4), lambda p, isa: _winograd_cost(p, isa, 4)),
-    "conv2d_winograd_f2x2": ("conv2d", lambda p, isa: _winograd(p, isa, 2), lambda p, isa: _winograd_cost(p, isa, 2)),
+    **{stem: _winograd_rule(stem) for stem in _TILES},
     "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], _implicit_gemm_cost),
     "conv2d_direct": ("conv2d", lambda p, isa: [], _direct_cost),
     "avg_pool2d": ("avg_pool2d", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
@@ -203,10 +246,7 @@ ANY_LAYOUT = {("conv2d_direct", direction): {"x": "any", "y": "any"} for directi
 ANY_LAYOUT["add_act", "fprop"] = ANY_LAYOUT["add_act", "dgrad"] = dict.fromkeys("xrygt", "any")
 
 # stem -> operations that are its fprop with an epilogue: the same kernels under the same rules
-EPILOGUES = dict.fromkeys(
-    ("conv2d_grouped", "conv2d_winograd_f4x4", "conv2d_winograd_f2x2", "conv2d_implicit_gemm", "conv2d_direct"),
-    ("conv_bn_act",),
-)
+EPILOGUES = dict.fromkeys(("conv2d_grouped", *_TILES, "conv2d_implicit_gemm", "conv2d_direct"), ("conv_bn_act",))
 
 
 def _operations(table: Table, stem: str) -> list[tuple[str, str, dict[str, str]]]:

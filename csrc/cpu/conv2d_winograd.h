@@ -1,24 +1,31 @@
-// Winograd's F(M x M, 3 x 3) for 3x3 filters with stride and dilation 1, fprop and dgrad; M = 4 or 2.
+// Winograd's F(M, R) for filters with stride and dilation 1, fprop and dgrad.
 //
 //   y[tile, k] = bias[k] + A' [ sum_c (G w[k,c] G') . (B' x[tile, c] B) ] A        (conv2d_winograd_transform.h)
 //
-// A tile is M x M outputs of one image and the P x P inputs, P = M + 2, that they need. Its transformed inputs are
-// multiplied with the transformed weights element by element and summed over c: P*P independent matrix products of
-// tiles x C by C x K, 36 for 16 outputs (M = 4) or 16 for 4 (M = 2) where the direct sum takes 9 an output: 4 times and
-// 2.25 times fewer multiplications. dgrad is fprop of the gradient with flipped taps and C, K exchanged
-// (conv2d_view.h).
+// A tile is M outputs along an axis and the P = M + R - 1 inputs that they need. Its transformed inputs are multiplied
+// with the transformed weights element by element and summed over c: an independent matrix product, of tiles x C by
+// C x K, for each of its points. dgrad is fprop of the gradient with flipped taps and C, K exchanged (conv2d_view.h).
+//
+//   filter      tile                          points for outputs    times fewer multiplications
+//   3x3         F(4,3) both ways              36 for 16             4
+//   3x3         F(2,3) both ways              16 for 4              2.25
+//   5x5         F(2,5) both ways              36 for 4              2.78
+//   1x3, 3x1    F(4,3) along the filter       6 for 4               2
+//   1x7, 7x1    F(3,4) twice, 4 taps and 3    12 for 3              1.75
+//
+// A filter longer than R is cut into segments: more input channels, of which each is the input moved by R.
 //
 // Everything is fused over a block of tiles, all in scratch:
 //
-//   V [chunk][P*P][tile][c]         inputs of the block's tiles, transformed once
-//   U [chunk][P*P][c][2 vectors]    weights of a panel of output channels, transformed inside the call (or beforehand,
-//                                   for all panels: the pack entry)
-//   M [P*P][tile][2 vectors]        products of a panel, by the register tile of the implicit GEMM (gemm_tile.h)
+//   V [unit][point][tile][c]         inputs of the block's tiles, transformed once
+//   U [unit][point][c][2 vectors]    weights of a panel of output channels, transformed inside the call (or beforehand,
+//                                    for all panels: the pack entry)
+//   M [point][tile][2 vectors]       products of a panel, by the register tile of the implicit GEMM (gemm_tile.h)
 //
-// and then the output transform adds the bias and writes M x M pixels of y. Input channels are summed in chunks, each
-// a chain of at most 128; the chunks depend on C alone and no sum is split over threads, so that results are the same
-// bits whatever the thread count. A thread owns a range of panels times a range of tiles, or, of a grouped convolution,
-// some of the groups: each is a convolution of its own.
+// and then the output transform adds the bias and writes a tile's pixels of y. A unit is a chunk of the input channels,
+// of one segment, at most 128 of them; the chunks depend on C alone and no sum is split over threads, so that results
+// are the same bits whatever the thread count. A thread owns a range of panels times a range of tiles, or, of a grouped
+// convolution, some of the groups: each is a convolution of its own.
 //
 // Where a result isn't finite (Inf or NaN among the operands spreads over the whole tile, large values may overflow in
 // between) the pixels of that tile are summed directly: infinities and NaNs come out where the direct kernel's do, and
@@ -60,24 +67,57 @@ CNNFAST_INLINE int64_t odd_lines(int64_t elements) {
   return (ceil_div(elements, kLine) | 1) * kLine;
 }
 
+// M outputs along an axis of a filter of `taps` taps, R at a time.
+template <int M, int R, int taps = R>
+struct Axis {
+  static constexpr int kOutputs = M, kTaps = R, kFilter = taps, kPoints = M + R - 1, kSegments = (taps + R - 1) / R;
+
+  template <class T>
+  static CNNFAST_INLINE void input(const Vec<T>* d, Vec<T>* t) {
+    transform_input<T, M, R>(d, t);
+  }
+  template <class T>
+  static CNNFAST_INLINE void weights(const Vec<T>* g, Vec<T>* t) {
+    transform_weights<T, M, R>(g, t);
+  }
+  template <class T>
+  static CNNFAST_INLINE void output(const Vec<T>* m, Vec<T>* y) {
+    transform_output<T, M, R>(m, y);
+  }
+};
+
+template <class H_, class W_>
+struct WinogradTile {
+  using H = H_;
+  using W = W_;
+  static constexpr int kProducts = H::kPoints * W::kPoints, kSegments = H::kSegments * W::kSegments;
+  static constexpr int kTaps = H::kTaps * W::kTaps;  // of a segment
+
+  static bool serves(const Conv2dView& v) { return v.R == H::kFilter && v.S == W::kFilter; }
+};
+template <int M, int R = kTapsAcross>
+using SquareTile = WinogradTile<Axis<M, R>, Axis<M, R>>;
+
 // What is decided from the sizes alone: also the format of the packed weights, which depends on C and K only.
-template <class T, int M>
+template <class T, class F>
 struct WinogradPlan {
-  static constexpr int64_t VL = kLanes<T>, kProducts = kPoints<M> * kPoints<M>;
+  static constexpr int64_t VL = kLanes<T>, kProducts = F::kProducts;
 
   int64_t tiles_h, tiles_w, tiles;  // of an image; of the batch
   int64_t vecs, panels;             // of output channels; a panel is kMaxTileVecs vectors
   int64_t chunk, chunks;            // of input channels
-  int64_t u_product, u_unit;        // elements of one product, and of all, of one chunk of a panel
-  int64_t v_pitch;                  // elements of a tile of a chunk
+  int64_t units;                    // chunks of all segments
+  int64_t u_product, u_unit;        // elements of one product, and of all, of one unit of a panel
+  int64_t v_pitch;                  // elements of a tile of a unit
   int threads_g, threads_k, threads_t;
 
   WinogradPlan(const Conv2dView& v, int threads) {
-    tiles_h = ceil_div(v.P, M), tiles_w = ceil_div(v.Q, M), tiles = v.N * tiles_h * tiles_w;
+    tiles_h = ceil_div(v.P, F::H::kOutputs), tiles_w = ceil_div(v.Q, F::W::kOutputs), tiles = v.N * tiles_h * tiles_w;
     vecs = ceil_div(v.K, VL), panels = ceil_div(vecs, kMaxTileVecs);
     chunks = max(1, ceil_div(v.C, kChunk));
     chunk = chunks == 1 ? v.C : round_up(ceil_div(v.C, chunks), 16);
     chunks = max(1, ceil_div(v.C, max(1, chunk)));
+    units = F::kSegments * chunks;
     u_product = odd_lines<T>(max(1, chunk) * kMaxTileVecs * VL);
     u_unit = kProducts * u_product;
     v_pitch = odd_lines<T>(max(1, chunk));
@@ -88,59 +128,73 @@ struct WinogradPlan {
     for (int tk = 1; tk <= threads; ++tk) {
       if (threads % tk) continue;
       const double k = static_cast<double>(ceil_div(panels, tk) * kMaxTileVecs),
-                   t = static_cast<double>(ceil_div(tiles, threads / tk)), c = static_cast<double>(v.C);
+                   t = static_cast<double>(ceil_div(tiles, threads / tk)), c = static_cast<double>(F::kSegments * v.C);
       const double cost =
-          k * t * c * kProducts / 2 + (t * c / VL + k * t) * 4 * kProducts + k * c * (3 * kProducts + 20);
+          k * t * c * kProducts / 2 + (t * c / VL + k * t) * 4 * kProducts + k * c * (3 * kProducts + 2 * F::kTaps);
       if (best < 0 || cost < best) best = cost, threads_k = tk, threads_t = threads / tk;
     }
   }
-  int64_t packed_elements() const { return panels * chunks * u_unit; }  // of a group
+  int64_t packed_elements() const { return panels * units * u_unit; }  // of a group
   int64_t panel_vecs(int64_t panel) const { return min(kMaxTileVecs, vecs - panel * kMaxTileVecs); }
-  int64_t chunk_channels(int64_t i, int64_t C) const { return min(chunk, C - i * chunk); }
+  int64_t first_channel(int64_t unit) const { return unit % chunks * chunk; }
+  int64_t unit_channels(int64_t unit, int64_t C) const { return min(chunk, C - first_channel(unit)); }
+  // The first tap of a unit's segment.
+  static int64_t first_row(int64_t segment) { return segment / F::W::kSegments * F::H::kTaps; }
+  static int64_t first_column(int64_t segment) { return segment % F::W::kSegments * F::W::kTaps; }
 };
 
 // Room for the taps of a slice of a panel.
-template <class T>
+template <class T, class F>
 constexpr int64_t slice_elements() {
-  return kTapsAcross * kTapsAcross * kSlice * kMaxTileVecs * kLanes<T>;
+  return F::kTaps * kSlice * kMaxTileVecs * kLanes<T>;
 }
 
-// One chunk of a panel: U[product][c][lane] = G w[k,c] G'. `taps` has room for slice_elements().
-template <class T, int M, class S>
-void transform_panel(T* u, T* taps, const S* w, const Conv2dView& v, const WinogradPlan<T, M>& plan, int64_t panel,
-                     int64_t chunk) {
-  constexpr int P = kPoints<M>, R = kTapsAcross, VL = kLanes<T>;
+// One unit of a panel: U[product][c][lane] = G w[k,c] G'. `taps` has room for slice_elements().
+template <class T, class F, class S>
+void transform_panel(T* u, T* taps, const S* w, const Conv2dView& v, const WinogradPlan<T, F>& plan, int64_t panel,
+                     int64_t unit) {
+  using H = typename F::H;
+  using W = typename F::W;
+  constexpr int VL = kLanes<T>;
   const int64_t k = panel * kMaxTileVecs * VL, vecs = plan.panel_vecs(panel), width = vecs * VL;
-  const int64_t first = chunk * plan.chunk, end = first + plan.chunk_channels(chunk, v.C);
+  const int64_t first = plan.first_channel(unit), end = first + plan.unit_channels(unit, v.C);
+  const int64_t r0 = plan.first_row(unit / plan.chunks), s0 = plan.first_column(unit / plan.chunks);
+  const int64_t rows = min(H::kTaps, H::kFilter - r0), columns = min(W::kTaps, W::kFilter - s0);
   for (int64_t c = first; c < end; c += kSlice) {
     const int64_t channels = min(kSlice, end - c);
-    pack_panel<T>(taps, w + k * v.w_k + c * v.w_c,
-                  {min(width, v.K - k), vecs, channels, R, R, v.w_k, v.w_c, v.w_r, v.w_s});
+    pack_panel<T>(taps, w + k * v.w_k + c * v.w_c + r0 * v.w_r + s0 * v.w_s,
+                  {min(width, v.K - k), vecs, channels, rows, columns, v.w_k, v.w_c, v.w_r, v.w_s});
     for (int64_t i = 0; i < channels; ++i)
       for (int64_t j = 0; j < width; j += VL) {
         T* out = u + (c - first + i) * width + j;
-        transform_both<T, R, P>(
-            [&](int r, int s)
-                __attribute__((always_inline)) { return load(taps + ((r * R + s) * channels + i) * width + j); },
-            transform_weights<T, M>,
+        transform_axes<T, H::kTaps, W::kTaps, H::kPoints, W::kPoints>(
+            [&](int r, int s) __attribute__((always_inline)) {
+              if constexpr (F::kSegments > 1)
+                if (r >= rows || s >= columns) return Vec<T>{};
+              return load(taps + ((r * columns + s) * channels + i) * width + j);
+            },
+            H::template weights<T>, W::template weights<T>,
             [&](int a, int b, Vec<T> t)
-                __attribute__((always_inline)) { store(out + (a * P + b) * plan.u_product, t); });
+                __attribute__((always_inline)) { store(out + (a * W::kPoints + b) * plan.u_product, t); });
       }
   }
 }
 
 // One tile's channels: V[product][c] = B' x B, products `product` elements apart; lanes beyond the last channel zero.
-template <class T, int M, class S>
+template <class T, class F, class S>
 CNNFAST_INLINE void transform_tile(T* v, int64_t product, const S* const* pixels, int64_t c, int64_t channels) {
-  constexpr int P = kPoints<M>, VL = kLanes<T>;
+  using H = typename F::H;
+  using W = typename F::W;
+  constexpr int VL = kLanes<T>;
   const auto step = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
-    transform_both<T, P, P>(
+    transform_axes<T, H::kPoints, W::kPoints, H::kPoints, W::kPoints>(
         [&](int a, int b) __attribute__((always_inline)) {
-          const S* pixel = pixels[a * P + b] + c + i;
+          const S* pixel = pixels[a * W::kPoints + b] + c + i;
           return n == VL ? load_wide(pixel) : load_wide(pixel, n);
         },
-        transform_input<T, M>,
-        [&](int a, int b, Vec<T> t) __attribute__((always_inline)) { store(v + (a * P + b) * product + i, t); });
+        H::template input<T>, W::template input<T>,
+        [&](int a, int b, Vec<T> t)
+            __attribute__((always_inline)) { store(v + (a * W::kPoints + b) * product + i, t); });
   };
   int64_t i = 0;
   for (; i + VL <= channels; i += VL) step(i, VL);
@@ -148,15 +202,15 @@ CNNFAST_INLINE void transform_tile(T* v, int64_t product, const S* const* pixels
 }
 
 // Writes the part of a tile's vector of channels that lies in y. False: some of it isn't finite.
-template <class T, int M, class S>
+template <class T, int MH, int MW, class S>
 CNNFAST_INLINE bool store_tile(S* y, int64_t y_h, int64_t y_w, int64_t rows, int64_t columns, int64_t lanes,
-                               Vec<T> (&values)[M][M], Vec<T> bias) {
+                               Vec<T> (&values)[MH][MW], Vec<T> bias) {
   Vec<T> check{};  // stays zero as long as everything is finite
 #pragma GCC unroll 4
-  for (int i = 0; i < M; ++i) {
+  for (int i = 0; i < MH; ++i) {
     if (i >= rows) break;
 #pragma GCC unroll 4
-    for (int j = 0; j < M; ++j) {
+    for (int j = 0; j < MW; ++j) {
       if (j >= columns) break;
       const Vec<T> value = values[i][j] + bias;
       check += value * T(0);
@@ -171,10 +225,10 @@ CNNFAST_INLINE bool store_tile(S* y, int64_t y_h, int64_t y_w, int64_t rows, int
 }
 
 // What one thread works with.
-template <class T, int M, class S>
+template <class T, class F, class S>
 class Worker {
  public:
-  using Plan = WinogradPlan<T, M>;
+  using Plan = WinogradPlan<T, F>;
 
   Worker(const Conv2dView& v, const Plan& plan, const S* x, const S* w, const S* bias, S* y, const T* packed,
          const Epilogue<S>* epilogue)
@@ -189,8 +243,8 @@ class Worker {
     const int64_t first = plan_.tiles * tt / plan_.threads_t, last = plan_.tiles * (tt + 1) / plan_.threads_t;
     if (first_panel_ == last_panel_ || first == last) return true;
     constexpr int64_t size = sizeof(T);
-    const int64_t panels = last_panel_ - first_panel_, u = plan_.chunks * plan_.u_unit;
-    const int64_t tile_bytes = plan_.chunks * kProducts * plan_.v_pitch * size;
+    const int64_t panels = last_panel_ - first_panel_, u = plan_.units * plan_.u_unit;
+    const int64_t tile_bytes = plan_.units * kProducts * plan_.v_pitch * size;
     const bool hot = panels * u * size <= kHotWeightBytes;
     block_ = max(1, min(kMostTiles, (hot ? kHotInputBytes : kInputBytes) / tile_bytes));
     block_ = ceil_div(last - first, ceil_div(last - first, block_));
@@ -203,9 +257,9 @@ class Worker {
       pixels_ = carver.take<const S*>(kProducts);
       zeros_ = carver.take<S>(v_.C + VL);
       chains_ = carver.take<T>(kMostTileRows * kMaxTileVecs * VL);
-      slice_ = carver.take<T>(slice_elements<T>());
+      slice_ = carver.take<T>(slice_elements<T, F>());
       weights_ = carver.take<T>(weights);
-      inputs_ = carver.take<T>(plan_.chunks * kProducts * v_product_);
+      inputs_ = carver.take<T>(plan_.units * kProducts * v_product_);
       products_ = carver.take<T>(kProducts * m_product_);
       return carver.used();
     };
@@ -216,61 +270,65 @@ class Worker {
     for (group_ = v_.G * tg / plan_.threads_g; group_ < v_.G * (tg + 1) / plan_.threads_g; ++group_) {
       if (keep_)
         for (int64_t panel = first_panel_; panel < last_panel_; ++panel)
-          for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk)
-            transform(weights_ + ((panel - first_panel_) * plan_.chunks + chunk) * plan_.u_unit, panel, chunk);
+          for (int64_t unit = 0; unit < plan_.units; ++unit)
+            transform(weights_ + ((panel - first_panel_) * plan_.units + unit) * plan_.u_unit, panel, unit);
       for (int64_t tile = first; tile < last; tile += block_) run_block(tile, min(block_, last - tile));
     }
     return true;
   }
 
  private:
-  static constexpr int P = kPoints<M>;
-  static constexpr int64_t VL = kLanes<T>, kProducts = P * P;
+  using H = typename F::H;
+  using W = typename F::W;
+  static constexpr int MH = H::kOutputs, MW = W::kOutputs;
+  static constexpr int64_t VL = kLanes<T>, kProducts = F::kProducts;
 
   struct Place {
     int64_t n, p, q;  // the first pixel of a tile
   };
   Place place(int64_t tile) const {
     const int64_t row = tile / plan_.tiles_w;
-    return {row / plan_.tiles_h, row % plan_.tiles_h * M, tile % plan_.tiles_w * M};
+    return {row / plan_.tiles_h, row % plan_.tiles_h * MH, tile % plan_.tiles_w * MW};
   }
 
-  void transform(T* u, int64_t panel, int64_t chunk) const {
-    transform_panel<T, M>(u, slice_, w_ + group_ * v_.w_g, v_, plan_, panel, chunk);
+  void transform(T* u, int64_t panel, int64_t unit) const {
+    transform_panel<T, F>(u, slice_, w_ + group_ * v_.w_g, v_, plan_, panel, unit);
   }
 
   void run_block(int64_t tile, int64_t count) {
     for (int64_t i = 0; i < count; ++i) load_tile(i, place(tile + i));
     for (int64_t panel = first_panel_; panel < last_panel_; ++panel) {
-      for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk) multiply(panel, chunk, count);
+      for (int64_t unit = 0; unit < plan_.units; ++unit) multiply(panel, unit, count);
       for (int64_t i = 0; i < count; ++i) finish_tile(i, place(tile + i), panel);
     }
   }
 
   void load_tile(int64_t index, const Place& at) {
     const S* x = x_ + at.n * v_.x_n + group_ * v_.C;
-    for (int64_t a = 0; a < P; ++a) {
-      const int64_t h = at.p - v_.pad_h + a;
-      for (int64_t b = 0; b < P; ++b) {
-        const int64_t w = at.q - v_.pad_w + b;
-        pixels_[a * P + b] = h < 0 || h >= v_.H || w < 0 || w >= v_.W ? zeros_ : x + h * v_.x_h + w * v_.x_w;
+    for (int64_t segment = 0; segment < F::kSegments; ++segment) {
+      for (int64_t a = 0; a < H::kPoints; ++a) {
+        const int64_t h = at.p - v_.pad_h + plan_.first_row(segment) + a;
+        for (int64_t b = 0; b < W::kPoints; ++b) {
+          const int64_t w = at.q - v_.pad_w + plan_.first_column(segment) + b;
+          pixels_[a * W::kPoints + b] = h < 0 || h >= v_.H || w < 0 || w >= v_.W ? zeros_ : x + h * v_.x_h + w * v_.x_w;
+        }
       }
+      for (int64_t unit = segment * plan_.chunks; unit < (segment + 1) * plan_.chunks; ++unit)
+        transform_tile<T, F>(inputs_ + unit * kProducts * v_product_ + index * plan_.v_pitch, v_product_, pixels_,
+                             plan_.first_channel(unit), plan_.unit_channels(unit, v_.C));
     }
-    for (int64_t chunk = 0; chunk < plan_.chunks; ++chunk)
-      transform_tile<T, M>(inputs_ + chunk * kProducts * v_product_ + index * plan_.v_pitch, v_product_, pixels_,
-                           chunk * plan_.chunk, plan_.chunk_channels(chunk, v_.C));
   }
 
-  // The products of one chunk of a panel, added to those of the chunks before.
-  void multiply(int64_t panel, int64_t chunk, int64_t count) {
-    const int64_t channels = plan_.chunk_channels(chunk, v_.C), vecs = plan_.panel_vecs(panel), width = vecs * VL;
+  // The products of one unit of a panel, added to those of the units before.
+  void multiply(int64_t panel, int64_t unit, int64_t count) {
+    const int64_t channels = plan_.unit_channels(unit, v_.C), vecs = plan_.panel_vecs(panel), width = vecs * VL;
     const T* u = weights_;
     if (packed_)
-      u = packed_ + ((group_ * plan_.panels + panel) * plan_.chunks + chunk) * plan_.u_unit;
+      u = packed_ + ((group_ * plan_.panels + panel) * plan_.units + unit) * plan_.u_unit;
     else if (keep_)
-      u = weights_ + ((panel - first_panel_) * plan_.chunks + chunk) * plan_.u_unit;
+      u = weights_ + ((panel - first_panel_) * plan_.units + unit) * plan_.u_unit;
     else
-      transform(weights_, panel, chunk);
+      transform(weights_, panel, unit);
     TapList taps(taps_, v_.C > kSumChain ? kSumChain : kShortChain);
     if (channels) taps.add(0, channels, sizeof(T));
     TileArgs<T> args;
@@ -279,14 +337,14 @@ class Worker {
     args.init_row = args.out_row = width;
     const int64_t groups = ceil_div(count, kMaxTileRows[vecs]);
     for (int64_t f = 0; f < kProducts; ++f) {
-      const T* v = inputs_ + (chunk * kProducts + f) * v_product_;
+      const T* v = inputs_ + (unit * kProducts + f) * v_product_;
       T* m = products_ + f * m_product_;
       args.b = u + f * plan_.u_product;
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t i = count * g / groups, rows = count * (g + 1) / groups - i;
         args.a = v + i * plan_.v_pitch;
         args.out = m + i * width;
-        args.init = chunk ? args.out : nullptr;
+        args.init = unit ? args.out : nullptr;
         if (packed_) fetch(args.b + plan_.u_product, channels * width, g, groups);
         tile_function<T, true>(rows, vecs)(args);
       }
@@ -302,26 +360,27 @@ class Worker {
 
   // One tile of a panel: products to pixels.
   void finish_tile(int64_t index, const Place& at, int64_t panel) {
-    const int64_t vecs = plan_.panel_vecs(panel), rows = min(M, v_.P - at.p), columns = min(M, v_.Q - at.q);
+    const int64_t vecs = plan_.panel_vecs(panel), rows = min(MH, v_.P - at.p), columns = min(MW, v_.Q - at.q);
     for (int64_t j = 0; j < vecs; ++j) {
       const int64_t k = (panel * kMaxTileVecs + j) * VL, lanes = min(VL, v_.K - k);
       const T* m = products_ + (index * vecs + j) * VL;
-      Vec<T> values[M][M];
-      transform_both<T, P, M>(
-          [&](int a, int b) __attribute__((always_inline)) { return load(m + (a * P + b) * m_product_); },
-          transform_output<T, M>, [&](int i, int q, Vec<T> t) __attribute__((always_inline)) { values[i][q] = t; });
+      Vec<T> values[MH][MW];
+      transform_axes<T, H::kPoints, W::kPoints, MH, MW>(
+          [&](int a, int b) __attribute__((always_inline)) { return load(m + (a * W::kPoints + b) * m_product_); },
+          H::template output<T>, W::template output<T>,
+          [&](int i, int q, Vec<T> t) __attribute__((always_inline)) { values[i][q] = t; });
       const int64_t channel = group_ * v_.K + k;
       const Vec<T> bias = bias_ ? load_wide(bias_ + channel, lanes) : Vec<T>{};
       S* y = y_ + at.n * v_.y_n + at.p * v_.y_h + at.q * v_.y_w + channel;
       if (epilogue_ ? !finish_values(y, at, rows, columns, channel, lanes, values, bias)
-                    : !store_tile<T, M>(y, v_.y_h, v_.y_w, rows, columns, lanes, values, bias))
+                    : !store_tile<T, MH, MW>(y, v_.y_h, v_.y_w, rows, columns, lanes, values, bias))
         redo_tile(at, rows, columns, k, lanes);
     }
   }
 
   // As store_tile, through the epilogue (conv_bn_act).
   __attribute__((noinline)) bool finish_values(S* y, const Place& at, int64_t rows, int64_t columns, int64_t k,
-                                               int64_t lanes, const Vec<T> (&values)[M][M], Vec<T> bias) {
+                                               int64_t lanes, const Vec<T> (&values)[MH][MW], Vec<T> bias) {
     const auto factors = epilogue_->factors(k, lanes);
     Vec<T> check{};
     for (int64_t i = 0; i < rows; ++i)
@@ -355,70 +414,81 @@ class Worker {
   T *chains_ = nullptr, *slice_ = nullptr, *weights_ = nullptr, *inputs_ = nullptr, *products_ = nullptr;
 };
 
-template <class S, int M>
+template <class S, class F>
 const char* run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, const void* packed, int threads,
                      const Epilogue<S>* epilogue) {
   using T = Compute<S>;
   if (v.N * v.P * v.Q * v.K * v.G == 0) return nullptr;
-  if (v.N * v.P * v.Q * v.K * v.C * v.G * kTapsAcross * kTapsAcross < kMacsWorthThreads) threads = 1;
-  const WinogradPlan<T, M> plan(v, threads);
+  if (v.N * v.P * v.Q * v.K * v.C * v.G * v.R * v.S < kMacsWorthThreads) threads = 1;
+  const WinogradPlan<T, F> plan(v, threads);
   bool no_memory = false;
   parallel_for(
       threads, threads,
       [&](int64_t task) {
-        Worker<T, M, S> worker(v, plan, x, w, bias, y, static_cast<const T*>(packed), epilogue);
+        Worker<T, F, S> worker(v, plan, x, w, bias, y, static_cast<const T*>(packed), epilogue);
         if (!worker.run(task)) __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
       },
       kDenormals<S>);
   return no_memory ? kNoMemory : nullptr;
 }
 
-template <class S, int M>
+// The launchers take the tiles of a kernel, at most one for each size of filter.
+
+template <class S, class F, class... Others>
 const char* launch_fprop(const void* params, const Launch& l) {
   const Conv2dParams& p = *static_cast<const Conv2dParams*>(params);
+  const Conv2dView v = fprop_view(p);
+  if constexpr (sizeof...(Others) > 0)
+    if (!F::serves(v)) return launch_fprop<S, Others...>(params, l);
   const Epilogue<S> epilogue(p, l);
-  return run_view<S, M>(fprop_view(p), static_cast<const S*>(l.operands[0]), static_cast<const S*>(l.operands[1]),
+  return run_view<S, F>(v, static_cast<const S*>(l.operands[0]), static_cast<const S*>(l.operands[1]),
                         static_cast<const S*>(l.operands[2]), static_cast<S*>(l.operands[3]),
                         l.operands[kPackedOperand], l.threads, epilogue.or_null());
 }
 
 // Every group's and panel's U, for fprop, into the workspace.
-template <class S, int M>
+template <class S, class F, class... Others>
 const char* launch_pack(const void* params, const Launch& l) {
   using T = Compute<S>;
   const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
-  const WinogradPlan<T, M> plan(v, 1);
+  if constexpr (sizeof...(Others) > 0)
+    if (!F::serves(v)) return launch_pack<S, Others...>(params, l);
+  const WinogradPlan<T, F> plan(v, 1);
   const S* w = static_cast<const S*>(l.operands[1]);
   bool no_memory = false;
-  parallel_for(l.threads, v.G * plan.panels * plan.chunks, [&](int64_t task) {
-    T* taps = static_cast<T*>(thread_scratch(slice_elements<T>() * sizeof(T)));
-    const int64_t chunk = task % plan.chunks, panel = task / plan.chunks % plan.panels;
-    const S* of_group = w + task / plan.chunks / plan.panels * v.w_g;
+  parallel_for(l.threads, v.G * plan.panels * plan.units, [&](int64_t task) {
+    T* taps = static_cast<T*>(thread_scratch(slice_elements<T, F>() * sizeof(T)));
+    const int64_t unit = task % plan.units, panel = task / plan.units % plan.panels;
+    const S* of_group = w + task / plan.units / plan.panels * v.w_g;
     if (taps)
-      transform_panel<T, M>(static_cast<T*>(l.workspace) + task * plan.u_unit, taps, of_group, v, plan, panel, chunk);
+      transform_panel<T, F>(static_cast<T*>(l.workspace) + task * plan.u_unit, taps, of_group, v, plan, panel, unit);
     else
       __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
   });
   return no_memory ? kNoMemory : nullptr;
 }
 
-template <class S, int M>
+template <class S, class F, class... Others>
 int64_t packed_bytes(const void* params) {
   using T = Compute<S>;
   const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
-  return v.G * WinogradPlan<T, M>(v, 1).packed_elements() * static_cast<int64_t>(sizeof(T));
+  if constexpr (sizeof...(Others) > 0)
+    if (!F::serves(v)) return packed_bytes<S, Others...>(params);
+  return v.G * WinogradPlan<T, F>(v, 1).packed_elements() * static_cast<int64_t>(sizeof(T));
 }
 
-template <class S, int M>
+template <class S, class F, class... Others>
 const char* launch_dgrad(const void* params, const Launch& l) {
+  const Conv2dParams& p = *static_cast<const Conv2dParams*>(params);
+  if constexpr (sizeof...(Others) > 0)
+    if (!F::serves(fprop_view(p))) return launch_dgrad<S, Others...>(params, l);
   const char* error = nullptr;
   const S *w = static_cast<const S*>(l.operands[1]), *g = static_cast<const S*>(l.operands[3]);
   S* dx = static_cast<S*>(l.operands[0]);
   // with stride 1 there is one residue class
-  for_each_dgrad_view(
-      *static_cast<const Conv2dParams*>(params), [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
-        error = run_view<S, M>(v, g, w + w_offset, nullptr, dx + dx_offset, nullptr, l.threads, nullptr);
-      });
+  for_each_dgrad_view(p, [&](const Conv2dView& v, int64_t w_offset, int64_t dx_offset) {
+    error = run_view<S, F>(v, g, w + w_offset, nullptr, dx + dx_offset, nullptr, l.threads, nullptr);
+  });
   return error;
 }
 

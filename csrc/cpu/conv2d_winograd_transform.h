@@ -1,14 +1,14 @@
-// The transforms of Winograd's F(M x M, 3 x 3): M = 4 or 2 outputs from P = M + 2 inputs along each axis.
+// The transforms of Winograd's F(M, R) along an axis: M outputs of R taps from P = M + R - 1 inputs.
 //
-//   Y = A' [ (G g G') . (B' d B) ] A      d: P x P inputs, g: 3 x 3 taps, Y: M x M outputs, . element by element
+//   Y = A' [ (G g G') . (B' d B) ] A      d: inputs, g: taps, Y: outputs of a tile, . element by element
 //
 // In one dimension this is Toom and Cook's way to multiply polynomials, transposed: the taps' polynomial is evaluated
 // in P - 1 points and at infinity (G), and the inputs are weighed so that the products' sum with powers of the points
 // (A') is the convolution. For finite points p_i, with n(x) the product of all (x - p_j):
 //
 //   row i of B'   the coefficients of n(x) / (x - p_i), which is one polynomial of degree P - 2 for each point
-//   row i of G    (1, p_i, p_i^2) / N_i, N_i the product of p_i - p_j over j != i
-//   row j of A'   (p_i^j); infinity adds n(x) itself to B', (0, 0, 1) to G, and a 1 to the last row of A'
+//   row i of G    (1, p_i, p_i^2, ...) / N_i, N_i the product of p_i - p_j over j != i
+//   row j of A'   (p_i^j); infinity adds n(x) itself to B', (0, ..., 0, 1) to G, and a 1 to the last row of A'
 //
 // F(2,3): points 0, 1, -1 (the first row's sign moved from G to B'). F(4,3): points 0, a, -a, b, -b with a = sqrt(1/2)
 // and b = sqrt(2) instead of 0, 1, -1, 2, -2: an error of about 1.8 times the direct sum's instead of 5 times, because
@@ -20,6 +20,9 @@
 //         0 -b/2 -1/2   b   1  0          1/6     b/6   1/3           0 a/2 -a/2 2b -2b   1
 //         0  b/2 -1/2  -b   1  0          1/6    -b/6   1/3
 //         0   1    0  -5/2  0  1           0       0     1
+//
+// B' depends on the points alone: F(3,4) and F(2,5) have those of F(4,3), and G and A' of one column more or one row
+// less. F(1,1) leaves an axis as it is.
 //
 // wgrad is the derivative by g: the same matrices transposed,
 //
@@ -33,9 +36,9 @@
 namespace cnnfast {
 namespace CNNFAST_ISA {
 
-template <int M>
-constexpr int kPoints = M + 2;
 constexpr int kTapsAcross = 3;
+template <int M, int R = kTapsAcross>
+constexpr int kPoints = M + R - 1;
 
 template <class T>
 constexpr T kA = static_cast<T>(0.70710678118654752440L);
@@ -43,9 +46,10 @@ template <class T>
 constexpr T kB = static_cast<T>(1.41421356237309504880L);
 
 // t = B' d
-template <class T, int M>
+template <class T, int M, int R = kTapsAcross>
 CNNFAST_INLINE void transform_input(const Vec<T>* d, Vec<T>* t) {
-  if constexpr (M == 4) {
+  static_assert(kPoints<M, R> == 6 || kPoints<M, R> == 4 || kPoints<M, R> == 1);
+  if constexpr (kPoints<M, R> == 6) {
     t[0] = d[0] + d[4] - T(2.5) * d[2];
     const Vec<T> even_a = d[4] - T(2) * d[2], odd_a = d[3] - T(2) * d[1];
     t[1] = even_a + kA<T> * odd_a;
@@ -54,29 +58,33 @@ CNNFAST_INLINE void transform_input(const Vec<T>* d, Vec<T>* t) {
     t[3] = even_b + kB<T> * odd_b;
     t[4] = even_b - kB<T> * odd_b;
     t[5] = d[1] + d[5] - T(2.5) * d[3];
-  } else {
+  } else if constexpr (kPoints<M, R> == 4) {
     t[0] = d[0] - d[2];
     t[1] = d[1] + d[2];
     t[2] = d[2] - d[1];
     t[3] = d[3] - d[1];
+  } else {
+    t[0] = d[0];
   }
 }
 
 // t = G g
-template <class T, int M>
+template <class T, int M, int R = kTapsAcross>
 CNNFAST_INLINE void transform_weights(const Vec<T>* g, Vec<T>* t) {
-  if constexpr (M == 4) {
-    t[0] = g[0];
-    const Vec<T> even_a = T(-1.0L / 3) * (g[0] + g[0] + g[2]), odd_a = (T(-2.0L / 3) * kA<T>)*g[1];
+  t[0] = g[0];
+  if constexpr (kPoints<M, R> == 6) {
+    Vec<T> even_a = g[0] + T(0.5) * g[2], odd_a = g[1], even_b = g[0] + T(2) * g[2], odd_b = g[1];
+    if constexpr (R > 3) odd_a += T(0.5) * g[3], odd_b += T(2) * g[3];
+    if constexpr (R > 4) even_a += T(0.25) * g[4], even_b += T(4) * g[4];
+    even_a *= T(-2.0L / 3), odd_a *= T(-2.0L / 3) * kA<T>;
     t[1] = even_a + odd_a;
     t[2] = even_a - odd_a;
-    const Vec<T> even_b = T(1.0L / 6) * (g[0] + g[2] + g[2]), odd_b = (T(1.0L / 6) * kB<T>)*g[1];
+    even_b *= T(1.0L / 6), odd_b *= T(1.0L / 6) * kB<T>;
     t[3] = even_b + odd_b;
     t[4] = even_b - odd_b;
-    t[5] = g[2];
-  } else {
+    t[5] = g[R - 1];
+  } else if constexpr (kPoints<M, R> == 4) {
     const Vec<T> even = T(0.5) * (g[0] + g[2]), odd = T(0.5) * g[1];
-    t[0] = g[0];
     t[1] = even + odd;
     t[2] = even - odd;
     t[3] = g[2];
@@ -84,18 +92,25 @@ CNNFAST_INLINE void transform_weights(const Vec<T>* g, Vec<T>* t) {
 }
 
 // y = A' m
-template <class T, int M>
+template <class T, int M, int R = kTapsAcross>
 CNNFAST_INLINE void transform_output(const Vec<T>* m, Vec<T>* y) {
-  const Vec<T> sum_a = m[1] + m[2], difference_a = m[1] - m[2];
-  if constexpr (M == 4) {
-    const Vec<T> sum_b = m[3] + m[4], difference_b = m[3] - m[4];
-    y[0] = m[0] + sum_a + sum_b;
-    y[1] = kA<T> * difference_a + kB<T> * difference_b;
-    y[2] = T(0.5) * sum_a + T(2) * sum_b;
-    y[3] = (T(0.5) * kA<T>)*difference_a + ((T(2) * kB<T>)*difference_b + m[5]);
+  if constexpr (kPoints<M, R> == 1) {
+    y[0] = m[0];
   } else {
-    y[0] = m[0] + sum_a;
-    y[1] = difference_a + m[3];
+    const Vec<T> sum_a = m[1] + m[2], difference_a = m[1] - m[2];
+    if constexpr (kPoints<M, R> == 6) {
+      const Vec<T> sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+      y[0] = m[0] + sum_a + sum_b;
+      y[1] = kA<T> * difference_a + kB<T> * difference_b;
+      if constexpr (M > 2) y[2] = T(0.5) * sum_a + T(2) * sum_b;
+      if constexpr (M > 3)
+        y[3] = (T(0.5) * kA<T>)*difference_a + ((T(2) * kB<T>)*difference_b + m[5]);
+      else
+        y[M - 1] += m[5];
+    } else {
+      y[0] = m[0] + sum_a;
+      y[1] = difference_a + m[3];
+    }
   }
 }
 
@@ -134,26 +149,33 @@ CNNFAST_INLINE void transform_taps(const Vec<T>* m, Vec<T>* g) {
   }
 }
 
-// Along both axes: out(a, b) of Out x Out from in(i, j) of In x In; `transform` makes Out vectors of In.
+// Along both axes: out(a, b) of OutH x OutW from in(i, j) of InH x InW; `along_h` makes OutH vectors of InH, `along_w`
+// OutW of InW.
+template <class T, int InH, int InW, int OutH, int OutW, class Load, class AlongH, class AlongW, class Store>
+CNNFAST_INLINE void transform_axes(const Load& in, const AlongH& along_h, const AlongW& along_w, const Store& out) {
+  Vec<T> rows[OutH][InW];
+#pragma GCC unroll 6
+  for (int j = 0; j < InW; ++j) {
+    Vec<T> column[InH], t[OutH];
+#pragma GCC unroll 6
+    for (int i = 0; i < InH; ++i) column[i] = in(i, j);
+    along_h(column, t);
+#pragma GCC unroll 6
+    for (int a = 0; a < OutH; ++a) rows[a][j] = t[a];
+  }
+#pragma GCC unroll 6
+  for (int a = 0; a < OutH; ++a) {
+    Vec<T> t[OutW];
+    along_w(rows[a], t);
+#pragma GCC unroll 6
+    for (int b = 0; b < OutW; ++b) out(a, b, t[b]);
+  }
+}
+
+// The same way along both.
 template <class T, int In, int Out, class Load, class Transform, class Store>
 CNNFAST_INLINE void transform_both(const Load& in, const Transform& transform, const Store& out) {
-  Vec<T> rows[Out][In];
-#pragma GCC unroll 6
-  for (int j = 0; j < In; ++j) {
-    Vec<T> column[In], t[Out];
-#pragma GCC unroll 6
-    for (int i = 0; i < In; ++i) column[i] = in(i, j);
-    transform(column, t);
-#pragma GCC unroll 6
-    for (int a = 0; a < Out; ++a) rows[a][j] = t[a];
-  }
-#pragma GCC unroll 6
-  for (int a = 0; a < Out; ++a) {
-    Vec<T> t[Out];
-    transform(rows[a], t);
-#pragma GCC unroll 6
-    for (int b = 0; b < Out; ++b) out(a, b, t[b]);
-  }
+  transform_axes<T, In, In, Out, Out>(in, transform, transform, out);
 }
 
 }  // namespace CNNFAST_ISA

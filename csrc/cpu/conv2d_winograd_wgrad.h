@@ -114,7 +114,7 @@ class WgradWorker {
           const bool outside = h < 0 || h >= v_.H || w < 0 || w >= v_.W;
           pixels[a * P + b] = outside ? zeros : x_ + n * v_.x_n + h * v_.x_h + w * v_.x_w;
         }
-      transform_tile<T, M>(inputs_ + i * plan_.v_pitch, plan_.v_product, pixels, 0, v_.C);
+      transform_tile<T, SquareTile<M>>(inputs_ + i * plan_.v_pitch, plan_.v_product, pixels, 0, v_.C);
       for (int64_t a = 0; a < M; ++a)
         for (int64_t b = 0; b < M; ++b)
           pixels[a * M + b] =

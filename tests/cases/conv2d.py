@@ -205,6 +205,15 @@ GEOMETRY = _net(
     Case("9x9: more taps than a table of 64", 1, 4, 11, 11, 8, 9, 9, padding=(4, 4)),
 )
 GROUPS = _net(
+    Case("inception_v3 1x7, padded weights in a partial panel", 1, 96, 17, 17, 72, 1, 7, padding=(0, 3), bias=True),
+    Case("inception_v3 7x1", 2, 64, 17, 17, 48, 7, 1, padding=(3, 0), w_layout="nhwc"),
+    Case("7 taps, tiles of 3 outputs and one less", 3, 61, 11, 20, 33, 1, 7, padding=(0, 2, 3, 1)),
+    Case("7 taps on a map of less than a tile", 22, 70, 2, 7, 16, 1, 7, padding=(0, 0)),
+    Case("7 taps in 2 groups", 1, 96, 22, 13, 64, 7, 1, padding=(3, 0), groups=2, bias=True),
+    Case("inception_v3 1x3 and more than a chunk of channels", 1, 330, 8, 8, 40, 1, 3, padding=(0, 1)),
+    Case("inception_v3 3x1, odd map", 2, 70, 13, 15, 37, 3, 1, padding=(1, 0), bias=True, w_layout="nhwc"),
+    Case("alexnet 5x5, small", 1, 64, 19, 18, 48, 5, 5, padding=(2, 2), bias=True),
+    Case("5x5 without padding on an odd map, many images", 4, 37, 13, 12, 50, 5, 5),
     Case("2 groups", 2, 16, 8, 8, 32, 3, 3, padding=(1, 1), groups=2, bias=True),
     Case("3 groups of odd sizes", 1, 15, 7, 7, 21, 3, 3, padding=(1, 1), groups=3, w_layout="nhwc"),
     Case("depthwise 3x3", 2, 32, 9, 9, 32, 3, 3, padding=(1, 1), groups=32, bias=True),
