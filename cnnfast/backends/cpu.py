@@ -80,28 +80,25 @@ def _grouped(p: Problem, lanes: int) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """Winograd's tile: the outputs and points along each axis, for a filter in so many segments; a 1 leaves an axis alone."""
+    """Winograd's tile for a filter in so many segments: outputs and points along each axis, products over all segments."""
 
     filter: tuple[int, int]
     outputs: tuple[int, int]
     points: tuple[int, int]
+    products: int
     segments: int = 1
-
-    @property
-    def products(self) -> int:
-        return math.prod(self.points)
 
     def turned(self) -> _Tile:
         """For columns, where this one is for rows."""
-        return _Tile(self.filter[::-1], self.outputs[::-1], self.points[::-1], self.segments)
+        return dataclasses.replace(self, filter=self.filter[::-1], outputs=self.outputs[::-1], points=self.points[::-1])
 
 
 # what the kernels of each stem have (csrc/cpu/conv2d_winograd.h)
-_ROW3, _ROW7 = _Tile((1, 3), (1, 4), (1, 6)), _Tile((1, 7), (1, 3), (1, 6), 2)
+_ROW3, _ROW7 = _Tile((1, 3), (1, 4), (1, 6), 6), _Tile((1, 7), (1, 3), (1, 6), 11, segments=2)
 _TILES = {
-    "conv2d_winograd_f4x4": [_Tile((3, 3), (4, 4), (6, 6))],
-    "conv2d_winograd_f2x2": [_Tile((3, 3), (2, 2), (4, 4))],
-    "conv2d_winograd_f2x2_5x5": [_Tile((5, 5), (2, 2), (6, 6))],
+    "conv2d_winograd_f4x4": [_Tile((3, 3), (4, 4), (6, 6), 36)],
+    "conv2d_winograd_f2x2": [_Tile((3, 3), (2, 2), (4, 4), 16)],
+    "conv2d_winograd_f2x2_5x5": [_Tile((5, 5), (2, 2), (6, 6), 36)],
     "conv2d_winograd_f4_1x3": [_ROW3, _ROW3.turned()],
     "conv2d_winograd_f3_1x7": [_ROW7, _ROW7.turned()],
 }
@@ -199,11 +196,9 @@ def _winograd_cost(p: Problem, isa: str, stem: str) -> float:
     c, k, h, w = (p.K, p.C, p.H, p.W) if p.direction == "dgrad" else (p.C, p.K, p.P, p.Q)
     c, k = c // p.G, k // p.G
     tiles, vectors = p.N * -(-h // tile.outputs[0]) * -(-w // tile.outputs[1]), -(-k // lanes)
-    transforms = (
-        p.G * (6 if tile.products > 16 else 3.6) * tile.products * tiles * (tile.segments * -(-c // lanes) + vectors)
-    )
-    weights = p.G * tile.segments * c * vectors
-    multiply, pack = tile.products * tiles * weights / 2, (3 * tile.products + 8 * p.R * p.S / tile.segments) * weights
+    points, weights = math.prod(tile.points), p.G * c * vectors
+    transforms = p.G * (6 if points > 16 else 3.6) * points * tiles * (tile.segments * -(-c // lanes) + vectors)
+    multiply, pack = tile.products * tiles * weights / 2, (3 * tile.products + 8 * p.R * p.S) * weights
     return _seconds(transforms + _with_weights(p, isa, multiply, tile.products * weights, pack)) + _conversions(p)
 
 

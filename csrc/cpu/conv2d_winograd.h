@@ -11,9 +11,10 @@
 //   3x3         F(2,3) both ways              16 for 4              2.25
 //   5x5         F(2,5) both ways              36 for 4              2.78
 //   1x3, 3x1    F(4,3) along the filter       6 for 4               2
-//   1x7, 7x1    F(3,4) twice, 4 taps and 3    12 for 3              1.75
+//   1x7, 7x1    F(3,4) twice, 4 taps and 3    11 for 3              1.91
 //
-// A filter longer than R is cut into segments: more input channels, of which each is the input moved by R.
+// A filter longer than R is cut into segments: more input channels, of which each is the input moved by R. The last
+// point of a segment that lacks its last tap is zero, and left out.
 //
 // Everything is fused over a block of tiles, all in scratch:
 //
@@ -67,10 +68,13 @@ CNNFAST_INLINE int64_t odd_lines(int64_t elements) {
   return (ceil_div(elements, kLine) | 1) * kLine;
 }
 
-// M outputs along an axis of a filter of `taps` taps, R at a time.
+// M outputs along an axis of a filter of `taps` taps, R of them in a segment.
 template <int M, int R, int taps = R>
 struct Axis {
   static constexpr int kOutputs = M, kTaps = R, kFilter = taps, kPoints = M + R - 1, kSegments = (taps + R - 1) / R;
+
+  static constexpr int first_tap(int segment) { return segment * R; }
+  static constexpr int segment_taps(int segment) { return taps - segment * R < R ? taps - segment * R : R; }
 
   template <class T>
   static CNNFAST_INLINE void input(const Vec<T>* d, Vec<T>* t) {
@@ -94,6 +98,14 @@ struct WinogradTile {
   static constexpr int kTaps = H::kTaps * W::kTaps;  // of a segment
 
   static bool serves(const Conv2dView& v) { return v.R == H::kFilter && v.S == W::kFilter; }
+  // Of a segment: its place along each axis, and whether point (a, b) of its transformed weights can be other than
+  // zero: infinity's is the last tap, which the last segment may lack.
+  static int row(int64_t segment) { return static_cast<int>(segment) / W::kSegments; }
+  static int column(int64_t segment) { return static_cast<int>(segment) % W::kSegments; }
+  static bool has_point(int64_t segment, int a, int b) {
+    return (a + 1 < H::kPoints || H::segment_taps(row(segment)) == H::kTaps) &&
+           (b + 1 < W::kPoints || W::segment_taps(column(segment)) == W::kTaps);
+  }
 };
 template <int M, int R = kTapsAcross>
 using SquareTile = WinogradTile<Axis<M, R>, Axis<M, R>>;
@@ -138,9 +150,6 @@ struct WinogradPlan {
   int64_t panel_vecs(int64_t panel) const { return min(kMaxTileVecs, vecs - panel * kMaxTileVecs); }
   int64_t first_channel(int64_t unit) const { return unit % chunks * chunk; }
   int64_t unit_channels(int64_t unit, int64_t C) const { return min(chunk, C - first_channel(unit)); }
-  // The first tap of a unit's segment.
-  static int64_t first_row(int64_t segment) { return segment / F::W::kSegments * F::H::kTaps; }
-  static int64_t first_column(int64_t segment) { return segment % F::W::kSegments * F::W::kTaps; }
 };
 
 // Room for the taps of a slice of a panel.
@@ -158,11 +167,12 @@ void transform_panel(T* u, T* taps, const S* w, const Conv2dView& v, const Winog
   constexpr int VL = kLanes<T>;
   const int64_t k = panel * kMaxTileVecs * VL, vecs = plan.panel_vecs(panel), width = vecs * VL;
   const int64_t first = plan.first_channel(unit), end = first + plan.unit_channels(unit, v.C);
-  const int64_t r0 = plan.first_row(unit / plan.chunks), s0 = plan.first_column(unit / plan.chunks);
-  const int64_t rows = min(H::kTaps, H::kFilter - r0), columns = min(W::kTaps, W::kFilter - s0);
+  const int row = F::row(unit / plan.chunks), column = F::column(unit / plan.chunks);
+  const int64_t rows = H::segment_taps(row), columns = W::segment_taps(column);
+  w += H::first_tap(row) * v.w_r + W::first_tap(column) * v.w_s;
   for (int64_t c = first; c < end; c += kSlice) {
     const int64_t channels = min(kSlice, end - c);
-    pack_panel<T>(taps, w + k * v.w_k + c * v.w_c + r0 * v.w_r + s0 * v.w_s,
+    pack_panel<T>(taps, w + k * v.w_k + c * v.w_c,
                   {min(width, v.K - k), vecs, channels, rows, columns, v.w_k, v.w_c, v.w_r, v.w_s});
     for (int64_t i = 0; i < channels; ++i)
       for (int64_t j = 0; j < width; j += VL) {
@@ -306,10 +316,12 @@ class Worker {
   void load_tile(int64_t index, const Place& at) {
     const S* x = x_ + at.n * v_.x_n + group_ * v_.C;
     for (int64_t segment = 0; segment < F::kSegments; ++segment) {
+      const int64_t p = at.p - v_.pad_h + H::first_tap(F::row(segment));
+      const int64_t q = at.q - v_.pad_w + W::first_tap(F::column(segment));
       for (int64_t a = 0; a < H::kPoints; ++a) {
-        const int64_t h = at.p - v_.pad_h + plan_.first_row(segment) + a;
+        const int64_t h = p + a;
         for (int64_t b = 0; b < W::kPoints; ++b) {
-          const int64_t w = at.q - v_.pad_w + plan_.first_column(segment) + b;
+          const int64_t w = q + b;
           pixels_[a * W::kPoints + b] = h < 0 || h >= v_.H || w < 0 || w >= v_.W ? zeros_ : x + h * v_.x_h + w * v_.x_w;
         }
       }
@@ -337,6 +349,8 @@ class Worker {
     args.init_row = args.out_row = width;
     const int64_t groups = ceil_div(count, kMaxTileRows[vecs]);
     for (int64_t f = 0; f < kProducts; ++f) {
+      if (!F::has_point(unit / plan_.chunks, static_cast<int>(f) / W::kPoints, static_cast<int>(f) % W::kPoints))
+        continue;
       const T* v = inputs_ + (unit * kProducts + f) * v_product_;
       T* m = products_ + f * m_product_;
       args.b = u + f * plan_.u_product;

@@ -10,9 +10,9 @@
 //   row i of G    (1, p_i, p_i^2, ...) / N_i, N_i the product of p_i - p_j over j != i
 //   row j of A'   (p_i^j); infinity adds n(x) itself to B', (0, ..., 0, 1) to G, and a 1 to the last row of A'
 //
-// F(2,3): points 0, 1, -1 (the first row's sign moved from G to B'). F(4,3): points 0, a, -a, b, -b with a = sqrt(1/2)
-// and b = sqrt(2) instead of 0, 1, -1, 2, -2: an error of about 1.8 times the direct sum's instead of 5 times, because
-// the entries of A' and B' grow less. From a^2 = 1/2, b^2 = 2, ab = 1:
+// F(2,3): points 0, 1, -1 (the first row's sign moved from G to B'). F(4,3): points 0, a, -a, b, -b with a =
+// sqrt(1/2) and b = sqrt(2) instead of 0, 1, -1, 2, -2: an error of about 1.8 times the direct sum's instead of 5
+// times, because the entries of A' and B' grow less. From a^2 = 1/2, b^2 = 2, ab = 1:
 //
 //         1   0  -5/2   0   1  0           1       0     0            1  1  1    1    1   0
 //         0 -2a   -2    a   1  0         -2/3   -2a/3  -1/3           0  a -a    b   -b   0
