@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from cnnfast.backends._cpu_dot import dot_implicit_gemm_cost
 from cnnfast.backends._native import Table, addresses, implementation, load
 from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
 
@@ -27,11 +28,11 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 MODULE, ABSENT = _load()
-LANE_BYTES = {"avx512": 64, "avx2": 32, "portable": 16}  # vector width by ISA, best first
+LANE_BYTES = {"avx512_bf16": 64, "avx512": 64, "avx2": 32, "portable": 16}  # vector width by ISA, best first
 
 
 def isas() -> tuple[str, ...]:
-    """The ISAs that this processor runs, best first; ``CNNFAST_CPU_ISA`` caps the choice (avx2, portable)."""
+    """The ISAs that this processor runs, best first; ``CNNFAST_CPU_ISA`` caps the choice (avx512, avx2, portable)."""
     if MODULE is None:
         return ()
     usable = [isa.strip() for isa in MODULE.device()["isas"].split(",")]
@@ -193,6 +194,11 @@ RULES: dict[str, _Rule] = {
     "add_act": ("add_act", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
 }
 
+# the same of kernels on avx512_bf16's dot products of pairs
+DOT_RULES: dict[str, _Rule] = {
+    "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], lambda p, isa: dot_implicit_gemm_cost(p) + _conversions(p)),
+}
+
 # kernels that read and write activations in any layout: tiny calls save the conversions, which cost more than the work
 ANY_LAYOUT = {("conv2d_direct", direction): {"x": "any", "y": "any"} for direction in ("fprop", "dgrad", "wgrad")}
 ANY_LAYOUT["add_act", "fprop"] = ANY_LAYOUT["add_act", "dgrad"] = dict.fromkeys("xrygt", "any")
@@ -229,11 +235,11 @@ def _implementations() -> list[Implementation]:
             isa,
             _for_isa(unsupported, isa),
             _caller,
-            cost=_ranked(cost, isa, rank),
+            cost=_ranked(cost, isa),
             layouts=layouts,
         )
-        for rank, isa in enumerate(isas())
-        for stem, (_, unsupported, cost) in RULES.items()
+        for isa in isas()
+        for stem, (_, unsupported, cost) in (RULES | DOT_RULES if isa == "avx512_bf16" else RULES).items()
         for op, direction, layouts in _operations(table, stem)
         if table.dtypes(stem, direction, isa)
     ]
@@ -243,8 +249,9 @@ def _for_isa(unsupported: Callable[[Problem, str], list[str]], isa: str) -> Call
     return lambda problem: unsupported(problem, isa)
 
 
-def _ranked(cost: Callable[[Problem, str], float], isa: str, rank: int) -> Callable[[Problem], float]:
-    """A lesser ISA is never predicted faster: it serves only where it is pinned or the better one has no kernel."""
+def _ranked(cost: Callable[[Problem, str], float], isa: str) -> Callable[[Problem], float]:
+    """A narrower ISA is never predicted faster: it serves only where it is pinned or the better one has no kernel."""
+    rank = sum(bytes > LANE_BYTES[isa] for bytes in {LANE_BYTES[other] for other in isas()})
     return lambda problem: cost(problem, isa) + 1e3 * rank
 
 

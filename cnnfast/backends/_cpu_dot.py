@@ -1,0 +1,31 @@
+"""What the CPU's kernels on pairs of bf16 (AVX512-BF16) can serve, and what they are predicted to cost.
+
+Cycles are those of cpu.py: of one core on which a vector of float multiply-adds takes half of one. There a dot product of
+pairs takes as long, and does twice the work.
+"""
+
+from __future__ import annotations
+
+from cnnfast.dispatch import Problem
+
+_LANES = 16  # pairs of a vector, and sums
+_FIXED = 2e-6
+
+
+def _seconds(cycles: float) -> float:
+    return _FIXED + cycles / 2.5e9
+
+
+def dot_implicit_gemm_cost(p: Problem) -> float:
+    """Dot products, and the packing of weights where they come as they are."""
+    c, k = (p.K, p.C) if p.direction == "dgrad" else (p.C, p.K)
+    c, k = c // p.G, k // p.G
+    pixels = p.N * (p.H * p.W if p.direction == "dgrad" else p.P * p.Q)
+    taps = p.flops / 2 / max(1, pixels * k * c * p.G)  # a pixel's, which in dgrad are fewer with strides
+    pairs = (p.R * p.S * c + 1) // 2 / max(1, p.R * p.S) if c < _LANES and p.R * p.S > 1 else -(-c // 2)
+    vectors = p.G * -(-k // _LANES) * pairs
+    multiply, pack = pixels * taps * vectors / 2, 20 * p.R * p.S * vectors
+    if not p.packed:
+        return _seconds(multiply + pack)
+    bytes = 64 * p.R * p.S * vectors
+    return _seconds(max(multiply, 0.2 * bytes) if bytes > 2**20 else multiply)
