@@ -29,3 +29,13 @@ def dot_implicit_gemm_cost(p: Problem) -> float:
         return _seconds(multiply + pack)
     bytes = 64 * p.R * p.S * vectors
     return _seconds(max(multiply, 0.2 * bytes) if bytes > 2**20 else multiply)
+
+
+def dot_winograd_cost(p: Problem) -> float:
+    """F(2x2): 16 products of a tile, its transforms, and those of the weights, which are made in every call."""
+    c, k, h, w = (p.K, p.C, p.H, p.W) if p.direction == "dgrad" else (p.C, p.K, p.P, p.Q)
+    c, k = c // p.G, k // p.G
+    tiles, vectors = p.N * -(-h // 2) * -(-w // 2), -(-k // _LANES)
+    transforms = 40 * tiles * (-(-c // _LANES) + vectors)
+    weights = (25 if p.packed else 45) * c * vectors
+    return _seconds(p.G * (16 * tiles * -(-c // 2) * vectors / 2 + transforms + weights))

@@ -56,5 +56,20 @@ CNNFAST_INLINE HalfVec narrow_flushing(Vec<float> v) {
 #endif
 }
 
+// The same of two vectors, as pairs; and the way back.
+CNNFAST_INLINE BitsVec narrow_pairs(Vec<float> first, Vec<float> second) {
+#if defined(__AVX512BF16__)
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (BitsVec)_mm512_permutexvar_epi16(order, halves);
+#else
+  return __builtin_convertvector(narrow_flushing(first), BitsVec) |
+         __builtin_convertvector(narrow_flushing(second), BitsVec) << 16;
+#endif
+}
+CNNFAST_INLINE Vec<float> first_of(BitsVec pairs) { return (Vec<float>)(pairs << 16); }
+CNNFAST_INLINE Vec<float> second_of(BitsVec pairs) { return (Vec<float>)(pairs & 0xffff0000u); }
+
 }  // namespace CNNFAST_ISA
 }  // namespace cnnfast
