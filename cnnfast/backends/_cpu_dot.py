@@ -39,3 +39,16 @@ def dot_winograd_cost(p: Problem) -> float:
     transforms = 40 * tiles * (-(-c // _LANES) + vectors)
     weights = (25 if p.packed else 45) * c * vectors
     return _seconds(p.G * (16 * tiles * -(-c // 2) * vectors / 2 + transforms + weights))
+
+
+def dot_grouped(p: Problem, isa: str) -> list[str]:
+    """Reasons against the grouped kernel."""
+    c, k = p.C // p.G, p.K // p.G
+    if c == k and c in (2, 4, 8):
+        return []
+    return [f"needs 2, 4 or 8 input and as many output channels a group, not {c} and {k}"]
+
+
+def dot_grouped_cost(p: Problem) -> float:
+    """A permutation and a dot product for 32 multiply-adds."""
+    return _seconds(p.flops / 2 / (2 * _LANES) / 1.5)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cnnfast.backends._cpu_dot import dot_implicit_gemm_cost, dot_winograd_cost
+from cnnfast.backends._cpu_dot import dot_grouped, dot_grouped_cost, dot_implicit_gemm_cost, dot_winograd_cost
 from cnnfast.backends._native import Table, addresses, implementation, load
 from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
 
@@ -196,6 +196,7 @@ RULES: dict[str, _Rule] = {
 
 # the same of kernels on avx512_bf16's dot products of pairs
 DOT_RULES: dict[str, _Rule] = {
+    "conv2d_grouped": ("conv2d", dot_grouped, lambda p, isa: dot_grouped_cost(p) + _conversions(p)),
     "conv2d_winograd_f2x2": (
         "conv2d",
         lambda p, isa: _winograd(p, isa, 2),

@@ -22,12 +22,12 @@
 //
 // After Georganas et al., Anatomy of High-Performance Deep Learning Convolutions on SIMD Architectures (2018).
 #include "../../common/kernel_table.h"
-#include "../epilogue.h"
 #include "../primitives/parallel.h"
 #include "../primitives/scratch.h"
 #include "conv2d_implicit_gemm_plan.h"
 #include "direct.h"
 #include "dot_pack.h"
+#include "dot_results.h"
 
 namespace cnnfast {
 namespace CNNFAST_ISA {
@@ -85,7 +85,7 @@ class Panels {
 class Worker {
  public:
   Worker(const Conv2dView& v, const DotPlan& plan, const Operands& o, const Epilogue<BFloat16>* epilogue)
-      : v_(v), plan_(plan), panels_(v, plan), o_(o), epilogue_(epilogue) {}
+      : v_(v), plan_(plan), panels_(v, plan), o_(o), results_(v, o.bias, o.y, epilogue) {}
 
   // False: out of memory. `finite()` tells whether the weights were.
   bool run(int64_t task) {
@@ -102,10 +102,7 @@ class Worker {
       taps_ = carver.take<int64_t>(plan_.taps);
       room_ = carver.take<float>(o_.packed ? 0 : panels_.room());
       weights_ = carver.take<BFloat16>(o_.packed ? 0 : kept_ * panel);
-      sums_ = carver.take<float>(kDotRows * kDotVecs * VL);
-      bias_ = carver.take<float>(kDotVecs * VL);
-      scale_ = carver.take<float>(kDotVecs * VL);
-      shift_ = carver.take<float>(kDotVecs * VL);
+      results_.set_room(carver.take<float>(DotResults::kSums));
       source_ = carver.take<BFloat16>(plan_.copied_elements(v_, plan_.block) + kHalves);
       return carver.used();
     };
@@ -243,7 +240,7 @@ class Worker {
 
   // One panel over `count` rows (or pixels, where flat) of a block, from the `first` on.
   void run_panel(const Block& block, int64_t first, int64_t count, const Panel& panel, const BFloat16* weights) {
-    set_factors(panel);
+    results_.set_channels(panel.group * v_.K + panel.k, min(panel.vecs * VL, v_.K - panel.k), panel.vecs);
     const bool direct = plan_.source == Source::kDirect;
     const BFloat16* x = o_.x + panel.group * v_.C;
     if (plan_.flat) {
@@ -262,68 +259,19 @@ class Worker {
     }
   }
 
-  // bias, scale and shift of a panel's channels.
-  void set_factors(const Panel& panel) {
-    for (int64_t j = 0; j < panel.vecs; ++j) {
-      const int64_t k = panel.group * v_.K + panel.k + j * VL, lanes = min(VL, v_.K - panel.k - j * VL);
-      Epilogue<BFloat16>::Factors f{broadcast(1.f), Vec<float>{}};
-      if (epilogue_) f = epilogue_->factors(k, lanes);
-      store(bias_ + j * VL, o_.bias ? load_wide(o_.bias + k, lanes) : Vec<float>{});
-      store(scale_ + j * VL, f.scale);
-      store(shift_ + j * VL, f.shift);
-    }
-  }
-
   // Tiles over `count` pixels, pixel_step_ apart from `a`; the first is output pixel `pixel`.
   void run_pixels(const BFloat16* a, int64_t pixel, int64_t count, const Panel& panel, const BFloat16* weights) {
-    const int64_t lanes = min(panel.vecs * VL, v_.K - panel.k), channel = panel.group * v_.K + panel.k;
     const int64_t tiles = ceil_div(count, kDotRows);
-    const Activation act = epilogue_ ? epilogue_->act : Activation::kNone;
-    const bool rows_apart = v_.y_h == v_.Q * v_.y_w && (v_.N == 1 || v_.y_n == v_.P * v_.y_h);
-    const bool residual_apart =
-        !epilogue_ || !epilogue_->residual ||
-        (epilogue_->r_h == v_.Q * epilogue_->r_w && (v_.N == 1 || epilogue_->r_n == v_.P * epilogue_->r_h));
-    const bool simple = lanes == panel.vecs * VL && act <= Activation::kRelu;
     DotTileArgs args;
     args.a_row = pixel_step_;
     args.taps = taps_, args.ntaps = plan_.run ? plan_.taps : 0, args.run = plan_.run, args.b = weights;
-    args.bias = bias_, args.scale = scale_, args.shift = shift_;
-    args.relu = act == Activation::kRelu;
-    args.sums = sums_, args.y_row = v_.y_w, args.r_row = epilogue_ ? epilogue_->r_w : 0;
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t i = count * t / tiles, rows = count * (t + 1) / tiles - i, at = pixel + i;
-      const bool in_row = at % v_.Q + rows <= v_.Q, whole = simple && (in_row || (rows_apart && residual_apart));
-      const int64_t q = at % v_.Q, p = at / v_.Q % v_.P, n = at / v_.Q / v_.P;
-      const BFloat16* r = epilogue_ ? epilogue_->residual_at(n, p, q) : nullptr;
+      const int64_t i = count * t / tiles, rows = count * (t + 1) / tiles - i;
       args.a = reinterpret_cast<const char*>(a) + i * pixel_step_;
-      args.y = whole ? o_.y + n * v_.y_n + p * v_.y_h + q * v_.y_w + channel : nullptr;
-      args.r = r ? r + channel : nullptr;
-      args.next = fetch_ < fetch_end_ ? fetch_ : reinterpret_cast<const char*>(bias_);
+      args.next = fetch_ < fetch_end_ ? fetch_ : reinterpret_cast<const char*>(weights);
       args.next_step = fetch_ < fetch_end_ ? kLine : 0;
       fetch_ += args.next_step * args.ntaps * args.run;
-      dot_tile_function(rows, panel.vecs)(args);
-      if (!whole) finish(n, p, q, rows, channel, lanes, panel.vecs * VL);
-    }
-  }
-
-  // A tile's sums through the epilogue, pixel by pixel.
-  void finish(int64_t n, int64_t p, int64_t q, int64_t rows, int64_t channel, int64_t lanes, int64_t width) {
-    for (int64_t j = 0; j < rows; ++j) {
-      BFloat16* y = o_.y + n * v_.y_n + p * v_.y_h + q * v_.y_w + channel;
-      const BFloat16* r = epilogue_ ? epilogue_->residual_at(n, p, q) : nullptr;
-      for (int64_t l = 0; l < lanes; l += VL) {
-        const Vec<float> sum = load(sums_ + j * width + l);
-        if (epilogue_)
-          epilogue_->store(y + l, sum, {load(scale_ + l), load(shift_ + l)}, r ? r + channel + l : nullptr, lanes - l);
-        else if (lanes - l >= VL)
-          store_narrow(y + l, sum);
-        else
-          store_narrow(y + l, sum, lanes - l);
-      }
-      if (++q == v_.Q) {
-        q = 0;
-        if (++p == v_.P) p = 0, ++n;
-      }
+      results_.run(dot_tile_function(rows, panel.vecs), args, pixel + i, rows);
     }
   }
 
@@ -331,13 +279,13 @@ class Worker {
   const DotPlan& plan_;
   const Panels panels_;
   const Operands& o_;
-  const Epilogue<BFloat16>* epilogue_;
+  DotResults results_;
   int64_t first_panel_ = 0, last_panel_ = 0, first_unit_ = 0, last_unit_ = 0, kept_ = 1, packed_to_ = 0;
   int64_t loaded_pixel_ = -1, loaded_group_ = -1, pixel_step_ = 0;  // bytes from output pixel to output pixel
   bool hot_ = false, finite_ = true;
   const char *fetch_ = nullptr, *fetch_end_ = nullptr;
   int64_t* taps_ = nullptr;
-  float *room_ = nullptr, *sums_ = nullptr, *bias_ = nullptr, *scale_ = nullptr, *shift_ = nullptr;
+  float* room_ = nullptr;
   BFloat16 *weights_ = nullptr, *source_ = nullptr;
 };
 

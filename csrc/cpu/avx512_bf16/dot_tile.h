@@ -59,6 +59,37 @@ CNNFAST_INLINE void dot_step(Vec<float> (&acc)[MR][NV], const BFloat16* bp, cons
   dot_row<MR, NV, 0>(acc, b, row0, row5, d, d3, d5);
 }
 
+// Finished sums, where they are to go.
+template <int MR, int NV>
+CNNFAST_INLINE void dot_finish(Vec<float> (&acc)[MR][NV], const DotTileArgs& args) {
+  constexpr int VL = kLanes<float>;
+  if (!args.y) return store_rows<float, MR, NV>(args.sums, NV * VL, acc);
+  const Vec<float> zero{};
+#pragma GCC unroll 2
+  for (int j = 0; j < NV; ++j) {
+    const Vec<float> scale = load(args.scale + j * VL), shift = load(args.shift + j * VL);
+#pragma GCC unroll 14
+    for (int i = 0; i < MR; ++i) acc[i][j] = acc[i][j] * scale + shift;
+  }
+  if (args.r)
+#pragma GCC unroll 14
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) acc[i][j] += load_wide(args.r + i * args.r_row + j * VL);
+  if (args.relu)
+#pragma GCC unroll 14
+    for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) acc[i][j] = zero > acc[i][j] ? zero : acc[i][j];  // a NaN stays
+#pragma GCC unroll 14
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) {
+      const HalfVec h = narrow_flushing(acc[i][j]);
+      memcpy(args.y + i * args.y_row + j * VL, &h, sizeof h);
+    }
+}
+
 template <int MR, int NV>
 void dot_tile(const DotTileArgs& args) {
   constexpr int VL = kLanes<float>, kUnroll = 4, kRow = 2 * NV * VL;
@@ -95,31 +126,7 @@ void dot_tile(const DotTileArgs& args) {
       bp += kRow;
     }
   }
-  if (!args.y) return store_rows<float, MR, NV>(args.sums, NV * VL, acc);
-  const Vec<float> zero{};
-#pragma GCC unroll 2
-  for (int j = 0; j < NV; ++j) {
-    const Vec<float> scale = load(args.scale + j * VL), shift = load(args.shift + j * VL);
-#pragma GCC unroll 14
-    for (int i = 0; i < MR; ++i) acc[i][j] = acc[i][j] * scale + shift;
-  }
-  if (args.r)
-#pragma GCC unroll 14
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) acc[i][j] += load_wide(args.r + i * args.r_row + j * VL);
-  if (args.relu)
-#pragma GCC unroll 14
-    for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 2
-      for (int j = 0; j < NV; ++j) acc[i][j] = maximum(zero, acc[i][j]);
-#pragma GCC unroll 14
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) {
-      const HalfVec h = narrow_flushing(acc[i][j]);
-      memcpy(args.y + i * args.y_row + j * VL, &h, sizeof h);
-    }
+  dot_finish<MR, NV>(acc, args);
 }
 
 #define CNNFAST_DOT_TILES(NV)                                                               \

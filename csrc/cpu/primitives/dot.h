@@ -46,6 +46,17 @@ CNNFAST_INLINE BitsVec load_halves(const BFloat16* p, int64_t n) {
 #endif
 }
 CNNFAST_INLINE void store_halves(BFloat16* p, BitsVec v) { memcpy(p, &v, sizeof v); }
+// The lower half of a vector alone.
+CNNFAST_INLINE BitsVec load_low_halves(const BFloat16* p) {
+#if defined(__AVX512F__)
+  return (BitsVec)_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  BitsVec v{};
+  memcpy(&v, p, sizeof v / 2);
+  return v;
+#endif
+}
+CNNFAST_INLINE void store_low_halves(BFloat16* p, BitsVec v) { memcpy(p, &v, sizeof v / 2); }
 
 // To bf16, round to nearest even; a NaN stays a NaN. AVX512-BF16's conversion makes zeros of denormals.
 CNNFAST_INLINE HalfVec narrow_flushing(Vec<float> v) {
