@@ -29,7 +29,7 @@ namespace {
 
 constexpr int64_t VL = kLanes<float>;           // channels of a vector
 constexpr int64_t kVecs = 4;                    // vectors at a time
-constexpr int64_t kStripBytes = 48 << 10;       // copied rows of one vector
+constexpr int64_t kStripBytes = 20 << 10;       // copied rows of one vector
 constexpr int64_t kImageBytes = 1 << 20;        // of g, while the classes of dgrad pass by
 constexpr int64_t kMacsWorthThreads = 1 << 17;  // below, one thread
 constexpr const char* kNoMemory = "out of memory";
@@ -181,34 +181,33 @@ class Worker {
       const int64_t h = p * v_.stride_h - v_.pad_h + i * step_h_;
       const bool inside = h >= 0 && h < v_.H;
       const BFloat16* x = o_.x + n * v_.x_n + (inside ? h : 0) * v_.x_h + vec * VL;
-      BFloat16* out = strip_ + i * columns_ * VL;
-      for (int64_t column = 0; column < columns_; ++column, out += VL) {
-        const int64_t w = column * step_w_ - v_.pad_w;
-        const bool pixel = inside && w >= 0 && w < v_.W;
-        for (int64_t j = 0; j < count; ++j) {
-          const int64_t channels = lanes(vec + j);
-          BitsVec value{};
-          if (pixel && channels == VL)
-            value = load_low_halves(x + w * v_.x_w + j * VL);
-          else if (pixel)
-            value = load_halves(x + w * v_.x_w + j * VL, channels);
-          store_low_halves(out + j * distance, value);
-        }
+      // Columns [begin, end) lie inside.
+      const int64_t begin = inside ? min(columns_, max(0, ceil_div(v_.pad_w, step_w_))) : columns_;
+      const int64_t end = v_.W + v_.pad_w > 0 ? max(begin, min(columns_, (v_.W - 1 + v_.pad_w) / step_w_ + 1)) : begin;
+      for (int64_t j = 0; j < count; ++j) {
+        BFloat16* out = strip_ + j * distance + i * columns_ * VL;
+        const BFloat16* in = x + j * VL - v_.pad_w * v_.x_w;
+        const int64_t channels = lanes(vec + j), step = step_w_ * v_.x_w;
+        for (int64_t w = 0; w < begin; ++w) store_low_halves(out + w * VL, BitsVec{});
+        if (channels == VL)
+          for (int64_t w = begin; w < end; ++w) store_low_halves(out + w * VL, load_low_halves(in + w * step));
+        else
+          for (int64_t w = begin; w < end; ++w) store_low_halves(out + w * VL, load_halves(in + w * step, channels));
+        for (int64_t w = end; w < columns_; ++w) store_low_halves(out + w * VL, BitsVec{});
       }
     }
   }
 
   void run_row(const BFloat16* weights, int64_t unit, const BFloat16* strip) {
-    const int64_t tiles = ceil_div(v_.Q, kDotRows), size = VL * static_cast<int64_t>(sizeof(BFloat16));
+    const int64_t size = VL * static_cast<int64_t>(sizeof(BFloat16));
     DotTileArgs args;
     args.a_row = v_.Q == 1 ? 0 : v_.stride_w / step_w_ * size;
     args.next_step = v_.S == 1 ? 0 : v_.dilation_w / step_w_ * size;
     args.taps = rows_, args.ntaps = v_.S ? v_.R : 0, args.run = v_.S, args.b = weights;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t q = v_.Q * t / tiles, pixels = v_.Q * (t + 1) / tiles - q;
+    for_each_tile(v_.Q, [&](int64_t q, int64_t pixels) {
       args.a = reinterpret_cast<const char*>(strip) + q * args.a_row;
       results_.run(tiles_[pixels], args, unit * v_.Q + q, pixels);
-    }
+    });
   }
 
   const Conv2dView& v_;

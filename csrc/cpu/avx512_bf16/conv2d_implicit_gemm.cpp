@@ -261,18 +261,16 @@ class Worker {
 
   // Tiles over `count` pixels, pixel_step_ apart from `a`; the first is output pixel `pixel`.
   void run_pixels(const BFloat16* a, int64_t pixel, int64_t count, const Panel& panel, const BFloat16* weights) {
-    const int64_t tiles = ceil_div(count, kDotRows);
     DotTileArgs args;
     args.a_row = pixel_step_;
     args.taps = taps_, args.ntaps = plan_.run ? plan_.taps : 0, args.run = plan_.run, args.b = weights;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t i = count * t / tiles, rows = count * (t + 1) / tiles - i;
+    for_each_tile(count, [&](int64_t i, int64_t rows) {
       args.a = reinterpret_cast<const char*>(a) + i * pixel_step_;
       args.next = fetch_ < fetch_end_ ? fetch_ : reinterpret_cast<const char*>(weights);
       args.next_step = fetch_ < fetch_end_ ? kLine : 0;
       fetch_ += args.next_step * args.ntaps * args.run;
       results_.run(dot_tile_function(rows, panel.vecs), args, pixel + i, rows);
-    }
+    });
   }
 
   const Conv2dView& v_;

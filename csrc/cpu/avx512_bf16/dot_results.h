@@ -7,12 +7,23 @@
 namespace cnnfast {
 namespace CNNFAST_ISA {
 
+// `count` pixels in tiles that differ by one at most: calls fn(first, rows).
+template <class F>
+CNNFAST_INLINE void for_each_tile(int64_t count, const F& fn) {
+  const int64_t tiles = ceil_div(count, kDotRows), least = count / max(1, tiles), more = count - least * tiles;
+  for (int64_t t = 0, i = 0; t < tiles; ++t) {
+    const int64_t rows = least + (t < more);
+    fn(i, rows);
+    i += rows;
+  }
+}
+
 class DotResults {
  public:
   static constexpr int64_t kSums = kDotRows * kDotVecs * kLanes<float>;
 
   DotResults(const Conv2dView& v, const BFloat16* bias, BFloat16* y, const Epilogue<BFloat16>* epilogue)
-      : v_(v), given_(bias), y_(y), epilogue_(epilogue) {
+      : v_(v), given_(bias), y_(y), epilogue_(epilogue), act_(epilogue ? epilogue->act : Activation::kNone) {
     rows_follow_ = v.y_h == v.Q * v.y_w && (v.N == 1 || v.y_n == v.P * v.y_h);
     if (epilogue && epilogue->residual)
       rows_follow_ &= epilogue->r_h == v.Q * epilogue->r_w && (v.N == 1 || epilogue->r_n == v.P * epilogue->r_h);
@@ -34,26 +45,34 @@ class DotResults {
 
   // Runs a tile over `rows` neighbouring pixels of y, the first of them `pixel`.
   CNNFAST_INLINE void run(DotTileFn tile, DotTileArgs& args, int64_t pixel, int64_t rows) const {
-    const int64_t q = pixel % v_.Q, p = pixel / v_.Q % v_.P, n = pixel / v_.Q / v_.P;
-    const Activation act = epilogue_ ? epilogue_->act : Activation::kNone;
-    const bool whole = lanes_ == vecs_ * VL && act <= Activation::kRelu && (q + rows <= v_.Q || rows_follow_);
+    const bool residual = epilogue_ && epilogue_->residual;
+    bool whole = lanes_ == vecs_ * VL && act_ <= Activation::kRelu;
     args.bias = reinterpret_cast<const float*>(bias_);
     args.scale = reinterpret_cast<const float*>(scale_), args.shift = reinterpret_cast<const float*>(shift_);
-    args.relu = act == Activation::kRelu;
+    args.relu = act_ == Activation::kRelu;
     args.sums = sums_;
-    args.y = whole ? y_ + n * v_.y_n + p * v_.y_h + q * v_.y_w + channel_ : nullptr, args.y_row = v_.y_w;
-    args.r = nullptr;
-    if (epilogue_ && epilogue_->residual)
-      args.r = epilogue_->residual_at(n, p, q) + channel_, args.r_row = epilogue_->r_w;
+    args.y_row = v_.y_w, args.r = nullptr;
+    if (residual) args.r_row = epilogue_->r_w;
+    if (rows_follow_) {
+      args.y = y_ + pixel * v_.y_w + channel_;
+      if (residual) args.r = epilogue_->residual + pixel * epilogue_->r_w + channel_;
+    } else {
+      const int64_t q = pixel % v_.Q, p = pixel / v_.Q % v_.P, n = pixel / v_.Q / v_.P;
+      args.y = y_ + n * v_.y_n + p * v_.y_h + q * v_.y_w + channel_;
+      if (residual) args.r = epilogue_->residual_at(n, p, q) + channel_;
+      whole &= q + rows <= v_.Q;
+    }
+    if (!whole) args.y = nullptr;
     tile(args);
-    if (!whole) finish(n, p, q, rows);
+    if (!whole) finish(pixel, rows);
   }
 
  private:
   static constexpr int64_t VL = kLanes<float>;
 
   // A tile's sums through the epilogue, pixel by pixel.
-  __attribute__((noinline)) void finish(int64_t n, int64_t p, int64_t q, int64_t rows) const {
+  __attribute__((noinline)) void finish(int64_t pixel, int64_t rows) const {
+    int64_t q = pixel % v_.Q, p = pixel / v_.Q % v_.P, n = pixel / v_.Q / v_.P;
     for (int64_t i = 0; i < rows; ++i) {
       BFloat16* y = y_ + n * v_.y_n + p * v_.y_h + q * v_.y_w + channel_;
       const BFloat16* r = epilogue_ ? epilogue_->residual_at(n, p, q) : nullptr;
@@ -76,6 +95,7 @@ class DotResults {
   const BFloat16* given_;
   BFloat16* y_;
   const Epilogue<BFloat16>* epilogue_;
+  Activation act_;
   bool rows_follow_;  // neighbouring pixels are y_w apart from row to row and image to image, too
   int64_t channel_ = 0, lanes_ = 0, vecs_ = 0;
   Vec<float> bias_[kDotVecs] = {}, scale_[kDotVecs] = {}, shift_[kDotVecs] = {};
