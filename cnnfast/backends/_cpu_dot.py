@@ -8,6 +8,19 @@ from __future__ import annotations
 
 from cnnfast.dispatch import Problem
 
+_ROUNDED_ONCE = (
+    1.0,
+    "products of bf16 are exact in float, where they are summed; the result is rounded once, as torch's",
+)
+DOT_ERRORS = {
+    "conv2d_grouped": _ROUNDED_ONCE,
+    "conv2d_implicit_gemm": _ROUNDED_ONCE,
+    "conv2d_winograd_f2x2": (
+        3.0,
+        "transformed inputs and weights are rounded to bf16 once more: 2 to 2.7 times the error of rounding the result alone",
+    ),
+}
+
 _LANES = 16  # pairs of a vector, and sums
 _FIXED = 2e-6
 

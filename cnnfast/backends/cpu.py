@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from cnnfast.backends._cpu_dot import dot_grouped, dot_grouped_cost, dot_implicit_gemm_cost, dot_winograd_cost
+from cnnfast.backends._cpu_dot import (
+    DOT_ERRORS,
+    dot_grouped,
+    dot_grouped_cost,
+    dot_implicit_gemm_cost,
+    dot_winograd_cost,
+)
 from cnnfast.backends._native import Table, addresses, implementation, load
 from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
 
@@ -28,11 +34,12 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 MODULE, ABSENT = _load()
-LANE_BYTES = {"avx512_bf16": 64, "avx512": 64, "avx2": 32, "portable": 16}  # vector width by ISA, best first
+LANE_BYTES = {"avx512": 64, "avx2": 32, "portable": 16}  # vector width by ISA, best first
+DOT = "avx512_bf16"  # beside avx512: kernels on dot products of pairs of bf16
 
 
 def isas() -> tuple[str, ...]:
-    """The ISAs that this processor runs, best first; ``CNNFAST_CPU_ISA`` caps the choice (avx512, avx2, portable)."""
+    """The ISAs that this processor runs, best first; ``CNNFAST_CPU_ISA`` caps the choice (avx2, portable)."""
     if MODULE is None:
         return ()
     usable = [isa.strip() for isa in MODULE.device()["isas"].split(",")]
@@ -41,6 +48,12 @@ def isas() -> tuple[str, ...]:
     if cap and cap not in found:
         raise ValueError(f"CNNFAST_CPU_ISA: expected one of {', '.join(found)} on this processor, got {cap!r}")
     return found[found.index(cap) :] if cap else found
+
+
+def variants() -> tuple[str, ...]:
+    """The ISAs, and before them what some kernels have beside the widest; not where ``CNNFAST_CPU_ISA`` names an ISA."""
+    dot = MODULE is not None and DOT in MODULE.device()["isas"].split(",") and not os.environ.get("CNNFAST_CPU_ISA")
+    return (DOT, *isas()) if dot else isas()
 
 
 def _caller(call: Any, problem: Problem) -> Kernel:
@@ -199,7 +212,7 @@ DOT_RULES: dict[str, _Rule] = {
     "conv2d_grouped": ("conv2d", dot_grouped, lambda p, isa: dot_grouped_cost(p) + _conversions(p)),
     "conv2d_winograd_f2x2": (
         "conv2d",
-        lambda p, isa: _winograd(p, isa, 2),
+        lambda p, isa: _winograd(p, "avx512", 2),
         lambda p, isa: dot_winograd_cost(p) + _conversions(p),
     ),
     "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], lambda p, isa: dot_implicit_gemm_cost(p) + _conversions(p)),
@@ -243,9 +256,10 @@ def _implementations() -> list[Implementation]:
             _caller,
             cost=_ranked(cost, isa),
             layouts=layouts,
+            **({"error_bound": DOT_ERRORS[stem]} if isa == DOT else {}),
         )
-        for isa in isas()
-        for stem, (_, unsupported, cost) in (RULES | DOT_RULES if isa == "avx512_bf16" else RULES).items()
+        for isa in variants()
+        for stem, (_, unsupported, cost) in (DOT_RULES if isa == DOT else RULES).items()
         for op, direction, layouts in _operations(table, stem)
         if table.dtypes(stem, direction, isa)
     ]
@@ -256,8 +270,8 @@ def _for_isa(unsupported: Callable[[Problem, str], list[str]], isa: str) -> Call
 
 
 def _ranked(cost: Callable[[Problem, str], float], isa: str) -> Callable[[Problem], float]:
-    """A narrower ISA is never predicted faster: it serves only where it is pinned or the better one has no kernel."""
-    rank = sum(bytes > LANE_BYTES[isa] for bytes in {LANE_BYTES[other] for other in isas()})
+    """A lesser ISA is never predicted faster: it serves only where it is pinned or the better one has no kernel."""
+    rank = 0 if isa == DOT else isas().index(isa)
     return lambda problem: cost(problem, isa) + 1e3 * rank
 
 
@@ -266,5 +280,5 @@ BACKEND = Backend(
     unavailable=lambda p: [ABSENT] if ABSENT else [] if p.device == "cpu" else [f"serves CPU tensors, not {p.device}"],
     implementations=_implementations(),
     plan=None if MODULE is None else MODULE.Plan,
-    status=lambda: ABSENT or f"{MODULE.device()['isa']} ({', '.join(isas())}), {_threads()} threads",  # type: ignore[union-attr]
+    status=lambda: ABSENT or f"{MODULE.device()['isa']} ({', '.join(variants())}), {_threads()} threads",  # type: ignore[union-attr]
 )
