@@ -52,7 +52,7 @@ CNNFAST_INLINE void multiply(Vec<float>& acc, BitsVec x, const BitsVec* weights)
   }
 }
 
-// args.run: taps of a filter row; args.taps: the offsets of the rows; next_step: bytes from column to column.
+// args.run: taps of a filter row; args.taps: the offsets of the rows; next[0].step: bytes from column to column.
 template <int pairs, int MR>
 void grouped_tile(const DotTileArgs& args) {
   Vec<float> acc[MR][1];
@@ -62,7 +62,7 @@ void grouped_tile(const DotTileArgs& args) {
   const BFloat16* w = args.b;
   for (int64_t r = 0; r < args.ntaps; ++r) {
     const char* x = args.a + args.taps[r];
-    for (int64_t s = 0; s < args.run; ++s, x += args.next_step, w += pairs * kHalves) {
+    for (int64_t s = 0; s < args.run; ++s, x += args.next[0].step, w += pairs * kHalves) {
       BitsVec weights[pairs];
 #pragma GCC unroll 4
       for (int q = 0; q < pairs; ++q) weights[q] = load_halves(w + q * kHalves);
@@ -202,7 +202,7 @@ class Worker {
     const int64_t size = VL * static_cast<int64_t>(sizeof(BFloat16));
     DotTileArgs args;
     args.a_row = v_.Q == 1 ? 0 : v_.stride_w / step_w_ * size;
-    args.next_step = v_.S == 1 ? 0 : v_.dilation_w / step_w_ * size;
+    args.next[0].step = v_.S == 1 ? 0 : v_.dilation_w / step_w_ * size;
     args.taps = rows_, args.ntaps = v_.S ? v_.R : 0, args.run = v_.S, args.b = weights;
     for_each_tile(v_.Q, [&](int64_t q, int64_t pixels) {
       args.a = reinterpret_cast<const char*>(strip) + q * args.a_row;

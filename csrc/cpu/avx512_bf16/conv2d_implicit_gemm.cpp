@@ -173,7 +173,7 @@ class Worker {
       for (int64_t i = begin; i < end; ++i) {
         const Panel panel = panels_.at(i);
         const BFloat16* weights = o_.packed + panels_.offset(panel);
-        fetch_ = fetch_end_ = nullptr;
+        fetch_ = fetch_end_ = reinterpret_cast<const char*>(weights);
         if (!o_.packed) {
           weights = weights_ + (i - first) * panel_elements;
           if (i >= packed_to_) finite_ &= panels_.pack(panel, o_.w, weights_ + (i - first) * panel_elements, room_);
@@ -183,6 +183,7 @@ class Worker {
           fetch_ = reinterpret_cast<const char*>(o_.packed + panels_.offset(next));
           fetch_end_ = fetch_ + next.vecs * panels_.vec_elements() * static_cast<int64_t>(sizeof(BFloat16));
         }
+        new_pixels_ = i == begin && plan_.source == Source::kDirect && v_.x_w == v_.C && plan_.flat;
         run_panel(block, unit, min(step, units - unit), panel, weights);
       }
   }
@@ -266,9 +267,10 @@ class Worker {
     args.taps = taps_, args.ntaps = plan_.run ? plan_.taps : 0, args.run = plan_.run, args.b = weights;
     for_each_tile(count, [&](int64_t i, int64_t rows) {
       args.a = reinterpret_cast<const char*>(a) + i * pixel_step_;
-      args.next = fetch_ < fetch_end_ ? fetch_ : reinterpret_cast<const char*>(weights);
-      args.next_step = fetch_ < fetch_end_ ? kLine : 0;
-      fetch_ += args.next_step * args.ntaps * args.run;
+      args.next[0] = {fetch_, fetch_ < fetch_end_ ? kLine : 0};
+      fetch_ += args.next[0].step * args.ntaps * args.run;
+      // pixels in one piece, seen for the first time
+      args.next[1] = {args.a + rows * pixel_step_, new_pixels_ && i + rows < count ? kLine : 0};
       results_.run(dot_tile_function(rows, panel.vecs), args, pixel + i, rows);
     });
   }
@@ -280,7 +282,7 @@ class Worker {
   DotResults results_;
   int64_t first_panel_ = 0, last_panel_ = 0, first_unit_ = 0, last_unit_ = 0, kept_ = 1, packed_to_ = 0;
   int64_t loaded_pixel_ = -1, loaded_group_ = -1, pixel_step_ = 0;  // bytes from output pixel to output pixel
-  bool hot_ = false, finite_ = true;
+  bool hot_ = false, new_pixels_ = false, finite_ = true;
   const char *fetch_ = nullptr, *fetch_end_ = nullptr;
   int64_t* taps_ = nullptr;
   float* room_ = nullptr;

@@ -41,6 +41,7 @@ constexpr int64_t kHotInputBytes = 256 << 10;   // transformed inputs of a block
 constexpr int64_t kInputBytes = 7 << 19;        // and where the weights pass by only once
 constexpr int64_t kMostTiles = 4 * kDotRows;    // whose products wait for the output transform
 constexpr int64_t kMacsWorthThreads = 1 << 18;  // below, one thread
+constexpr int64_t kLine = 64;
 constexpr const char* kNoMemory = "out of memory";
 
 // An odd number of cache lines: arrays that are walked side by side don't share a set of L1.
@@ -142,6 +143,12 @@ class Worker {
             if (!o_.packed) pack_plain(v_, plan_, o_.w, group_, panel, plain_ + slot * plain, room_);
             transform(u_panel, w, plan_.panel_vecs(panel));
           }
+          // The next panel's weights, where they aren't transformed yet, come from far while this one is at work.
+          fetch_ = fetch_end_ = reinterpret_cast<const char*>(w);
+          if (o_.packed && panel + 1 < last_panel_ && (tile == first || !keep_)) {
+            fetch_ += plan_.panel_vecs(panel) * plan_.vec_elements() * size;
+            fetch_end_ = fetch_ + plan_.panel_vecs(panel + 1) * plan_.vec_elements() * size;
+          }
           for (int64_t i = 0; i < count; i += kMostTiles)
             run_tiles(tile + i, i, min(kMostTiles, count - i), panel, u_panel, w);
         }
@@ -222,6 +229,12 @@ class Worker {
     column(w, columns[0]);
     column(w + 1, columns[1]);
     for (int64_t i = 0; i < tiles; ++i, v += plan_.v_pitch, w += M) {
+      if (c % kHalves == 0)
+#pragma GCC unroll 4
+        for (int a = 0; a < P; ++a) {
+          __builtin_prefetch(rows[a] + (w + 6) * v_.x_w * inside[a]);
+          __builtin_prefetch(rows[a] + (w + 7) * v_.x_w * inside[a]);
+        }
       column(w + 2, columns[2]);
       column(w + 3, columns[3]);
 #pragma GCC unroll 4
@@ -250,14 +263,14 @@ class Worker {
     args.bias = reinterpret_cast<const float*>(none);
     for (int f = 0; f < kProducts; ++f) {
       args.b = u + f * plan_.u_product;
-      args.next = reinterpret_cast<const char*>(args.b + plan_.u_product);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t i = count * g / groups, rows = count * (g + 1) / groups - i;
         args.a = reinterpret_cast<const char*>(inputs_ + f * v_product_ + (index + i) * plan_.v_pitch);
         args.sums = products_ + f * m_product() + i * width;
-        args.next_step = f + 1 < kProducts && g < vecs ? 64 : 0;
+        args.next[0] = {fetch_, fetch_ < fetch_end_ ? kLine : 0};
+        args.next[1] = {fetch_, 0};
         dot_tile_function(rows, vecs)(args);
-        args.next += args.next_step * plan_.pairs;
+        fetch_ += args.next[0].step * plan_.pairs;
       }
     }
     for (int64_t j = 0; j < vecs; ++j) {
@@ -358,6 +371,7 @@ class Worker {
   const Epilogue<BFloat16>* epilogue_;
   int64_t group_ = 0, first_panel_ = 0, last_panel_ = 0, block_ = 0, v_product_ = 0;
   bool keep_ = false;
+  const char *fetch_ = nullptr, *fetch_end_ = nullptr;
   BFloat16 *zeros_ = nullptr, *plain_ = nullptr, *weights_ = nullptr, *inputs_ = nullptr;
   float *room_ = nullptr, *products_ = nullptr;
 };

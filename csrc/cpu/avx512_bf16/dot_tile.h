@@ -23,8 +23,11 @@ struct DotTileArgs {
   const int64_t* taps;  // offsets of A, in bytes
   int64_t ntaps, run;
   const BFloat16* b;  // [tap][pair][NV vectors of pairs]
-  const char* next;   // what is read soon: one line is fetched at every step, `next_step` bytes apart
-  int64_t next_step;
+  // What is read soon: two streams, of which a line is fetched at every step.
+  struct {
+    const char* at;
+    int64_t step;  // bytes; 0: nothing
+  } next[2];
   const float *bias, *scale, *shift;  // NV vectors; sums start from the bias
   BFloat16* y;                        // rows y_row elements apart; null: sums are stored as they are
   int64_t y_row;
@@ -90,6 +93,16 @@ CNNFAST_INLINE void dot_finish(Vec<float> (&acc)[MR][NV], const DotTileArgs& arg
     }
 }
 
+// Asks for the lines of the residual and of y, which else would be waited for at the end.
+template <int MR>
+CNNFAST_INLINE void fetch_results(const DotTileArgs& args) {
+#pragma GCC unroll 14
+  for (int i = 0; i < MR; ++i) __builtin_prefetch(args.y + i * args.y_row, 1);
+  if (args.r)
+#pragma GCC unroll 14
+    for (int i = 0; i < MR; ++i) __builtin_prefetch(args.r + i * args.r_row);
+}
+
 template <int MR, int NV>
 void dot_tile(const DotTileArgs& args) {
   constexpr int VL = kLanes<float>, kUnroll = 4, kRow = 2 * NV * VL;
@@ -101,8 +114,9 @@ void dot_tile(const DotTileArgs& args) {
     for (int i = 0; i < MR; ++i) acc[i][j] = bias;
   }
   const BFloat16* bp = args.b;
-  const char* next = args.next;
-  const int64_t next_step = args.next_step;
+  const char *next0 = args.next[0].at, *next1 = args.next[1].at;
+  const int64_t step0 = args.next[0].step, step1 = args.next[1].step;
+  if (args.y) fetch_results<MR>(args);
   int64_t d = args.a_row, d3 = 3 * d, d5 = 5 * d;
   for (int64_t t = 0; t < args.ntaps; ++t) {
     const char* row0 = args.a + args.taps[t];
@@ -111,16 +125,18 @@ void dot_tile(const DotTileArgs& args) {
     for (; n >= kUnroll; n -= kUnroll) {
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u) {
-        __builtin_prefetch(next, 0, 2);
-        next += next_step;
+        __builtin_prefetch(next0, 0, 2);
+        __builtin_prefetch(next1, 0, 2);
+        next0 += step0, next1 += step1;
         dot_step<MR, NV>(acc, bp + u * kRow, row0, row5, d, d3, d5);
         row0 += 4, row5 += 4;
       }
       bp += kUnroll * kRow;
     }
     for (; n > 0; --n) {
-      __builtin_prefetch(next, 0, 2);
-      next += next_step;
+      __builtin_prefetch(next0, 0, 2);
+      __builtin_prefetch(next1, 0, 2);
+      next0 += step0, next1 += step1;
       dot_step<MR, NV>(acc, bp, row0, row5, d, d3, d5);
       row0 += 4, row5 += 4;
       bp += kRow;
