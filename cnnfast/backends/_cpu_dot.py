@@ -35,9 +35,11 @@ def dot_implicit_gemm_cost(p: Problem) -> float:
     c, k = c // p.G, k // p.G
     pixels = p.N * (p.H * p.W if p.direction == "dgrad" else p.P * p.Q)
     taps = p.flops / 2 / max(1, pixels * k * c * p.G)  # a pixel's, which in dgrad are fewer with strides
-    pairs = (p.R * p.S * c + 1) // 2 / max(1, p.R * p.S) if c < _LANES and p.R * p.S > 1 else -(-c // 2)
+    windows = c < _LANES and p.R * p.S > 1  # whose pixels are copied once for every filter row
+    pairs = (p.R * p.S * c + 1) // 2 / (p.R * p.S) if windows else -(-c // 2)
     vectors = p.G * -(-k // _LANES) * pairs
-    multiply, pack = pixels * taps * vectors / 2, 20 * p.R * p.S * vectors
+    copies = p.G * pixels * (20 + 5 * p.R) if windows else 0
+    multiply, pack = pixels * taps * vectors / 2 + copies, 20 * p.R * p.S * vectors
     if not p.packed:
         return _seconds(multiply + pack)
     bytes = 64 * p.R * p.S * vectors
