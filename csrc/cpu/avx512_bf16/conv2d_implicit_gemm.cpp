@@ -267,10 +267,10 @@ class Worker {
     args.taps = taps_, args.ntaps = plan_.run ? plan_.taps : 0, args.run = plan_.run, args.b = weights;
     for_each_tile(count, [&](int64_t i, int64_t rows) {
       args.a = reinterpret_cast<const char*>(a) + i * pixel_step_;
-      args.next[0] = {fetch_, fetch_ < fetch_end_ ? kLine : 0};
-      fetch_ += args.next[0].step * args.ntaps * args.run;
       // pixels in one piece, seen for the first time
-      args.next[1] = {args.a + rows * pixel_step_, new_pixels_ && i + rows < count ? kLine : 0};
+      args.next[0] = {args.a + rows * pixel_step_, new_pixels_ && i + rows < count ? kLine : 0};
+      args.next[1] = {fetch_, fetch_ < fetch_end_ ? kLine : 0};
+      fetch_ += args.next[1].step * args.ntaps * args.run;
       results_.run(dot_tile_function(rows, panel.vecs), args, pixel + i, rows);
     });
   }

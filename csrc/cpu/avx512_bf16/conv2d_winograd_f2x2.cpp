@@ -42,6 +42,7 @@ constexpr int64_t kInputBytes = 7 << 19;        // and where the weights pass by
 constexpr int64_t kMostTiles = 4 * kDotRows;    // whose products wait for the output transform
 constexpr int64_t kMacsWorthThreads = 1 << 18;  // below, one thread
 constexpr int64_t kLine = 64;
+constexpr int kFetched = 6;  // lines of weights asked for beside a vector of a tile
 constexpr const char* kNoMemory = "out of memory";
 
 // An odd number of cache lines: arrays that are walked side by side don't share a set of L1.
@@ -133,11 +134,12 @@ class Worker {
     for (group_ = 0; group_ < v_.G; ++group_)
       for (int64_t tile = first; tile < last; tile += block_) {
         const int64_t count = min(block_, last - tile);
+        fetch_ = fetch_end_ = reinterpret_cast<const char*>(o_.packed);
+        if (o_.packed && tile == first) fetch_weights(first_panel_);
         load_tiles(tile, count);
         for (int64_t panel = first_panel_; panel < last_panel_; ++panel) {
           const int64_t slot = keep_ ? panel - first_panel_ : 0;
-          const BFloat16* w = plain_ + slot * plain;
-          if (o_.packed) w = o_.packed + (group_ * plan_.vecs + panel * kDotVecs) * plan_.vec_elements();
+          const BFloat16* w = o_.packed ? packed(panel) : plain_ + slot * plain;
           BFloat16* u_panel = weights_ + slot * u;
           if (tile == first || !keep_) {
             if (!o_.packed) pack_plain(v_, plan_, o_.w, group_, panel, plain_ + slot * plain, room_);
@@ -145,10 +147,7 @@ class Worker {
           }
           // The next panel's weights, where they aren't transformed yet, come from far while this one is at work.
           fetch_ = fetch_end_ = reinterpret_cast<const char*>(w);
-          if (o_.packed && panel + 1 < last_panel_ && (tile == first || !keep_)) {
-            fetch_ += plan_.panel_vecs(panel) * plan_.vec_elements() * size;
-            fetch_end_ = fetch_ + plan_.panel_vecs(panel + 1) * plan_.vec_elements() * size;
-          }
+          if (o_.packed && panel + 1 < last_panel_ && (tile == first || !keep_)) fetch_weights(panel + 1);
           for (int64_t i = 0; i < count; i += kMostTiles)
             run_tiles(tile + i, i, min(kMostTiles, count - i), panel, u_panel, w);
         }
@@ -163,6 +162,13 @@ class Worker {
   Place place(int64_t tile) const {
     const int64_t row = tile / plan_.tiles_w;
     return {row / plan_.tiles_h, row % plan_.tiles_h * M, tile % plan_.tiles_w * M};
+  }
+  const BFloat16* packed(int64_t panel) const {
+    return o_.packed + (group_ * plan_.vecs + panel * kDotVecs) * plan_.vec_elements();
+  }
+  void fetch_weights(int64_t panel) {
+    fetch_ = reinterpret_cast<const char*>(packed(panel));
+    fetch_end_ = reinterpret_cast<const char*>(packed(panel) + plan_.panel_vecs(panel) * plan_.vec_elements());
   }
   static int64_t m_product() { return (kMostTiles * kDotVecs + 1) * VL; }
 
@@ -206,7 +212,7 @@ class Worker {
 
   // A vector of channels of neighbouring tiles: B' is applied to columns once, and those of two tiles are shared.
   template <bool kWhole>
-  void load_row(const Place& at, int64_t tiles, int64_t c, BFloat16* v) const {
+  void load_row(const Place& at, int64_t tiles, int64_t c, BFloat16* v) {
     const BFloat16* rows[P];
     int64_t inside[P];  // 0: the row is padding
     for (int a = 0; a < P; ++a) {
@@ -229,6 +235,7 @@ class Worker {
     column(w, columns[0]);
     column(w + 1, columns[1]);
     for (int64_t i = 0; i < tiles; ++i, v += plan_.v_pitch, w += M) {
+      for (int i = 0; i < kFetched && fetch_ < fetch_end_; ++i, fetch_ += kLine) __builtin_prefetch(fetch_, 0, 2);
       if (c % kHalves == 0)
 #pragma GCC unroll 4
         for (int a = 0; a < P; ++a) {

@@ -23,7 +23,8 @@ struct DotTileArgs {
   const int64_t* taps;  // offsets of A, in bytes
   int64_t ntaps, run;
   const BFloat16* b;  // [tap][pair][NV vectors of pairs]
-  // What is read soon: two streams, of which a line is fetched at every step.
+  // What is read soon: two streams, of which a line is fetched at every step, the first's into L1, the second's into
+  // L2.
   struct {
     const char* at;
     int64_t step;  // bytes; 0: nothing
@@ -125,7 +126,7 @@ void dot_tile(const DotTileArgs& args) {
     for (; n >= kUnroll; n -= kUnroll) {
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u) {
-        __builtin_prefetch(next0, 0, 2);
+        __builtin_prefetch(next0, 0, 3);
         __builtin_prefetch(next1, 0, 2);
         next0 += step0, next1 += step1;
         dot_step<MR, NV>(acc, bp + u * kRow, row0, row5, d, d3, d5);
@@ -134,7 +135,7 @@ void dot_tile(const DotTileArgs& args) {
       bp += kUnroll * kRow;
     }
     for (; n > 0; --n) {
-      __builtin_prefetch(next0, 0, 2);
+      __builtin_prefetch(next0, 0, 3);
       __builtin_prefetch(next1, 0, 2);
       next0 += step0, next1 += step1;
       dot_step<MR, NV>(acc, bp, row0, row5, d, d3, d5);
