@@ -9,7 +9,10 @@
 //
 //   kDirect   x itself: 1x1 without padding; a map in one piece counts as one row
 //   kStrip    rows of x copied with their zero borders: no borders in the tile, no L1 set conflicts, odd C padded
-//   kWindows  fewer than 16 channels (stems): every pixel's filter window is one run of R*S*C elements
+//   kRows     fewer than 16 channels (stems): a strip whose pixels touch, so that the taps of a filter row are one run
+//   of
+//             S*C elements; where such a run isn't whole pairs and its neighbour isn't finite, or where taps don't
+//             touch, the windows of a row of pixels are copied from the strip
 //
 // Weights are packed in pairs [tap][pair][vectors][2] inside the call, panel by panel, or all of them beforehand for a
 // plan (the pack entry). A thread owns a range of panels times a range of rows or pixels, chosen by the estimated cost,
@@ -61,14 +64,14 @@ class Panels {
   int64_t vec_elements() const { return plan_.taps * plan_.run * 2 * VL; }
   int64_t elements() const { return v_.G * plan_.vecs * vec_elements(); }
   int64_t offset(const Panel& panel) const { return (panel.group * plan_.vecs + panel.k / VL) * vec_elements(); }
-  int64_t room() const { return slice_elements(shape({0, 0, min(kDotVecs, plan_.vecs)}), plan_.one_run()); }
+  int64_t room() const { return slice_elements(shape({0, 0, min(kDotVecs, plan_.vecs)}), plan_.pairing()); }
 
   // False: a weight isn't finite.
   bool pack(const Panel& panel, const BFloat16* w, BFloat16* out, float* room) const {
-    return plan_.run == 0 || pack_pairs(out, w + weights_at(panel), shape(panel), plan_.one_run(), room);
+    return plan_.run == 0 || pack_pairs(out, w + weights_at(panel), shape(panel), plan_.pairing(), room);
   }
   void unpack(const Panel& panel, const BFloat16* in, BFloat16* w, float* room) const {
-    if (plan_.run) unpack_pairs(w + weights_at(panel), in, shape(panel), plan_.one_run(), room);
+    if (plan_.run) unpack_pairs(w + weights_at(panel), in, shape(panel), plan_.pairing(), room);
   }
 
  private:
@@ -100,10 +103,12 @@ class Worker {
     kept_ = o_.packed ? panels : one_block && !hot_ ? 1 : max(1, min(panels, kPanelBytes / max(1, panel * size)));
     const auto carve = [&](Carver carver) {
       taps_ = carver.take<int64_t>(plan_.taps);
+      window_taps_ = carver.take<int64_t>(plan_.taps);
       room_ = carver.take<float>(o_.packed ? 0 : panels_.room());
       weights_ = carver.take<BFloat16>(o_.packed ? 0 : kept_ * panel);
       results_.set_room(carver.take<float>(DotResults::kSums));
       source_ = carver.take<BFloat16>(plan_.copied_elements(v_, plan_.block) + kHalves);
+      windows_ = carver.take<BFloat16>(plan_.source == Source::kRows ? plan_.columns * plan_.window() : 0);
       return carver.used();
     };
     void* scratch = thread_scratch(carve(Carver(nullptr)));
@@ -125,18 +130,16 @@ class Worker {
   // Where each run's elements start, seen from a pixel's first.
   void set_taps() {
     const int64_t size = sizeof(BFloat16), pitch = plan_.pitch(v_);
-    taps_[0] = 0;
-    if (plan_.source == Source::kWindows) {
-      pixel_step_ = pitch * size;
-    } else if (plan_.source == Source::kStrip) {
-      const int64_t h = v_.dilation_h / plan_.step_h * plan_.strip_columns(v_, plan_.columns),
-                    w = v_.dilation_w / plan_.step_w;
-      for (int64_t r = 0; r < v_.R; ++r)
-        for (int64_t s = 0; s < v_.S; ++s) taps_[r * v_.S + s] = (r * h + s * w) * pitch * size;
-      pixel_step_ = (plan_.flat ? 1 : v_.stride_w / plan_.step_w) * pitch * size;
-    } else {
+    taps_[0] = window_taps_[0] = 0;
+    pixel_step_ = (plan_.flat ? 1 : v_.stride_w / plan_.step_w) * pitch * size;
+    const int64_t h = v_.dilation_h / plan_.step_h * plan_.row_pitch(v_), w = v_.dilation_w / plan_.step_w * pitch;
+    if (plan_.source == Source::kDirect)
       pixel_step_ = v_.stride_w * v_.x_w * size;
-    }
+    else if (plan_.source == Source::kRows)
+      for (int64_t r = 0; r < v_.R; ++r) taps_[r] = r * h * size, window_taps_[r] = r * 2 * plan_.run * size;
+    else
+      for (int64_t r = 0; r < v_.R; ++r)
+        for (int64_t s = 0; s < v_.S; ++s) taps_[r * v_.S + s] = (r * h + s * w) * size;
   }
 
   // Panels [first, last) over all blocks.
@@ -194,49 +197,33 @@ class Worker {
     loaded_pixel_ = block.pixel, loaded_group_ = group;
     const int64_t pitch = plan_.pitch(v_);
     const BFloat16* x = o_.x + group * v_.C;
-    if (plan_.source == Source::kWindows) return copy_windows(block, x, pitch);
     if (plan_.flat)
       return copy_row_halves(source_, x, block.pixels, block.pixel, 1, v_.N * v_.H * v_.W, v_.x_w, v_.C, pitch);
-    const int64_t columns = plan_.strip_columns(v_, plan_.columns), used = plan_.strip_columns(v_, block.columns);
-    const int64_t rows = plan_.strip_rows(v_, block.rows);
+    const int64_t used = plan_.strip_columns(v_, block.columns), rows = plan_.strip_rows(v_, block.rows);
+    bool finite = true;
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t h = block.p * v_.stride_h - v_.pad_h + i * plan_.step_h;
       const bool inside = h >= 0 && h < v_.H;
-      copy_row_halves(source_ + i * columns * pitch, x + block.n * v_.x_n + (inside ? h : 0) * v_.x_h, used,
-                      block.q * v_.stride_w - v_.pad_w, plan_.step_w, inside ? v_.W : 0, v_.x_w, v_.C, pitch);
+      BFloat16* out = source_ + i * plan_.row_pitch(v_);
+      const BFloat16* in = x + block.n * v_.x_n + (inside ? h : 0) * v_.x_h;
+      const int64_t first = block.q * v_.stride_w - v_.pad_w, width = inside ? v_.W : 0;
+      if (plan_.source == Source::kRows)
+        finite &= copy_row_touching(out, in, used, first, plan_.step_w, width, v_.x_w, v_.C);
+      else
+        copy_row_halves(out, in, used, first, plan_.step_w, width, v_.x_w, v_.C, pitch);
     }
+    runs_ = (finite || v_.S * v_.C % 2 == 0) && (v_.S == 1 || v_.dilation_w == plan_.step_w);
   }
 
-  void copy_windows(const Block& block, const BFloat16* x, int64_t pitch) {
-    int64_t q = block.pixel % v_.Q, p = block.pixel / v_.Q % v_.P, n = block.pixel / v_.Q / v_.P;
-    const bool dense = v_.x_w == v_.C && v_.dilation_w == 1;  // a filter row's taps are one run of x
-    for (int64_t i = 0; i < block.pixels; ++i) {
-      BFloat16* out = source_ + i * pitch;
-      const int64_t w0 = q * v_.stride_w - v_.pad_w;
-      for (int64_t r = 0; r < v_.R; ++r) {
-        const int64_t h = p * v_.stride_h - v_.pad_h + r * v_.dilation_h;
-        const BFloat16* row = x + n * v_.x_n + h * v_.x_h;
-        if (h < 0 || h >= v_.H) {
-          zero_halves(out, v_.S * v_.C);
-          out += v_.S * v_.C;
-        } else if (dense && w0 >= 0 && w0 + v_.S <= v_.W) {
-          copy_halves(out, row + w0 * v_.x_w, v_.S * v_.C);
-          out += v_.S * v_.C;
-        } else {
-          for (int64_t s = 0; s < v_.S; ++s, out += v_.C) {
-            const int64_t w = w0 + s * v_.dilation_w;
-            if (w < 0 || w >= v_.W)
-              zero_halves(out, v_.C);
-            else
-              copy_halves(out, row + w * v_.x_w, v_.C);
-          }
-        }
-      }
-      if (++q == v_.Q) {
-        q = 0;
-        if (++p == v_.P) p = 0, ++n;
-      }
-    }
+  // The filter windows of a row of pixels that begins at `strip`.
+  void copy_windows(const BFloat16* strip, int64_t columns) {
+    for (int64_t j = 0; j < columns; ++j, strip += pixel_step_ / static_cast<int64_t>(sizeof(BFloat16)))
+      for (int64_t r = 0; r < v_.R; ++r)
+        for (int64_t s = 0; s < v_.S; ++s)
+          copy_halves(windows_ + j * plan_.window() + r * 2 * plan_.run + s * v_.C,
+                      strip + r * (v_.dilation_h / plan_.step_h) * plan_.row_pitch(v_) +
+                          s * (v_.dilation_w / plan_.step_w) * v_.C,
+                      v_.C);
   }
 
   // One panel over `count` rows (or pixels, where flat) of a block, from the `first` on.
@@ -246,7 +233,7 @@ class Worker {
     const BFloat16* x = o_.x + panel.group * v_.C;
     if (plan_.flat) {
       const BFloat16* a = direct ? x + (block.pixel + first) * v_.x_w : source_ + first * plan_.pitch(v_);
-      return run_pixels(a, block.pixel + first, count, panel, weights);
+      return run_pixels(a, pixel_step_, taps_, block.pixel + first, count, panel, weights);
     }
     for (int64_t i = first; i < first + count; ++i) {
       const int64_t p = block.p + i;
@@ -254,21 +241,28 @@ class Worker {
       if (direct)
         a = x + block.n * v_.x_n + (p * v_.stride_h - v_.pad_h) * v_.x_h + (block.q * v_.stride_w - v_.pad_w) * v_.x_w;
       else
-        a = source_ + (block.rows == 1 ? 0 : i * (v_.stride_h / plan_.step_h)) *
-                          plan_.strip_columns(v_, plan_.columns) * plan_.pitch(v_);
-      run_pixels(a, (block.n * v_.P + p) * v_.Q + block.q, block.columns, panel, weights);
+        a = source_ + (block.rows == 1 ? 0 : i * (v_.stride_h / plan_.step_h)) * plan_.row_pitch(v_);
+      const int64_t pixel = (block.n * v_.P + p) * v_.Q + block.q;
+      if (plan_.source == Source::kRows && !runs_) {
+        copy_windows(a, block.columns);
+        run_pixels(windows_, plan_.window() * static_cast<int64_t>(sizeof(BFloat16)), window_taps_, pixel,
+                   block.columns, panel, weights);
+      } else {
+        run_pixels(a, pixel_step_, taps_, pixel, block.columns, panel, weights);
+      }
     }
   }
 
-  // Tiles over `count` pixels, pixel_step_ apart from `a`; the first is output pixel `pixel`.
-  void run_pixels(const BFloat16* a, int64_t pixel, int64_t count, const Panel& panel, const BFloat16* weights) {
+  // Tiles over `count` pixels, `step` bytes apart from `a`; the first is output pixel `pixel`.
+  void run_pixels(const BFloat16* a, int64_t step, const int64_t* taps, int64_t pixel, int64_t count,
+                  const Panel& panel, const BFloat16* weights) {
     DotTileArgs args;
-    args.a_row = pixel_step_;
-    args.taps = taps_, args.ntaps = plan_.run ? plan_.taps : 0, args.run = plan_.run, args.b = weights;
+    args.a_row = step;
+    args.taps = taps, args.ntaps = plan_.run ? plan_.taps : 0, args.run = plan_.run, args.b = weights;
     for_each_tile(count, [&](int64_t i, int64_t rows) {
-      args.a = reinterpret_cast<const char*>(a) + i * pixel_step_;
+      args.a = reinterpret_cast<const char*>(a) + i * step;
       // pixels in one piece, seen for the first time
-      args.next[0] = {args.a + rows * pixel_step_, new_pixels_ && i + rows < count ? kLine : 0};
+      args.next[0] = {args.a + rows * step, new_pixels_ && i + rows < count ? kLine : 0};
       args.next[1] = {fetch_, fetch_ < fetch_end_ ? kLine : 0};
       fetch_ += args.next[1].step * args.ntaps * args.run;
       results_.run(dot_tile_function(rows, panel.vecs), args, pixel + i, rows);
@@ -282,11 +276,11 @@ class Worker {
   DotResults results_;
   int64_t first_panel_ = 0, last_panel_ = 0, first_unit_ = 0, last_unit_ = 0, kept_ = 1, packed_to_ = 0;
   int64_t loaded_pixel_ = -1, loaded_group_ = -1, pixel_step_ = 0;  // bytes from output pixel to output pixel
-  bool hot_ = false, new_pixels_ = false, finite_ = true;
+  bool hot_ = false, new_pixels_ = false, runs_ = true, finite_ = true;
   const char *fetch_ = nullptr, *fetch_end_ = nullptr;
-  int64_t* taps_ = nullptr;
+  int64_t *taps_ = nullptr, *window_taps_ = nullptr;
   float* room_ = nullptr;
-  BFloat16 *weights_ = nullptr, *source_ = nullptr;
+  BFloat16 *weights_ = nullptr, *source_ = nullptr, *windows_ = nullptr;
 };
 
 // What became of a call; the threads only ever set these.

@@ -2,7 +2,7 @@
 // over the threads. Decided from the sizes alone, by every thread for itself.
 #pragma once
 #include "../conv2d_view.h"
-#include "../primitives/dot.h"
+#include "dot_pack.h"
 #include "dot_tile.h"
 
 namespace cnnfast {
@@ -11,10 +11,10 @@ namespace CNNFAST_ISA {
 constexpr int64_t kPixelBytes = 400 << 10;    // pixels of a block, in L2 beside a panel
 constexpr int64_t kPanelBytes = 2300 << 10;   // packed panels kept for several blocks
 constexpr int64_t kHotBytes = 384 << 10;      // panels that stay in L2 beside everything else
-constexpr int64_t kFoldChannels = 16;         // fewer channels: a filter window becomes one run
+constexpr int64_t kFoldChannels = 16;         // fewer channels: a filter row becomes one run
 constexpr int64_t kHotPixels = 8 * kDotRows;  // pixels that pass through all hot panels in one go
 
-enum class Source { kDirect, kStrip, kWindows };
+enum class Source { kDirect, kStrip, kRows };
 
 struct DotPlan {
   Source source;
@@ -27,11 +27,17 @@ struct DotPlan {
   int64_t vecs, panels;    // vectors of output channels of a group; panels of all groups
   int threads_k, threads_u;
 
-  bool one_run() const { return source == Source::kWindows; }
-  int64_t pitch(const Conv2dView& v) const {  // elements from pixel to pixel; an odd number of lines
-    const int64_t channels = one_run() ? v.R * v.S * v.C : v.C;
-    return (ceil_div(channels, kHalves) | 1) * kHalves + (one_run() ? 2 * kHalves : 0);
+  Pairing pairing() const { return source == Source::kRows ? Pairing::kRows : Pairing::kTaps; }
+  // Elements from pixel to pixel of a strip, an odd number of lines; from row to row of one whose pixels touch.
+  int64_t pitch(const Conv2dView& v) const {
+    return source == Source::kRows ? v.C : (ceil_div(v.C, kHalves) | 1) * kHalves;
   }
+  int64_t row_pitch(const Conv2dView& v) const {
+    const int64_t elements = strip_columns(v, columns) * pitch(v);
+    return source == Source::kRows ? round_up(elements, kHalves) + 2 * kHalves : elements;
+  }
+  // Elements from window to window, whose rows have whole pairs.
+  int64_t window() const { return (ceil_div(2 * taps * run, kHalves) | 1) * kHalves + 2 * kHalves; }
   int64_t strip_columns(const Conv2dView& v, int64_t count) const {
     return ((count - 1) * v.stride_w + (v.S - 1) * v.dilation_w) / step_w + 1;
   }
@@ -40,7 +46,7 @@ struct DotPlan {
   }
   int64_t copied_elements(const Conv2dView& v, int64_t count) const {  // for so many units
     if (source == Source::kDirect) return 0;
-    return pitch(v) * (one_run() || flat ? count : strip_rows(v, count) * strip_columns(v, columns));
+    return flat ? count * pitch(v) : strip_rows(v, count) * row_pitch(v);
   }
 };
 
@@ -61,11 +67,12 @@ inline DotPlan make_dot_plan(const Conv2dView& v, int threads, bool packed) {
   if (reduction == 0 || in_place)
     plan.source = Source::kDirect, plan.flat = flat_x;
   else if (taps > 1 && v.C < kFoldChannels)
-    plan.source = Source::kWindows, plan.flat = true;
+    plan.source = Source::kRows;
   else
     plan.source = Source::kStrip, plan.flat = flat_x;
-  plan.taps = plan.one_run() || reduction == 0 ? 1 : taps;
-  plan.run = plan.one_run() ? ceil_div(reduction, 2) : reduction ? ceil_div(v.C, 2) : 0;
+  const bool rows = plan.source == Source::kRows;
+  plan.taps = reduction == 0 ? 1 : rows ? v.R : taps;
+  plan.run = reduction == 0 ? 0 : ceil_div(rows ? v.S * v.C : v.C, 2);
 
   plan.columns = v.Q;
   while (!plan.flat && plan.columns > kDotRows && plan.copied_elements(v, 1) * size > kPixelBytes)
@@ -83,9 +90,7 @@ inline DotPlan make_dot_plan(const Conv2dView& v, int threads, bool packed) {
                  vecs = plan.vecs == 1 ? panels : panels * kDotVecs,
                  pixels = static_cast<double>(ceil_div(plan.units, tu)) * pixels_of_unit;
     const double weights = vecs * steps * (packed ? 4 : 40);
-    const double read = plan.one_run()
-                            ? static_cast<double>(reduction)
-                            : static_cast<double>(v.C * (v.stride_h / plan.step_h) * (v.stride_w / plan.step_w));
+    const double read = static_cast<double>(v.C * (v.stride_h / plan.step_h) * (v.stride_w / plan.step_w));
     const double groups = static_cast<double>(max(1, ceil_div(v.G, tk)));
     const double copied = groups * pixels * read / (plan.source == Source::kDirect ? 32 : 12);
     const double cost = vecs * steps * pixels + weights + copied;

@@ -88,7 +88,7 @@ PanelShape panel_shape(const Conv2dView& v, const Plan& plan, int64_t panel) {
 }
 void pack_plain(const Conv2dView& v, const Plan& plan, const BFloat16* w, int64_t group, int64_t panel, BFloat16* out,
                 float* room) {
-  pack_pairs(out, w + group * v.w_g + panel * kDotVecs * VL * v.w_k, panel_shape(v, plan, panel), false, room);
+  pack_pairs(out, w + group * v.w_g + panel * kDotVecs * VL * v.w_k, panel_shape(v, plan, panel), Pairing::kTaps, room);
 }
 
 struct Operands {
@@ -120,7 +120,7 @@ class Worker {
     v_product_ = odd_lines(block_ * plan_.v_pitch);
     const auto carve = [&](Carver carver) {
       zeros_ = carver.take<BFloat16>(v_.C + VL);
-      room_ = carver.take<float>(o_.packed ? 0 : slice_elements(panel_shape(v_, plan_, 0), false));
+      room_ = carver.take<float>(o_.packed ? 0 : slice_elements(panel_shape(v_, plan_, 0), Pairing::kTaps));
       plain_ = carver.take<BFloat16>(o_.packed ? 0 : (keep_ ? panels : 1) * plain);
       weights_ = carver.take<BFloat16>((keep_ ? panels : 1) * u);
       inputs_ = carver.take<BFloat16>(kProducts * v_product_);
@@ -416,7 +416,7 @@ const char* launch_fprop(const void* params, const Launch& l) {
 template <class F>
 const char* for_each_panel(const Conv2dView& v, const Plan& plan, int threads, const F& fn) {
   bool no_memory = false;
-  const size_t room = static_cast<size_t>(slice_elements(panel_shape(v, plan, 0), false)) * sizeof(float);
+  const size_t room = static_cast<size_t>(slice_elements(panel_shape(v, plan, 0), Pairing::kTaps)) * sizeof(float);
   parallel_for(threads, v.G * plan.panels, [&](int64_t task) {
     const int64_t group = task / plan.panels, panel = task % plan.panels;
     if (float* memory = static_cast<float*>(thread_scratch(room)))
@@ -441,7 +441,8 @@ const char* launch_unpack(const void* params, const Launch& l) {
   const Plan plan(v, 1);
   return for_each_panel(v, plan, l.threads, [&](int64_t group, int64_t panel, int64_t offset, float* room) {
     unpack_pairs(operand<BFloat16>(l, 1) + group * v.w_g + panel * kDotVecs * VL * v.w_k,
-                 operand<const BFloat16>(l, kPackedOperand) + offset, panel_shape(v, plan, panel), false, room);
+                 operand<const BFloat16>(l, kPackedOperand) + offset, panel_shape(v, plan, panel), Pairing::kTaps,
+                 room);
   });
 }
 

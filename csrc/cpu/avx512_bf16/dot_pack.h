@@ -1,7 +1,7 @@
-// Moving bf16 operands into the form that pairs are read in: weights into panels of pairs, and back; pixels into strips
-// and windows. Bits are only moved: what comes back is what went in.
+// Moving bf16 operands into the form that pairs are read in: weights into panels of pairs, and back; pixels into
+// strips. Bits are only moved: what comes back is what went in.
 //
-// A panel holds `vecs` vectors of output channels: row (tap, pair) is vecs * VL pairs of input channels, lanes beyond
+// A panel holds `vecs` vectors of output channels: row (run, pair) is vecs * VL pairs of input channels, lanes beyond
 // the last channel and the second of an odd last pair zero. pack.h does the transposing, some channels at a time.
 #pragma once
 #include "../pack.h"
@@ -12,40 +12,43 @@ namespace CNNFAST_ISA {
 
 constexpr int64_t kSliceRows = 1024;  // rows of floats that wait to be paired
 
-// Channels that are transposed at a time; with `one_run` (taps and channels paired as one sequence) all of them.
-inline int64_t slice_channels(const PanelShape& p, bool one_run) {
-  return one_run ? p.channels : min(round_up(p.channels, 2), max(2, kSliceRows / max(1, p.R * p.S) / 2 * 2));
+// How channels are paired: tap by tap, or, where there are few, along a filter row (its taps' channels are one run, as
+// they are in x).
+enum class Pairing { kTaps, kRows };
+
+// Channels that are transposed at a time: all of them where rows are paired.
+inline int64_t slice_channels(const PanelShape& p, Pairing pairing) {
+  if (pairing == Pairing::kRows) return p.channels;
+  return min(round_up(p.channels, 2), max(2, kSliceRows / max(1, p.R * p.S) / 2 * 2));
 }
-inline int64_t slice_elements(const PanelShape& p, bool one_run) {
-  return (p.R * p.S * slice_channels(p, one_run) + 1) * p.vecs * kLanes<float>;
-}
-// Pairs of a panel row by row: of all taps.
-inline int64_t panel_pairs(const PanelShape& p, bool one_run) {
-  return one_run ? ceil_div(p.R * p.S * p.channels, 2) : p.R * p.S * ceil_div(p.channels, 2);
+inline int64_t slice_elements(const PanelShape& p, Pairing pairing) {
+  return (p.R * p.S * slice_channels(p, pairing) + 1) * p.vecs * kLanes<float>;
 }
 
-// Calls fn(channels' slice as a panel of its own, its first channel) for all slices, and within
+// Calls slice(some channels as a panel of their own, the first, pairs) for all channels; pairs() calls
 // pair(row of the slice, whether it has a second one, row of the panel).
 template <class Slice, class Pair>
-CNNFAST_INLINE void for_each_slice(const PanelShape& p, bool one_run, const Slice& slice, const Pair& pair) {
-  const int64_t step = slice_channels(p, one_run), taps = p.R * p.S;
+CNNFAST_INLINE void for_each_slice(const PanelShape& p, Pairing pairing, const Slice& slice, const Pair& pair) {
+  const bool rows = pairing == Pairing::kRows;
+  const int64_t step = slice_channels(p, pairing), runs = rows ? p.R : p.R * p.S;
+  const int64_t pairs = ceil_div(rows ? p.S * p.channels : p.channels, 2);  // of a run
   for (int64_t c = 0; c < p.channels; c += step) {
     PanelShape part = p;
     part.channels = min(step, p.channels - c);
     slice(part, c, [&] {
-      const int64_t runs = one_run ? 1 : taps, run = part.channels * (one_run ? taps : 1);
+      const int64_t run = rows ? p.S * part.channels : part.channels;
       for (int64_t t = 0; t < runs; ++t)
-        for (int64_t i = 0; i < run; i += 2) pair(t * run + i, i + 1 < run, t * ceil_div(p.channels, 2) + (c + i) / 2);
+        for (int64_t i = 0; i < run; i += 2) pair(t * run + i, i + 1 < run, t * pairs + (c + i) / 2);
     });
   }
 }
 
 // Packs one panel; `room` has slice_elements(). Returns false if a weight is Inf or NaN.
-inline bool pack_pairs(BFloat16* panel, const BFloat16* w, const PanelShape& p, bool one_run, float* room) {
+inline bool pack_pairs(BFloat16* panel, const BFloat16* w, const PanelShape& p, Pairing pairing, float* room) {
   const int64_t row = p.vecs * kLanes<float>;
   bool finite = true;
   for_each_slice(
-      p, one_run,
+      p, pairing,
       [&](const PanelShape& part, int64_t c, const auto& pairs) {
         finite &= pack_panel<float>(room, w + c * p.w_c, part);
         pairs();
@@ -62,10 +65,10 @@ inline bool pack_pairs(BFloat16* panel, const BFloat16* w, const PanelShape& p, 
 }
 
 // The way back.
-inline void unpack_pairs(BFloat16* w, const BFloat16* panel, const PanelShape& p, bool one_run, float* room) {
+inline void unpack_pairs(BFloat16* w, const BFloat16* panel, const PanelShape& p, Pairing pairing, float* room) {
   const int64_t row = p.vecs * kLanes<float>;
   for_each_slice(
-      p, one_run,
+      p, pairing,
       [&](const PanelShape& part, int64_t c, const auto& pairs) {
         pairs();
         unpack_panel<float>(w + c * p.w_c, room, part);
@@ -98,6 +101,26 @@ inline void copy_row_halves(BFloat16* out, const BFloat16* in, int64_t columns, 
   for (int64_t i = 0; i < begin; ++i) zero_halves(out + i * pitch, channels);
   for (int64_t i = begin; i < end; ++i) copy_halves(out + i * pitch, in + (first + i * step) * pixel_stride, channels);
   for (int64_t i = end; i < columns; ++i) zero_halves(out + i * pitch, channels);
+}
+
+// The same where pixels touch, and after the last one zeros. Returns false if an element is Inf or NaN.
+inline bool copy_row_touching(BFloat16* out, const BFloat16* in, int64_t columns, int64_t first, int64_t step,
+                              int64_t width, int64_t pixel_stride, int64_t channels) {
+  const int64_t begin = min(columns, first >= 0 ? 0 : ceil_div(-first, step));
+  const int64_t end = first < width ? max(begin, min(columns, (width - 1 - first) / step + 1)) : begin;
+  zero_halves(out, begin * channels);
+  if (step == 1 && pixel_stride == channels)
+    copy_halves(out + begin * channels, in + (first + begin) * pixel_stride, (end - begin) * channels);
+  else
+    for (int64_t i = begin; i < end; ++i)
+      copy_halves(out + i * channels, in + (first + i * step) * pixel_stride, channels);
+  zero_halves(out + end * channels, (columns - end) * channels + kHalves);
+  BitsVec special{};
+  for (int64_t i = 0; i < columns * channels; i += kHalves) {
+    const BitsVec pairs = load_halves(out + i);
+    special |= (BitsVec)((pairs & 0x7f800000u) == 0x7f800000u) | (BitsVec)((pairs & 0x7f80u) == 0x7f80u);
+  }
+  return all_zero(__builtin_convertvector(special, Vec<float>));
 }
 
 }  // namespace CNNFAST_ISA
