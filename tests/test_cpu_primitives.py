@@ -15,6 +15,7 @@ import pytest
 import torch
 from support import process
 
+from cnnfast import dispatch
 from cnnfast.backends import cpu
 
 pytestmark = pytest.mark.skipif(
@@ -26,7 +27,7 @@ SOURCE = ROOT / "tests" / "primitives" / "dot.cpp"
 HEADERS = [ROOT / "csrc" / "cpu" / "primitives" / name for name in ("dot.h", "vec.h")]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mavx512bf16"]
 FLAGS = {"portable": [], "avx512_bf16": AVX512}
-HERE = [isa for isa in FLAGS if isa == "portable" or isa in cpu.variants()]
+HERE = ["portable", *sorted({cpu.DOT for i in dispatch.implementations("conv2d") if i.name.endswith(cpu.DOT)})]
 COUNT = 1 << 14
 
 
