@@ -211,9 +211,11 @@ def _candidates(problem: Problem, forced: str) -> tuple[list[Backend], str]:
     if name not in _backends:
         raise NotImplementedError(f"{problem.op}: no backend {name!r} is registered")
     stem = kernel.split(".")[0]
-    asked = (problem.op, problem.direction)  # a kernel may be pinned that has no backward: its backend then serves that
-    known = {i.stem for i in _backends[name].implementations if (i.op, i.direction) == asked}
-    return [_backends[name]], forced if stem in known else ""
+    # a kernel, or a variant of it, may be pinned that has no backward: its backend then serves that
+    of_op = [i for i in _backends[name].implementations if i.op == problem.op]
+    known = {i.stem for i in of_op if i.direction == problem.direction}
+    pinned = {i.direction for i in of_op if (i.name + ".").startswith(forced + ".")}
+    return [_backends[name]], forced if stem in known and (not pinned or problem.direction in pinned) else ""
 
 
 def select(

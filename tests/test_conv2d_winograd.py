@@ -15,7 +15,9 @@ from cnnfast.ops.conv2d import problem
 FOUND = {i.name: i for i in dispatch.implementations("conv2d") if i.stem.startswith("conv2d_winograd")}
 HERE = [name for name in sorted(FOUND) if not process.not_here(FOUND[name])]
 OF_CPU = [name for name in sorted(FOUND) if FOUND[name].backend == "cpu"]
-SQUARES = [name for name in OF_CPU if FOUND[name].stem in {"conv2d_winograd_f2x2", "conv2d_winograd_f4x4"}]
+WITH_WGRAD = [
+    name for name in OF_CPU if any(i.name == name for i in dispatch.implementations("conv2d") if i.direction == "wgrad")
+]
 CL = torch.channels_last
 
 
@@ -50,6 +52,11 @@ def _run(kernel: str, direction: str, t: torch.Tensor, w: torch.Tensor, geometry
         return ops.conv2d(t, w, None, *geometry, "fp32", kernel, True)
     size = (t.shape[0], w.shape[1], *t.shape[2:])
     return ops.conv2d_dgrad(w, t, size, True, *geometry, "fp32", kernel, True)
+
+
+def _dtype(kernel: str) -> torch.dtype:
+    """One that a kernel has."""
+    return torch.float32 if "f32" in FOUND[kernel].dtypes else dispatch.TORCH_DTYPES[FOUND[kernel].dtypes[0]]
 
 
 def _operands(direction: str, dtype: torch.dtype, taps: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +106,7 @@ def test_bad_values_stay_where_they_are(kernel: str, direction: str, taps: tuple
 
 @pytest.mark.parametrize(("kernel", "direction", "taps"), _with_filters(OF_CPU))
 def test_thread_count_changes_nothing(kernel: str, direction: str, taps: tuple[int, int]) -> None:
-    t, w = _operands(direction, torch.float32, taps)
+    t, w = _operands(direction, _dtype(kernel), taps)
     before, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3, 4, 7):
@@ -119,6 +126,7 @@ def test_each_group_is_a_convolution(kernel: str, direction: str, taps: tuple[in
     x = torch.randn(2, groups * (c if direction == "fprop" else k), 15, 21, generator=generator)
     x, bias = x.contiguous(memory_format=CL), torch.randn(groups * k, generator=generator)
     w = torch.randn(groups * k, c, *taps, generator=generator)
+    x, w, bias = (t.to(_dtype(kernel)) for t in (x, w, bias))
 
     def run(t: torch.Tensor, w: torch.Tensor, b: torch.Tensor, groups: int) -> torch.Tensor:
         params = (*_geometry(*taps)[:3], groups, "fp32", kernel, True)
@@ -152,7 +160,7 @@ def _wgrad_operands(n: int, c: int, k: int, h: int, w: int) -> tuple[torch.Tenso
     return x.contiguous(memory_format=CL), g.contiguous(memory_format=CL)
 
 
-@pytest.mark.parametrize("kernel", SQUARES)
+@pytest.mark.parametrize("kernel", WITH_WGRAD)
 def test_wgrad_of_bad_values(kernel: str) -> None:
     """A sum that isn't finite, by an operand or by what the transforms make of it, is the direct kernel's, and all others."""
     isa = kernel.rsplit(".", 1)[1]
@@ -165,7 +173,7 @@ def test_wgrad_of_bad_values(kernel: str) -> None:
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True, msg=f"{kernel} {operand} {value}")
 
 
-@pytest.mark.parametrize("kernel", SQUARES)
+@pytest.mark.parametrize("kernel", WITH_WGRAD)
 def test_wgrad_in_chunks_of_tiles(kernel: str) -> None:
     """More tiles than are transformed at a time: accuracy, and the same bits for any thread count."""
     n, c, k, h, w = 4, 71, 40, 62, 63

@@ -242,10 +242,11 @@ def test_pinned_kernel_serves_what_it_has_and_its_backend_the_rest() -> None:
         if process.not_here(implementation) or implementation.direction != "fprop":
             continue
         for channels, size, groups in ((8, 6, 2), (8, 6, 4), (64, 35, 1)):  # one of them fits any kernel
-            x, b = torch.randn(1, channels, size, size, requires_grad=True), torch.randn(channels, requires_grad=True)
-            w = torch.randn(channels, channels // groups, 3, 3, requires_grad=True)
+            dtype = torch.float32 if "f32" in implementation.dtypes else dispatch.TORCH_DTYPES[implementation.dtypes[0]]
+            shapes = ((1, channels, size, size), (channels, channels // groups, 3, 3), (channels,))
+            x, w, b = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
             case = conv2d.Case("", 1, channels, size, size, channels, 3, 3, groups=groups)
-            if not dispatch.reasons_against(implementation, conv2d.problem(case, "fprop", torch.float32, "fp32")):
+            if not dispatch.reasons_against(implementation, conv2d.problem(case, "fprop", dtype, "fp32")):
                 break
         with cnnfast.backend(implementation.name), settings.observe() as events:
             functional.conv2d(x, w, b, groups=groups).sum().backward()

@@ -32,6 +32,11 @@ def _parameters() -> list[Any]:
     ]
 
 
+def _dtype(i: Implementation) -> torch.dtype:
+    """One that a kernel has."""
+    return torch.float32 if "f32" in i.dtypes else TORCH_DTYPES[i.dtypes[0]]
+
+
 def _plan(i: Implementation, case: Any, dtype: torch.dtype, t: dict[str, torch.Tensor], frozen: bool) -> Plan:
     plan = Plan(torch.device("cpu"), i.name)
     inputs: dict[str, Any] = {"x": plan.input(case.shapes["x"], dtype)}
@@ -61,13 +66,14 @@ def test_packed_is_unpacked(implementation: Implementation, dtype: str, case: An
 @pytest.mark.parametrize("implementation", [i for i in KERNELS if i.op == conv2d.OP], ids=lambda i: i.name)
 def test_packed_weights_that_are_not_finite(implementation: Implementation) -> None:
     """Padding contributes nothing, whoever packed the weights."""
+    dtype = _dtype(implementation)
     case = conv2d.Case("", 1, 33, 27, 25, 35, 3, 3, padding=(1, 1), bias=True)
-    if dispatch.reasons_against(implementation, conv2d.problem(case, "fprop", torch.float32, "fp32")):
+    if dispatch.reasons_against(implementation, conv2d.problem(case, "fprop", dtype, "fp32")):
         case = conv2d.Case("", 1, 64, 27, 25, 35, 3, 3, padding=(1, 1), bias=True)
-    t = {r: g.tensor for r, g in conv2d.inputs(case, "fprop", torch.float32).items()}
+    t = {r: g.tensor for r, g in conv2d.inputs(case, "fprop", dtype).items()}
     t["w"][3, 5, 0, 1], t["w"][34, 1, 2, 2] = float("inf"), float("nan")
-    packed = _plan(implementation, case, torch.float32, t, True)(t["x"])[0]
-    plain = _plan(implementation, case, torch.float32, t, False)(t["x"])[0]
+    packed = _plan(implementation, case, dtype, t, True)(t["x"])[0]
+    plain = _plan(implementation, case, dtype, t, False)(t["x"])[0]
     torch.testing.assert_close(packed, plain, rtol=0, atol=0, equal_nan=True)
     assert bool(torch.isfinite(packed[:, 3, 0]).all()), "the tap lies in the padding there"
     assert not bool(torch.isfinite(packed[:, 3, 1:]).all())
@@ -94,9 +100,10 @@ def test_only_frozen_constants_are_packed() -> None:
 @pytest.mark.parametrize("implementation", [i for i in KERNELS if i.op == conv2d.OP], ids=lambda i: i.name)
 def test_the_packed_form_is_what_the_kernel_reads(implementation: Implementation) -> None:
     """Equal bits alone would also come of a kernel that ignores what was packed: here the weights are gone."""
+    dtype = _dtype(implementation)
     case = conv2d.Case("", 1, 64, 27, 25, 35, 3, 3, padding=(1, 1), bias=True)
-    t = {r: g.tensor for r, g in conv2d.inputs(case, "fprop", torch.float32).items()}
-    plan = _plan(implementation, case, torch.float32, t, True)
+    t = {r: g.tensor for r, g in conv2d.inputs(case, "fprop", dtype).items()}
+    plan = _plan(implementation, case, dtype, t, True)
     before = plan(t["x"])[0].clone()
     t["w"].zero_()
     assert torch.equal(plan(t["x"])[0], before)

@@ -14,6 +14,13 @@ from typing import Any
 
 import torch
 
+from cnnfast.backends._cpu_dot import (
+    DOT_ERRORS,
+    dot_grouped,
+    dot_grouped_cost,
+    dot_implicit_gemm_cost,
+    dot_winograd_cost,
+)
 from cnnfast.backends._native import Table, addresses, implementation, load
 from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
 
@@ -30,6 +37,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 MODULE, ABSENT = _load()
 LANE_BYTES = {"avx512": 64, "avx2": 32, "portable": 16}  # vector width by ISA, best first
+DOT = "avx512_bf16"  # beside avx512: kernels on dot products of pairs of bf16
 
 
 def isas() -> tuple[str, ...]:
@@ -42,6 +50,12 @@ def isas() -> tuple[str, ...]:
     if cap and cap not in found:
         raise ValueError(f"CNNFAST_CPU_ISA: expected one of {', '.join(found)} on this processor, got {cap!r}")
     return found[found.index(cap) :] if cap else found
+
+
+def variants() -> tuple[str, ...]:
+    """The ISAs, and before them what some kernels have beside the widest; not where ``CNNFAST_CPU_ISA`` names an ISA."""
+    dot = MODULE is not None and DOT in MODULE.device()["isas"].split(",") and not os.environ.get("CNNFAST_CPU_ISA")
+    return (DOT, *isas()) if dot else isas()
 
 
 def _caller(call: Any, problem: Problem) -> Kernel:
@@ -236,6 +250,17 @@ RULES: dict[str, _Rule] = {
     "add_act": ("add_act", lambda p, isa: [], lambda p, isa: p.bytes / 2e10),
 }
 
+# the same of kernels on avx512_bf16's dot products of pairs
+DOT_RULES: dict[str, _Rule] = {
+    "conv2d_grouped": ("conv2d", dot_grouped, lambda p, isa: dot_grouped_cost(p) + _conversions(p)),
+    "conv2d_winograd_f2x2": (
+        "conv2d",
+        lambda p, isa: _winograd(p, "avx512", 2),
+        lambda p, isa: dot_winograd_cost(p) + _conversions(p),
+    ),
+    "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], lambda p, isa: dot_implicit_gemm_cost(p) + _conversions(p)),
+}
+
 # kernels that read and write activations in any layout: tiny calls save the conversions, which cost more than the work
 ANY_LAYOUT = {("conv2d_direct", direction): {"x": "any", "y": "any"} for direction in ("fprop", "dgrad", "wgrad")}
 ANY_LAYOUT["add_act", "fprop"] = ANY_LAYOUT["add_act", "dgrad"] = dict.fromkeys("xrygt", "any")
@@ -269,11 +294,12 @@ def _implementations() -> list[Implementation]:
             isa,
             _for_isa(unsupported, isa),
             _caller,
-            cost=_ranked(cost, isa, rank),
+            cost=_ranked(cost, isa),
             layouts=layouts,
+            **({"error_bound": DOT_ERRORS[stem]} if isa == DOT else {}),
         )
-        for rank, isa in enumerate(isas())
-        for stem, (_, unsupported, cost) in RULES.items()
+        for isa in variants()
+        for stem, (_, unsupported, cost) in (DOT_RULES if isa == DOT else RULES).items()
         for op, direction, layouts in _operations(table, stem)
         if table.dtypes(stem, direction, isa)
     ]
@@ -283,8 +309,9 @@ def _for_isa(unsupported: Callable[[Problem, str], list[str]], isa: str) -> Call
     return lambda problem: unsupported(problem, isa)
 
 
-def _ranked(cost: Callable[[Problem, str], float], isa: str, rank: int) -> Callable[[Problem], float]:
+def _ranked(cost: Callable[[Problem, str], float], isa: str) -> Callable[[Problem], float]:
     """A lesser ISA is never predicted faster: it serves only where it is pinned or the better one has no kernel."""
+    rank = 0 if isa == DOT else isas().index(isa)
     return lambda problem: cost(problem, isa) + 1e3 * rank
 
 
@@ -293,5 +320,5 @@ BACKEND = Backend(
     unavailable=lambda p: [ABSENT] if ABSENT else [] if p.device == "cpu" else [f"serves CPU tensors, not {p.device}"],
     implementations=_implementations(),
     plan=None if MODULE is None else MODULE.Plan,
-    status=lambda: ABSENT or f"{MODULE.device()['isa']} ({', '.join(isas())}), {_threads()} threads",  # type: ignore[union-attr]
+    status=lambda: ABSENT or f"{MODULE.device()['isa']} ({', '.join(variants())}), {_threads()} threads",  # type: ignore[union-attr]
 )

@@ -265,6 +265,10 @@ CNNFAST_INSTANTIATE(BFloat16)
 CNNFAST_INSTANTIATE(Float16)
 #undef CNNFAST_INSTANTIATE
 
+// For kernels of ISAs that have no direct one of their own (avx512_bf16/direct.h).
+const char* direct_fprop_bf16(const void* params, const Launch& l) { return launch_fprop<BFloat16>(params, l); }
+const char* direct_dgrad_bf16(const void* params, const Launch& l) { return launch_dgrad<BFloat16>(params, l); }
+
 CNNFAST_KERNEL("conv2d_direct.fprop.f32", Conv2dParams, launch_fprop<float>, nullptr)
 CNNFAST_KERNEL("conv2d_direct.fprop.f64", Conv2dParams, launch_fprop<double>, nullptr)
 CNNFAST_KERNEL("conv2d_direct.fprop.bf16", Conv2dParams, launch_fprop<BFloat16>, nullptr)

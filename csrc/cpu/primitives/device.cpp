@@ -34,6 +34,8 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 // Instructions that no kernel above assumes. The operating system must save AMX's tiles (XCR0 bits 17, 18), too.
 void add_flags(std::map<std::string, std::string>& info) {
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -60,6 +62,7 @@ void add_flags(std::map<std::string, std::string>& info) {
 std::string cpu_model() { return "unknown"; }
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512_bf16() { return false; }
 void add_flags(std::map<std::string, std::string>&) {}
 
 #endif
@@ -71,6 +74,7 @@ std::map<std::string, std::string> device_info() {
   std::string isas = "portable", best = "portable";
   if (has_avx2()) isas += ",avx2", best = "avx2";
   if (has_avx512()) isas += ",avx512", best = "avx512";
+  if (has_avx512_bf16()) isas += ",avx512_bf16";
   info["isa"] = best;
   info["isas"] = isas;
   info["cpu"] = cpu_model();

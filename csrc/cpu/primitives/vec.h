@@ -279,8 +279,12 @@ CNNFAST_INLINE Vec<float> load_wide(const S* p) {
 }
 template <class S>
 CNNFAST_INLINE Vec<float> load_wide(const S* p, int64_t n) {
+#if defined(__AVX512F__)
+  const HalfVec h = (HalfVec)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+#else
   HalfVec h{};
   memcpy(&h, p, static_cast<size_t>(n) * sizeof(S));
+#endif
   return widen(h, S{});
 }
 CNNFAST_INLINE void store_narrow(float* p, Vec<float> v) { store(p, v); }
@@ -293,8 +297,12 @@ CNNFAST_INLINE void store_narrow(S* p, Vec<float> v) {
 }
 template <class S>
 CNNFAST_INLINE void store_narrow(S* p, Vec<float> v, int64_t n) {
-  HalfVec h = narrow(v, S{});
+  const HalfVec h = narrow(v, S{});
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)h);
+#else
   memcpy(p, &h, static_cast<size_t>(n) * sizeof(S));
+#endif
 }
 
 // A vector past the caches; p is a multiple of its storage.
