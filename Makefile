@@ -61,7 +61,7 @@ test-oldest: build/oldest.stamp ## operator, compile and export tests with the o
 	@$(OLDEST) tests/run.py --oldest
 
 fuzz: $(STAMP) ## 100,000 random calls, valid and not, beside torch's: verdict, shape, strides, values, gradients (minutes)
-	CNNFAST_FUZZ_CALLS=14300 $(PY) -m pytest -q tests -k test_fuzz -m "not gpu and not emulated and not interpreter"
+	CNNFAST_FUZZ_CALLS=10000 $(PY) -m pytest -q tests -k test_fuzz -m "not gpu and not emulated and not interpreter"
 
 sanitize: $(STAMP) ## the CPU kernels' tests under the address, undefined-behaviour and thread sanitizers (half an hour)
 	@$(PY) tests/sanitize.py

@@ -2,6 +2,9 @@
 
     python tests/sanitize.py               AddressSanitizer with UndefinedBehaviorSanitizer, then ThreadSanitizer
     python tests/sanitize.py address -k max_pool2d
+    python tests/sanitize.py address --isa avx512 --kernels "conv2d_grouped*;conv2d_direct"
+
+The last builds and tests a piece; conv2d's kernels need conv2d_direct, which they call.
 
 Builds the module once more for each into build/sanitize (a few minutes) and runs tests/test_kernels.py on it: every
 kernel, direction, dtype and ISA; the slow ThreadSanitizer with AVX2's alone, which differ from the others by vector
@@ -10,6 +13,7 @@ length. Further arguments go to pytest. Needs g++ with its sanitizers.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -39,12 +43,13 @@ def runtime(name: str) -> str:
     return subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
 
 
-def run(sanitizer: str, arguments: list[str]) -> int:
+def run(sanitizer: str, isas: str, kernels: str, arguments: list[str]) -> int:
     """Builds, tests; the exit code of pytest."""
     begin = time.monotonic()
     print(f"==== {sanitizer}: building", flush=True)
     folder = ROOT / "build" / "sanitize" / sanitizer
-    build(folder, "the sanitized module", "-DCMAKE_BUILD_TYPE=None", f"-DCNNFAST_SANITIZE={sanitizer}")
+    piece = [f"-DCNNFAST_CPU_ISAS={isas}", f"-DCNNFAST_CPU_KERNELS={kernels}"]
+    build(folder, "the sanitized module", "-DCMAKE_BUILD_TYPE=None", f"-DCNNFAST_SANITIZE={sanitizer}", *piece)
     module = next(iter(folder.glob("_cpu*.so")))
     print(f"==== {sanitizer}: built in {time.monotonic() - begin:.0f} s, testing", flush=True)
     # Python is not instrumented: the runtime comes first, and libstdc++ beside it, whose exceptions it intercepts
@@ -73,9 +78,13 @@ def run(sanitizer: str, arguments: list[str]) -> int:
 
 def main() -> int:
     """See the head of this file."""
-    chosen = [a for a in sys.argv[1:2] if a in LIBRARY]
-    arguments = sys.argv[1 + len(chosen) :]
-    return max(run(sanitizer, arguments) for sanitizer in chosen or LIBRARY)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sanitizer", nargs="?", choices=list(LIBRARY))
+    parser.add_argument("--isa", default="portable;avx2;avx512", help="ISAs to build, between semicolons")
+    parser.add_argument("--kernels", default="*", help="files of csrc/cpu to build: patterns, between semicolons")
+    options, arguments = parser.parse_known_args()
+    chosen = [options.sanitizer] if options.sanitizer else list(LIBRARY)
+    return max(run(sanitizer, options.isa, options.kernels, arguments) for sanitizer in chosen)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import process
-from support.verdict import outcome, same
+from support.verdict import check_convolution, same, with_gradients
 
 import cnnfast
 from cnnfast import functional
@@ -79,7 +79,7 @@ def test_rejects_what_torch_rejects(name: str) -> None:
 
 
 def test_fuzz() -> None:
-    """Random calls: torch's verdict, shape, strides and values, and those of the gradients."""
+    """Random calls: torch's verdict, shape and strides, float64's values; of the gradients, too."""
     count, accepted = process.FUZZ_CALLS, 0
     for number in range(count):
         seed = process.SEED * count + number
@@ -93,14 +93,11 @@ def test_fuzz() -> None:
             "stride": r.choice([1, 2, 3, 20]), "padding": r.choice([0, 1, 4, "same", "valid", -1]),
             "dilation": r.choice([1, 2, 3, 0]), "groups": groups,
         }  # fmt: skip
-        results = []
-        for function in (OURS, TORCHS):
-            leaves = [t.detach().requires_grad_() for t in (x, w, b) if t is not None]
-            out = outcome(function, (*leaves[:2], leaves[2] if b is not None else None), kwargs)
-            if not isinstance(out, Exception):
-                out = [out, *torch.autograd.grad(out.sin().sum(), leaves)]
-            results.append(out)
-        ours, theirs = results
+
+        def g(y: torch.Tensor, seed: int = seed) -> torch.Tensor:
+            return torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
+
+        ours, theirs = (with_gradients(f, (x, w, b), kwargs, g) for f in (OURS, TORCHS))
         call = f"call {number} of CNNFAST_TEST_SEED={process.SEED}: {tuple(x.shape)} {tuple(w.shape)} {kwargs}"
         if isinstance(theirs, Exception):
             assert isinstance(ours, ValueError), f"{call}: torch rejects ({theirs}), cnnfast: {ours!r}"
@@ -110,7 +107,7 @@ def test_fuzz() -> None:
         for a, e in zip(ours, theirs, strict=True):
             # torch's "same" with an even kernel is a slice: only strides that are ever used count
             assert all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), e.stride(), strict=True)), call
-            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4, msg=lambda text, call=call: f"{call}: {text}")
+        check_convolution(call, TORCHS, ours, (x, w, b), kwargs, g(ours[0]))
     assert accepted > count // 4
 
 

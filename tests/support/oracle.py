@@ -68,6 +68,31 @@ def check(
         )
 
 
+def check_sums(
+    what: str, out: torch.Tensor, ref: torch.Tensor, magnitude: torch.Tensor, terms: torch.Tensor, m: float = 3.0
+) -> None:
+    """Fails where a tensor of sums of products is farther from float64 than rounding explains, whatever torch gives.
+
+    A sum of n products rounds each product and each addition: |out - ref| <= n u sum |x| |w| in any order, by maximum and
+    to the first order. m, at most 3, is what the algorithms of mode "fp32" may take beyond it (``error_bound``).
+
+    Args:
+        what: The call.
+        out: What is tested.
+        ref: The same in float64.
+        magnitude: The sums of the absolute products, in float64.
+        terms: How many products each sum has.
+        m: The factor on the bound.
+    """
+    if out.numel() == 0:
+        return
+    error = float((out.double() - ref).abs().nan_to_num(nan=float("inf")).max())
+    bound = m * (float(terms.max()) + 1) * ROUND_OFF[out.dtype] * float(magnitude.max())
+    assert error <= bound, (
+        f"{what}: error {error:.3g} > {bound:.3g} = {m} * ({float(terms.max()):g} + 1) u max |x| * |w|"
+    )
+
+
 def check_nonfinite(what: str, out: torch.Tensor, *accepted: torch.Tensor, signs: float = 0.0) -> None:
     """Fails where out isn't NaN, inf, -inf or finite as one of the accepted results is.
 
