@@ -90,3 +90,58 @@ def test_what_others_read_or_overlaps_is_computed_at_once(monkeypatch: pytest.Mo
             fused, expected = cnnfast.fuse(model.eval(), x), model(x)
             torch.testing.assert_close(fused(x), expected)
         assert len(fused.programs[0].kernels) == 2
+
+
+class _Split(nn.Module):
+    """Pieces that are convolved, summed, concatenated and returned; channels shuffled, by function and written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 12, 1), nn.Conv2d(5, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.a(x)
+        p, q, r = y.split([4, 5, 3], 1)
+        left, right = torch.cat((p, self.b(q), r[:, :2]), 1).chunk(2, -3)
+        z = torch.cat((left, self.c(right + left).relu()), 1)
+        n, c, h, w = z.shape
+        z = z.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        first, second = z.chunk(2, 1)
+        last = torch.channel_shuffle(torch.cat((first, self.c(second)), 1), 3)
+        return last, torch.cat([self.c(part) for part in last.split(6, 1)], 1), [part + 1 for part in y.unbind(0)]
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 7, 5), (2, 3, 8, 1), (3, 3, 1, 1)])
+def test_split_and_shuffled_in_one_plan(shape: tuple[int, ...]) -> None:
+    """Views, and for what is shuffled as many copies as there are groups; NaN stays where it is."""
+    torch.manual_seed(0)
+    model, x = _Split().eval(), torch.randn(shape)
+    with torch.no_grad():
+        fused = cnnfast.fuse(model, x)
+        for expected, found in zip(
+            torch.utils._pytree.tree_leaves(model(x)), torch.utils._pytree.tree_leaves(fused(x)), strict=True
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    plans = [s for s in fused.programs[0].steps if hasattr(s, "plan")]
+    assert len(plans) == 1, fused.report()
+    assert not {c.name for c in fused.programs[0].calls if c.reason} & {"aten.chunk.default", "aten.transpose.int"}
+
+
+def test_split_that_torch_keeps() -> None:
+    """Rows and pieces of matrices: slices, by torch, between the plans; the same results."""
+    torch.manual_seed(0)
+
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Linear(3, 4)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            top, bottom = self.a(x).chunk(2, 2)
+            left, right = self.b(x[:, :, 0, :3]).split(2, -1)
+            return self.a(top[:, :3]) - bottom, left * right
+
+    model, x = Rows().eval(), torch.randn(2, 3, 6, 5)
+    with torch.no_grad():
+        for found, expected in zip(cnnfast.fuse(model, x)(x), model(x), strict=True):
+            torch.testing.assert_close(found, expected)

@@ -27,6 +27,7 @@ from cnnfast.graph._nodes import (
     MAX_POOL,
     MUL,
     RESHAPE,
+    SHUFFLE,
     SLICE,
     arguments,
     is_tensor,
@@ -92,6 +93,7 @@ COMPUTED: dict[Any, Callable[[fx.Node], bool]] = {
     ),
     CAT: _is_channel_cat,
     MUL: _is_gate,
+    SHUFFLE: lambda node: is_tensor(node.args[0], 4),
 }
 
 
@@ -305,14 +307,32 @@ class Planner:
     def _flat(self, x: Value) -> Value:
         """An image row-major, C H W: a copy, of one channel of C rows of H * W pixels. Far smaller than the weights after it."""
         n, c, h, w = x.shape
-        if h > 1 and x.strides[2] != w * x.strides[3]:
-            dense = self.plan.empty(x.shape, x.dtype)
-            self._copy(x, dense)
-            x = dense
+        x = self._in_rows(x)
         flat = self.plan.empty((n * c * h * w,), x.dtype)
         pixels = (n, 1, c, h * w)
         self._copy(x.view(pixels, (x.strides[0], 1, 1, x.strides[3])), flat.view(pixels, (c * h * w, 1, h * w, 1)))
         return flat
+
+    def _in_rows(self, x: Value) -> Value:
+        """The same, if its pixels follow each other at one distance, else a copy of which that is true."""
+        _, _, h, w = x.shape
+        if h == 1 or x.strides[2] == w * x.strides[3]:
+            return x
+        dense = self.plan.empty(x.shape, x.dtype)
+        self._copy(x, dense)
+        return dense
+
+    def _shuffle(self, node: fx.Node) -> Value:
+        """Channel i of group j becomes channel j of group i: each group's is a copy, of H * W rows of its channels."""
+        groups = int(node.args[1])  # type: ignore[arg-type]
+        x, out = self._in_rows(self.value(node.args[0])), self._output(node)  # type: ignore[arg-type]
+        y = out if isinstance(out, Value) else self.plan.empty(out, x.dtype)
+        n, c, h, w = x.shape
+        rows = (n, 1, h * w, c // groups)
+        for j in range(groups):
+            source = x.view(rows, (x.strides[0], 1, x.strides[3], 1), j * (c // groups))
+            self._copy(source, y.view(rows, (y.strides[0], 1, y.strides[3], groups), j))
+        return y
 
     def _slice(self, node: fx.Node) -> Value:
         a = arguments(node)
@@ -370,6 +390,7 @@ _PLANNED: dict[Any, Callable[[Planner, fx.Node], Value]] = {
     CONV: Planner._conv,
     BATCH_NORM: Planner._norm,
     MUL: Planner._gate,
+    SHUFFLE: Planner._shuffle,
     ADD: Planner._sum,
     **dict.fromkeys(_POOLS, Planner._pool),
     CAT: Planner._concatenation,
