@@ -12,6 +12,7 @@ import torch
 from support import process
 from torch.utils.flop_counter import FlopCounterMode
 
+import cnnfast
 from cnnfast import cli, models
 from cnnfast.models import _describe
 
@@ -148,6 +149,50 @@ def test_describe_a_module() -> None:
         models.describe("alexnet", size=16)
     with pytest.raises(ValueError, match="unknown network 'lenet'"):
         models.describe("lenet")
+
+
+class _PadsItself(torch.nn.Conv2d):
+    """As EfficientNet's do: its forward pads with a part of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pad = torch.nn.ZeroPad2d((0, 1, 0, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(
+            self.pad(x), self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class _Functional(torch.nn.Module):
+    """No convolution by its class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filters = torch.nn.Parameter(torch.zeros(4, 4, 3, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(x, self.filters, stride=2, dilation=(2, 1))
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_convolutions_with_a_forward_of_their_own(convert: bool) -> None:
+    """They widen the field like others, and the formula says how far they pad."""
+    model = torch.nn.Sequential(
+        _PadsItself(3, 4, 3, 2),
+        torch.nn.BatchNorm2d(4),
+        _Functional(),
+        torch.nn.Conv2d(4, 4, 1),
+        torch.nn.BatchNorm2d(4),
+    )
+    found = models.describe(cnnfast.convert(model) if convert else model, size=32)
+    assert found[0].formula == "(32 + 1 − 3)/2 + 1 = 16"
+    assert [layer.receptive_field for layer in found] == [(3, 3), (3, 3), (11, 11), (11, 11), (11, 11)]
+    timm = pytest.importorskip("timm")
+    same = timm.layers.Conv2dSame(3, 4, 3, 2)
+    (layer,) = models.describe(cnnfast.convert(same) if convert else same, size=33)
+    assert layer.formula == "(33 + 2 − 3)/2 + 1 = 17"
+    assert layer.receptive_field == (3, 3)
 
 
 def test_describe_as_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

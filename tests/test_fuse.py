@@ -126,7 +126,7 @@ PASSES: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "concatenated twice": (
         lambda: Applied(lambda m, x: torch.cat([m.b(torch.cat([y := m.a(x), y * 2], 1)), y], 1), a=_conv(5, 4),
                         b=_conv(8, 3)), 4, 0),
-    "slices": (lambda: Applied(lambda m, x: m.b(m.a(x)[:, 2:5]) + m.a(x).chunk(3, 1)[1], a=_conv(5, 9), b=_conv(3, 3)), 3, 1),
+    "slices": (lambda: Applied(lambda m, x: m.b(m.a(x)[:, 2:5]) + m.a(x).chunk(3, 1)[1], a=_conv(5, 9), b=_conv(3, 3)), 3, 0),
     "flattened": (
         lambda: nn.Sequential(nn.MaxPool2d(3, 2), nn.Flatten(), nn.LazyLinear(20), nn.ReLU(), nn.Dropout(), nn.Linear(20, 7)),
         4, 0),

@@ -23,6 +23,7 @@ RESHAPE = torch.ops.aten.reshape.default
 SLICE = torch.ops.aten.slice.Tensor
 CAT = torch.ops.aten.cat.default
 MUL = torch.ops.aten.mul.Tensor
+SHUFFLE = torch.ops.aten.channel_shuffle.default
 
 
 def affine_maps(

@@ -7,6 +7,8 @@ operator stays, and that reason is reported.
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ from cnnfast.graph._nodes import (
     CONV,
     MAX_POOL,
     RESHAPE,
+    SLICE,
     Editor,
     arguments,
     is_constant,
@@ -423,6 +426,24 @@ def _reshape(editor: Editor, node: fx.Node) -> Lowered:
     return editor.call(node, RESHAPE, (x, list(sizes)), node)
 
 
+def _split(editor: Editor, node: fx.Node) -> Lowered:
+    """Slices, each of which is a view."""
+    a = arguments(node)
+    x, dim = a["self"], a["dim"]
+    _require(is_tensor(x), "no tensor")
+    getters = list(node.users)
+    _require(all(g.target is operator.getitem for g in getters), "what it returns is read as a whole")
+    dim %= value(x).dim()
+    starts = [0, *itertools.accumulate(piece.shape[dim] for piece in node.meta["val"])]
+    made = []
+    for getter in getters:
+        i: Any = getter.args[1]
+        made.append(editor.call(node, SLICE, (x, dim, starts[i], starts[i + 1], 1), getter))
+    for getter, piece in zip(getters, made, strict=True):
+        editor.replace(getter, piece)
+    return made[0]
+
+
 def _ours(editor: Editor, node: fx.Node) -> Lowered:
     """An operator of ours, of a converted model: what it records of training doesn't matter here."""
     a = arguments(node)
@@ -478,5 +499,6 @@ RULES: dict[Any, Callable[[Editor, fx.Node], Lowered]] = {
                "unsqueeze", "unflatten.int"),
         _reshape,
     ),
+    **dict.fromkeys(_names("split.Tensor", "split.sizes", "split_with_sizes", "unsafe_split.Tensor", "chunk"), _split),
     **dict.fromkeys([CONV, BATCH_NORM, ADD, MAX_POOL, AVG_POOL, ADAPTIVE_AVG_POOL, ADAPTIVE_MAX_POOL], _ours),
 }  # fmt: skip

@@ -22,6 +22,7 @@ from cnnfast.graph._nodes import (
     CONV,
     MUL,
     RESHAPE,
+    SHUFFLE,
     SLICE,
     Editor,
     affine_maps,
@@ -42,6 +43,7 @@ _WIDE = (torch.float32, torch.float64)  # weights of these dtypes take a scale w
 def optimise(graph: fx.Graph, constants: Constants) -> None:
     """Every pass, in the order in which one prepares for the next."""
     editor = Editor(graph, constants)
+    merge_shuffles(editor)
     simplify_reshapes(editor)
     merge_silu(editor)
     fold_batch_norms(editor)
@@ -75,6 +77,21 @@ def simplify_reshapes(editor: Editor) -> None:
             editor.replace(node, source)
         elif source is not node.args[0]:
             node.args = (source, *node.args[1:])
+    erase_unused(editor.graph)
+
+
+def merge_shuffles(editor: Editor) -> None:
+    """Channels as groups, groups and their members exchanged, and flat again: one operator, as that which has the name."""
+    for node in _calls(editor, RESHAPE):
+        swapped: Any = node.args[0]
+        if swapped.target not in (torch.ops.aten.transpose.int, torch.ops.aten.swapaxes.default):
+            continue
+        grouped: Any = swapped.args[0]
+        if grouped.target is not RESHAPE or not is_tensor(grouped, 5) or {d % 5 for d in swapped.args[1:3]} != {1, 2}:
+            continue
+        (n, groups, members, h, w), source = shape(grouped), grouped.args[0]
+        if shape(source) == shape(node) == (n, groups * members, h, w):
+            editor.replace(node, editor.call(node, SHUFFLE, (source, groups), node))
     erase_unused(editor.graph)
 
 

@@ -1,15 +1,12 @@
 """A lowered graph as a program: plans of native kernels, and between them what torch runs.
 
 Nodes are scheduled so that plans are long: first everything that kernels of ours can compute, then ATen's nodes that
-have become ready, and so on. Inside a plan nothing moves that needn't: reshapes and slices are views, and what is
-concatenated is written in its place by whoever computes it. Two concatenations of the same tensors share one buffer, where
-one's are the beginning or a stretch of the other's (dense blocks).
+have become ready, and so on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,40 +16,11 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 from cnnfast import dispatch, settings
-from cnnfast.graph._nodes import (
-    ADAPTIVE_AVG_POOL,
-    ADAPTIVE_MAX_POOL,
-    ADD,
-    AVG_POOL,
-    BATCH_NORM,
-    CAT,
-    CONV,
-    MAX_POOL,
-    MUL,
-    RESHAPE,
-    SLICE,
-    affine_maps,
-    arguments,
-    is_tensor,
-    shape,
-)
+from cnnfast.graph._nodes import affine_maps, is_tensor, shape
 from cnnfast.graph.capture import value
 from cnnfast.graph.constants import Constant, Constants
 from cnnfast.graph.plan import Plan, Shared, Value
-from cnnfast.ops.adaptive_avg_pool2d import problem as adaptive_avg_pool2d_problem
-from cnnfast.ops.adaptive_max_pool2d import problem as adaptive_max_pool2d_problem
-from cnnfast.ops.add_act import problem as add_act_problem
-from cnnfast.ops.avg_pool2d import problem as avg_pool2d_problem
-from cnnfast.ops.batch_norm import problem as batch_norm_problem
-from cnnfast.ops.conv_bn_act import problem as conv_bn_act_problem
-from cnnfast.ops.max_pool2d import problem as max_pool2d_problem
-
-
-class _Unplanned(Exception):
-    """A node that a plan can't hold after all, and why."""
-
-    def __init__(self, node: fx.Node, reason: str) -> None:
-        self.node, self.reason = node, reason
+from cnnfast.graph.planner import COMPUTED, VIEWS, Planner, Unplanned, layer_of
 
 
 @dataclasses.dataclass
@@ -145,7 +113,7 @@ def build(
     while True:
         try:
             program, finish = _Builder(graph, constants, refused, shared, frozen).program()
-        except _Unplanned as unplanned:
+        except Unplanned as unplanned:
             refused[unplanned.node] = unplanned.reason
         else:
             _check_strict(program, who)
@@ -157,48 +125,6 @@ def _check_strict(program: Program, who: str) -> None:
     left = [f"{call.name}: {call.reason}" for call in program.calls if call.reason and call.name[:8] != "cnnfast."]
     if settings.state()[2] and left:
         raise NotImplementedError(f"{who}: strict() is set, and torch would run\n  " + "\n  ".join(left))
-
-
-# ---- what plans can hold ----------------------------------------------------------------------------------------------
-
-
-def _is_slice(node: fx.Node) -> bool:
-    """A stretch of channels (or images), or of a vector."""
-    a = arguments(node)
-    return ((is_tensor(a["self"], 4) and a["dim"] in (0, 1)) or is_tensor(a["self"], 1)) and a["step"] == 1
-
-
-def _is_channel_cat(node: fx.Node) -> bool:
-    a = arguments(node)
-    return a["dim"] in (1, -3) and all(is_tensor(t, 4) and value(t).dtype == value(node).dtype for t in a["tensors"])
-
-
-def _is_gate(node: fx.Node) -> bool:
-    """An image times a factor for each of its channels (squeeze-and-excite)."""
-    return _gated(node) is not None and value(node).dtype in (torch.float32, torch.float64)
-
-
-def _gated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    both: list[Any] = list(node.args[:2])
-    for x, gate in (both, both[::-1]):
-        if not is_tensor(x, 4) or not is_tensor(gate, 4) or shape(x) != shape(node):
-            continue
-        if shape(gate) == (*shape(x)[:2], 1, 1) and value(gate).dtype == value(x).dtype == value(node).dtype:
-            return x, gate
-    return None
-
-
-_VIEWS: dict[Any, Callable[[fx.Node], bool]] = {
-    RESHAPE: lambda node: is_tensor(node.args[0]),
-    SLICE: _is_slice,
-}
-_COMPUTED: dict[Any, Callable[[fx.Node], bool]] = {
-    **dict.fromkeys(
-        [CONV, BATCH_NORM, ADD, MAX_POOL, AVG_POOL, ADAPTIVE_AVG_POOL, ADAPTIVE_MAX_POOL], lambda node: True
-    ),
-    CAT: _is_channel_cat,
-    MUL: _is_gate,
-}
 
 
 class _Builder:
@@ -217,7 +143,7 @@ class _Builder:
         val = value(node)
         if val.device.type != "cpu" or val.dtype not in dispatch.DTYPES or 0 in val.shape:
             return False
-        rule = _VIEWS.get(node.target) or _COMPUTED.get(node.target)
+        rule = VIEWS.get(node.target) or COMPUTED.get(node.target)
         return rule is not None and rule(node)
 
     # ---- scheduling
@@ -239,7 +165,7 @@ class _Builder:
                     rest.append(node)
             if run:
                 # views alone are no work for a plan
-                plans = kind and any(n.target not in _VIEWS for n in run)
+                plans = kind and any(n.target not in VIEWS for n in run)
                 runs.append((plans, run))
             waiting, kind = rest, not kind
         return runs
@@ -304,13 +230,13 @@ class _Builder:
         if node.target is affine_maps:
             usual = "computes the factors and addends of batch norms, whose parameters may change"
         reason = self.refused.get(node, usual)
-        if node.target in _VIEWS or name == "getitem":
+        if node.target in VIEWS or name == "getitem":
             reason = ""  # no work, and so nothing to explain
         function: Any = node.target
         if _reads_strides(function):
             function = _with_captured_strides(function, node)
         full = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else name
-        layer = _layer(node, self.constants)
+        layer = layer_of(node, self.constants)
         return Call(full if reason else name, function, fill, self.place(node), reason, layer)
 
     # ---- plans
@@ -318,7 +244,7 @@ class _Builder:
     def segment(self, run: list[fx.Node]) -> tuple[Segment, Callable[[], None]]:
         inside = set(run)
         device = value(run[0]).device
-        planner = _Planner(self, Plan(device, shared=self.shared, lean=True), inside)
+        planner = Planner(Plan(device, shared=self.shared, lean=True), inside, self.constants, self.frozen)
         planner.place_concatenations(run)
         for node in run:
             planner.add(node)
@@ -329,7 +255,7 @@ class _Builder:
         for node in needed:
             v = planner.values[node]
             if any(v.root is planner.values[i].root for i in inputs):
-                raise _Unplanned(node, "a view of what it is given")
+                raise Unplanned(node, "a view of what it is given")
             index = next((i for i, r in enumerate(roots) if r is v.root), len(roots))
             if index == len(roots):
                 roots.append(v.root)
@@ -384,214 +310,3 @@ def _with_captured_strides(function: Callable[..., Any], node: fx.Node) -> Calla
         return function(x, *args, **kwargs)
 
     return run
-
-
-class _Planner:
-    """Puts the nodes of one run into a plan."""
-
-    def __init__(self, builder: _Builder, plan: Plan, inside: set[fx.Node]) -> None:
-        self.builder, self.plan, self.inside = builder, plan, inside
-        self.values: dict[fx.Node, Value] = {}
-        self.inputs: list[fx.Node] = []  # in the plan's order
-        self.targets: dict[fx.Node, Value] = {}  # where a node has to write
-        self.copies: dict[fx.Node, list[tuple[fx.Node, Value]]] = {}  # what a concatenation copies
-
-    def value(self, node: fx.Node) -> Value:
-        """The plan's tensor of a node."""
-        found = self.values.get(node)
-        if found is not None:
-            return found
-        if node.op == "get_attr":
-            constant = self.builder.constants[str(node.target)]
-            found = self.plan.constant(constant if self.builder.frozen else constant.keep())
-        else:
-            val = value(node)
-            weight = any(user.target is CONV and node is arguments(user)["w"] for user in node.users)
-            found = self.plan.input(tuple(val.shape), val.dtype, val.stride() if weight and val.dim() == 4 else None)
-            self.inputs.append(node)
-        self.values[node] = found
-        return found
-
-    # ---- concatenations
-
-    def place_concatenations(self, run: list[fx.Node]) -> None:
-        """Gives concatenations their buffers and their operands the places in them, the last concatenation first."""
-        cats = [n for n in run if n.target is CAT]
-        for cat in reversed(cats):
-            buffer = self.targets.get(cat)
-            if buffer is None:
-                buffer = self.targets[cat] = self.plan.empty(shape(cat), value(cat).dtype)
-            operands = list(cat.args[0])  # type: ignore[arg-type]
-            if cat in self.copies:
-                continue  # lies inside of another one
-            offsets, at = [], 0
-            for operand in operands:
-                offsets.append(at)
-                at += shape(operand)[1]
-            copies: list[tuple[fx.Node, Value]] = []
-            for i, (operand, offset) in enumerate(zip(operands, offsets, strict=True)):
-                piece = buffer.narrow(1, offset, shape(operand)[1])
-                written = operand in self.inside and operand.target in _COMPUTED
-                if written and operand not in self.targets and operand not in operands[:i]:
-                    self.targets[operand] = piece
-                else:
-                    copies.append((operand, piece))
-            self.copies[cat] = copies
-            for other in cats:
-                if other is cat or other in self.copies or other in self.targets:
-                    continue
-                stretch = list(other.args[0])  # type: ignore[arg-type]
-                start = _stretch_of(stretch, operands)
-                if start is None:
-                    continue
-                self.targets[other] = buffer.narrow(1, offsets[start], shape(other)[1])
-                # what the larger one copies has to be there when the smaller one is read
-                early = [(o, p) for o, p in copies if o in stretch]
-                self.copies[other] = early
-                self.copies[cat] = copies = [(o, p) for o, p in copies if o not in stretch]
-
-    # ---- nodes
-
-    def add(self, node: fx.Node) -> None:
-        """Plans one node."""
-        self.plan.layer = _layer(node, self.builder.constants)
-        try:
-            self.values[node] = _PLANNED[node.target](self, node)
-        except NotImplementedError as error:
-            raise _Unplanned(node, str(error).split("\n")[0]) from error
-
-    def output(self, node: fx.Node) -> Sequence[int] | Value:
-        """What a node writes to: its place in a concatenation, or a tensor of its own."""
-        return self.targets.get(node) or shape(node)
-
-    def copy(self, x: Value, y: Value) -> None:
-        """y = x."""
-        self._batch_norm(x, y, {}, "none", 0.0)
-
-    def _batch_norm(
-        self, x: Value, y: Value | Sequence[int], more: Mapping[str, Value | None], act: str, eps: float
-    ) -> Value:
-        problem = batch_norm_problem("fprop", x.shape, x.dtype, self.plan.device, (act, False, eps))
-        return self.plan.node(problem, {"x": x, **more}, {"y": y})[0]
-
-    def conv(self, node: fx.Node) -> Value:
-        a = arguments(node)
-        inputs = {k: None if a[k] is None else self.value(a[k]) for k in ("x", "w", "b", "scale", "shift", "r")}
-        x, w = inputs["x"], inputs["w"]
-        assert x is not None
-        assert w is not None
-        params = [a[k] for k in ("stride", "padding", "dilation", "groups", "activation", "precision")]
-        layouts = tuple((name, _layout(v)) for name, v in (("x", x), ("w", w)))
-        residual = inputs["r"] is not None
-        args = (x.shape, w.shape, shape(node), x.dtype, self.plan.device, params, layouts, residual)
-        return self.plan.node(conv_bn_act_problem(*args), inputs, {"y": self.output(node)})[0]
-
-    def batch_norm(self, node: fx.Node) -> Value:
-        a = arguments(node)
-        more = {k: None if a[k] is None else self.value(a[k]) for k in ("w", "b", "m", "v", "r")}
-        return self._batch_norm(self.value(a["x"]), self.output(node), more, a["activation"], a["eps"])
-
-    def gate(self, node: fx.Node) -> Value:
-        """Image by image: batch norm's kernel, the factors being its weight."""
-        found = _gated(node)
-        assert found is not None
-        x, gate = self.value(found[0]), self.value(found[1])
-        out = self.output(node)
-        y = out if isinstance(out, Value) else self.plan.empty(out, x.dtype)
-        for n in range(x.shape[0]):
-            factors = gate.narrow(0, n, 1).view((x.shape[1],), (1,))
-            self._batch_norm(x.narrow(0, n, 1), y.narrow(0, n, 1), {"w": factors}, "none", 0.0)
-        return y
-
-    def sum(self, node: fx.Node) -> Value:
-        a = arguments(node)
-        problem = add_act_problem("fprop", shape(node), value(node).dtype, self.plan.device, a["activation"])
-        return self.plan.node(problem, {k: self.value(a[k]) for k in ("x", "r")}, {"y": self.output(node)})[0]
-
-    def pool(self, node: fx.Node) -> Value:
-        problem = _POOLS[node.target]
-        geometry = node.args[1:-2]
-        x = self.value(node.args[0])  # type: ignore[arg-type]
-        made = problem("fprop", x.shape, x.dtype, self.plan.device, geometry)
-        return self.plan.node(made, {"x": x}, {"y": self.output(node)})[0]
-
-    def concatenation(self, node: fx.Node) -> Value:
-        for operand, piece in self.copies[node]:
-            self.copy(self.value(operand), piece)
-        return self.targets[node]
-
-    def reshape(self, node: fx.Node) -> Value:
-        x, sizes = self.value(node.args[0]), shape(node)  # type: ignore[arg-type]
-        made = x.reshape(sizes)
-        if made is None and len(x.shape) == 4 and sizes[0] == x.shape[0] and all(n == 1 for n in sizes[2:]):
-            return self.flat(x).view(sizes, dispatch.channels_last_strides((*sizes, 1, 1)[:4])[: len(sizes)])
-        if made is None:
-            raise NotImplementedError("reshapes an image in another order than it lies in memory")
-        return made
-
-    def flat(self, x: Value) -> Value:
-        """An image row-major, C H W: a copy, of one channel of C rows of H * W pixels. Far smaller than the weights after it."""
-        n, c, h, w = x.shape
-        if h > 1 and x.strides[2] != w * x.strides[3]:
-            dense = self.plan.empty(x.shape, x.dtype)
-            self.copy(x, dense)
-            x = dense
-        flat = self.plan.empty((n * c * h * w,), x.dtype)
-        pixels = (n, 1, c, h * w)
-        self.copy(x.view(pixels, (x.strides[0], 1, 1, x.strides[3])), flat.view(pixels, (c * h * w, 1, h * w, 1)))
-        return flat
-
-    def slice(self, node: fx.Node) -> Value:
-        a = arguments(node)
-        x, dim = self.value(a["self"]), a["dim"]
-        start = min(max(a["start"] or 0, 0), x.shape[dim])
-        return x.narrow(dim, start, shape(node)[dim])
-
-
-def _layer(node: fx.Node, constants: Constants) -> str:
-    """The module that a node was recorded in: a convolution's by its weight's name, because a block may call it."""
-    weight = arguments(node)["w"] if node.target is CONV else None
-    if isinstance(weight, fx.Node) and weight.op == "get_attr":
-        merged = constants[str(weight.target)].key.split("; ")
-        names = [found[1] for key in merged if (found := re.search(r"([\w.]+)\.weight\b", key))]
-        if names:
-            return " + ".join(dict.fromkeys(names))
-    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return str(paths[-1]) if paths else ""
-
-
-def _layout(v: Value) -> str:
-    if all(
-        n == 1 or a == b for n, a, b in zip(v.shape, v.strides, dispatch.channels_last_strides(v.shape), strict=True)
-    ):
-        return "nhwc"
-    contiguous = dispatch.contiguous_strides(v.shape)
-    return (
-        "nchw" if all(n == 1 or a == b for n, a, b in zip(v.shape, v.strides, contiguous, strict=True)) else "strided"
-    )
-
-
-def _stretch_of(part: list[Any], whole: list[Any]) -> int | None:
-    """Where one list lies in another."""
-    for start in range(len(whole) - len(part) + 1):
-        if whole[start : start + len(part)] == part:
-            return start
-    return None
-
-
-_POOLS: dict[Any, Callable[..., dispatch.Problem]] = {
-    MAX_POOL: max_pool2d_problem,
-    AVG_POOL: avg_pool2d_problem,
-    ADAPTIVE_AVG_POOL: adaptive_avg_pool2d_problem,
-    ADAPTIVE_MAX_POOL: adaptive_max_pool2d_problem,
-}
-_PLANNED: dict[Any, Callable[[_Planner, fx.Node], Value]] = {
-    CONV: _Planner.conv,
-    BATCH_NORM: _Planner.batch_norm,
-    MUL: _Planner.gate,
-    ADD: _Planner.sum,
-    **dict.fromkeys(_POOLS, _Planner.pool),
-    CAT: _Planner.concatenation,
-    RESHAPE: _Planner.reshape,
-    SLICE: _Planner.slice,
-}

@@ -20,7 +20,7 @@ from torch.nn.modules import batchnorm, conv, pooling
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from cnnfast import _render
+from cnnfast import _render, functional
 from cnnfast.models import _registry
 
 
@@ -182,7 +182,7 @@ def describe(
     handles = [
         module.register_forward_hook(_recorder(layers, path))
         for path, module in network.named_modules()
-        if not list(module.children())
+        if _is_layer(module)
     ]
     try:
         with torch.no_grad(), _Fields():
@@ -221,7 +221,7 @@ def receptive_fields(
     try:
         network = _on_meta(model)
         for path, module in network.named_modules():
-            if not list(module.children()):
+            if _is_layer(module):
                 module.register_forward_hook(_recorder(layers, path))
         with torch.no_grad(), torch.random.fork_rng(devices=[]), _Fields():
             network(*pytree.tree_map(meta, tuple(args)), **pytree.tree_map(meta, dict(kwargs)))
@@ -236,17 +236,34 @@ _FIELD = "_cnnfast_field"
 
 
 class _Fields(TorchFunctionMode):
-    """Gives every result the widest field of its operands; a map that becomes a vector is seen as a whole."""
+    """Gives every result the widest field of its operands; a map that becomes a vector is seen as a whole.
+
+    A convolution that is called as a function widens it; where a layer that is known calls it, that layer's hook comes last.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             operands = [a for arg in args for a in (arg if isinstance(arg, (list, tuple)) else (arg,))]
             seen = [_seen(a, out) for a in operands if isinstance(a, Tensor) and hasattr(a, _FIELD)]
+            field = Field()
             if seen:
                 sizes, steps = zip(*((field.size, field.step) for field in seen), strict=True)
-                setattr(out, _FIELD, Field(_largest(sizes), _largest(steps)))
+                field = Field(_largest(sizes), _largest(steps))
+            if func in _CONVOLUTIONS:
+                field = _convolved(field, *args, **(kwargs or {}))
+            if seen or func in _CONVOLUTIONS:
+                setattr(out, _FIELD, field)
         return out
+
+
+_CONVOLUTIONS = (torch.nn.functional.conv2d, functional.conv2d)  # conv2d's arguments in torch's order
+
+
+def _convolved(field: Field, input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
+               dilation: Any = 1, groups: int = 1) -> Field:  # fmt: skip
+    extents = [d * (n - 1) + 1 for d, n in zip(_pair(dilation), weight.shape[2:], strict=True)]
+    return field.through(extents, _pair(stride))
 
 
 def _seen(operand: Tensor, out: Tensor) -> Field:
@@ -262,6 +279,11 @@ def _largest(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
+def _is_layer(module: torch.nn.Module) -> bool:
+    """Whether it is looked at as a whole: it has no parts, or is a layer whose forward uses some (to pad, say)."""
+    return not list(module.children()) or isinstance(module, tuple(_KINDS.values()))
+
+
 def _recorder(layers: list[Layer], name: str) -> Any:
     """A hook that appends a module's line, and sets the field of its result."""
 
@@ -274,6 +296,8 @@ def _recorder(layers: list[Layer], name: str) -> Any:
         if window:
             field = field.through(window, stride)
             setattr(out, _FIELD, field)
+        else:
+            field = getattr(out, _FIELD, field)
         parameters = sum(p.numel() for p in module.parameters()) if all(layer.name != name for layer in layers) else 0
         if window or parameters:
             sees = round(field.size[0]), round(field.size[1])
@@ -300,7 +324,10 @@ def _window(module: Any, x: Tensor, out: Tensor) -> tuple[tuple[float, ...], tup
     if isinstance(module.padding, str):
         return extent, stride, f"padding {module.padding!r}"
     pads, ceil = _pair(module.padding), bool(getattr(module, "ceil_mode", False))
-    texts = [size(x.shape[2 + i], extent[i], stride[i], pads[i], ceil)[1] for i in (0, 1)]
+    texts = []
+    for i, (n, p) in enumerate(sizes):
+        found, text = size(n, extent[i], stride[i], pads[i], ceil)
+        texts.append(text if found == p else _padding_itself(n, p, extent[i], stride[i]))
     return extent, stride, texts[0] if texts[0] == texts[1] else ", ".join(texts)
 
 
@@ -320,17 +347,24 @@ def size(n: int, extent: int, stride: int, pad: int, ceil: bool = False) -> tupl
     return result, f"{text} = {result}"
 
 
+def _padding_itself(n: int, p: int, extent: int, stride: int) -> str:
+    """The formula of a layer that pads its input in its forward: by so much in all, at least."""
+    return f"({n} + {(p - 1) * stride + extent - n} − {extent})/{stride} + 1 = {p}"
+
+
 def _pair(value: Any) -> tuple[Any, Any]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
 
+_KINDS: dict[str, type[torch.nn.Module]] = {
+    "conv": torch.nn.Conv2d, "max pool": torch.nn.MaxPool2d, "avg pool": torch.nn.AvgPool2d,
+    "adaptive avg pool": pooling._AdaptiveAvgPoolNd, "adaptive max pool": pooling._AdaptiveMaxPoolNd,
+    "batch norm": batchnorm._BatchNorm, "fully connected": torch.nn.Linear,
+}  # fmt: skip
+
+
 def _kind(module: Any) -> str:
-    names = {
-        "conv": torch.nn.Conv2d, "max pool": torch.nn.MaxPool2d, "avg pool": torch.nn.AvgPool2d,
-        "adaptive avg pool": pooling._AdaptiveAvgPoolNd, "adaptive max pool": pooling._AdaptiveMaxPoolNd,
-        "batch norm": batchnorm._BatchNorm, "fully connected": torch.nn.Linear,
-    }  # fmt: skip
-    name = next((name for name, cls in names.items() if isinstance(module, cls)), type(module).__name__)
+    name = next((name for name, cls in _KINDS.items() if isinstance(module, cls)), type(module).__name__)
     if name not in ("conv", "max pool", "avg pool"):
         return name
     text = f"{name} {_shape(_pair(module.kernel_size))}"
