@@ -159,6 +159,7 @@ def build(unit: str, mutant: Mutant | None, shared: Path, folder: Path, quick: b
     }, done.stderr if done.returncode else ""
 
 
-def selection(unit: str) -> str:
+def selection(unit: str, quick: bool) -> str:
     """pytest's -k: the tests of a kernel file. Nothing else is in the module."""
-    return "cuda and not every_kernel and not foreign"
+    missing = " and not torch.float16 and not torch.float64" if quick else ""
+    return f"cuda and not every_kernel and not foreign{missing}"
