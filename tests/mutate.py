@@ -200,7 +200,8 @@ def choose(options: argparse.Namespace, log: Log) -> list[tuple[ModuleType, Muta
     if not options.all:
         found = random.Random(options.seed).sample(found, len(found))
         if options.spread:
-            by_file = itertools.groupby(sorted(found, key=lambda pair: pair[1].path), key=lambda pair: pair[1].path)
+            path = lambda pair: (len(pair[0].units(pair[1].path)), pair[1].path)  # noqa: E731
+            by_file = itertools.groupby(sorted(found, key=path), key=path)  # shared headers last, for they take longest
             rounds = itertools.zip_longest(*(list(pairs) for _, pairs in by_file))
             found = [pair for pairs in rounds for pair in pairs if pair]
         found = found[: options.count]

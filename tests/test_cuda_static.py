@@ -42,7 +42,7 @@ TENSOR_FILES = {
         ("conv2d_grouped.cu", "conv2d_grouped_weights.cu", "conv2d_stem.cu", "conv2d_stem_weights.cu"), ("HMMA",)
     ),
 }
-TENSOR_KERNELS, BY_ELEMENT = ("correlate<", "wgrad<", "winograd::correlate"), ", true>"
+TENSOR_KERNELS, BY_ELEMENT = ("correlate<", "wgrad<", "winograd::"), ", true>"
 # Dynamic shared memory isn't in the machine code. Of a kernel with so named parameters: the launcher's expression.
 DYNAMIC = {
     r"(implicit_gemm::(?:Half<\w+>|Tf32(?:x3)?)), (implicit_gemm::Tile<[\d, ]+>)": (
@@ -50,6 +50,7 @@ DYNAMIC = {
         "implicit_gemm::kSharedBytes<{0}, {1}>",
     ),
     r"winograd::correlate<(\d)>": ("conv2d_winograd.h", "winograd::Block<{0}>::kSharedBytes"),
+    r"winograd::wgrad<(\d)>": ("conv2d_winograd_weights.cu", "winograd::WeightsBlock<{0}>::kSharedBytes"),
     r"winograd::correlate_half<": ("conv2d_winograd_half.h", "winograd::HalfBlock::kSharedBytes"),
 }
 VARYING = (  # what filters, or a tile and its halo, need
