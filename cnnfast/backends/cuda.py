@@ -151,7 +151,10 @@ def _winograd(p: Problem, m: int) -> list[str]:
                 ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
                 (p.G != 1, f"needs one group, not {p.G}"),
                 (m == 4 and summed < least, f"needs sums over {least} {unit} to be as accurate as asked, not {summed}"),
-                (m == 4 and not wgrad and inputs <= 20480, f"needs more than 20480 inputs to be as accurate as asked, not {inputs}"),
+                (
+                    m == 4 and not wgrad and inputs <= 20480,
+                    f"needs more than 20480 inputs to be as accurate as asked, not {inputs}",
+                ),
                 (p.dtype != "f32" and summed % 2 != 0, f"needs an even number of channels to sum over, not {summed}"),
                 (weights > _WORKSPACE, f"transformed weights of {weights} bytes, {_WORKSPACE} at most"),
                 (
