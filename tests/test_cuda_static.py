@@ -62,8 +62,6 @@ SPILLS = {
     ("batch_norm_stats.cu", 120): 40,
     ("conv2d_implicit_gemm_weights.cu", 100): 24,
     ("conv2d_implicit_gemm_weights.cu", 120): 56,
-    ("conv2d_winograd_f4x4.cu", 100): 32,
-    ("conv2d_winograd_f4x4.cu", 120): 32,
 }
 
 
