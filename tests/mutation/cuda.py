@@ -66,6 +66,7 @@ def _includes(path: Path) -> frozenset[Path]:
     return frozenset(found)
 
 
+@functools.cache
 def units(path: str) -> list[str]:
     """The kernel files that a file is a part of, the smallest first: each is built and tested until one notices."""
     users = [p for p in SOURCES.glob("*.cu") if ROOT / path in _includes(p)]
