@@ -22,7 +22,10 @@ SOURCES = ROOT / "csrc" / "cuda"
 # Choices that change no result: which tile is faster is not for these tests to say, and they have their own.
 EXCLUDED = ("conv2d_implicit_gemm_plan.h",)
 CHECK = ["-DCNNFAST_EMULATION_CHECK"]
-SANITIZE = ["-fsanitize=thread", "-fsanitize=alignment,signed-integer-overflow,shift,bounds-strict,integer-divide-by-zero"]
+SANITIZE = [
+    "-fsanitize=thread",
+    "-fsanitize=alignment,signed-integer-overflow,shift,bounds-strict,integer-divide-by-zero",
+]
 
 _CHANGES = (
     operators.swaps,
