@@ -76,6 +76,7 @@ class Log:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.outcomes: list[Outcome] = []
+        self.stronger: list[Mutant] = []  # killed by tests that were made stronger since they had survived
         self.clean: dict[tuple[str, bool], float] = {}
         for line in path.read_text().splitlines() if path and path.exists() else ():
             entry = json.loads(line)
@@ -85,6 +86,8 @@ class Log:
                 self._add(Outcome(Mutant(**entry["mutant"]), entry["verdict"], entry["how"]))
 
     def _add(self, outcome: Outcome) -> None:
+        if any(o.mutant.key == outcome.mutant.key and o.verdict == "survived" for o in self.outcomes):
+            self.stronger += [outcome.mutant] * (outcome.verdict == "killed")
         self.outcomes = [*(o for o in self.outcomes if o.mutant.key != outcome.mutant.key), outcome]
 
     def write(self, **entry: object) -> None:
@@ -222,7 +225,7 @@ def main() -> int:
     options = parser.parse_args()
     log = Log(options.resume)
     if options.summary:
-        RESULTS.write_text(summary(log.outcomes, options.seed))
+        RESULTS.write_text(summary(log, options.seed))
         return report(log.outcomes)
     chosen = choose(options, log)
     deadline = time.monotonic() + (1e9 if options.all else 60 * options.minutes)
@@ -264,7 +267,7 @@ def _table(title: str, outcomes: list[Outcome], key: Callable[[Mutant], str]) ->
     return ["", f"by {title}", *lines]
 
 
-def summary(outcomes: list[Outcome], seed: int) -> str:
+def summary(log: Log, seed: int) -> str:
     """What is kept in the repository of a run."""
     known = equivalents()
     lines = [
@@ -272,12 +275,14 @@ def summary(outcomes: list[Outcome], seed: int) -> str:
         f"{time.strftime('%Y-%m-%d')}, seed {seed}. Equivalent ones (equivalent.txt) and such that don't compile don't count.",
     ]
     for name, folder in FOLDERS.items():
-        own = [o for o in outcomes if o.mutant.path.startswith(folder) and o.mutant.key not in known]
+        judged = [o for o in log.outcomes if o.mutant.path.startswith(folder)]
+        own = [o for o in judged if o.mutant.key not in known]
         counts = Counter(o.verdict for o in own)
         total = counts["killed"] + counts["survived"]
         if total:
             rate = f"{counts['killed']} of {total} killed, {counts['killed'] / total:.1%}"
-            lines += ["", f"{name}: {rate}; {counts['invalid']} didn't compile"]
+            lines += ["", f"{name}: {rate}; {counts['invalid']} didn't compile, {len(judged) - len(own)} equivalent"]
+            lines += [f"at first survived: {m}" for m in log.stronger if m.path.startswith(folder)]
             lines += _table("file", own, lambda m: m.path)
             lines += _table("change", own, lambda m: m.what)
             lines += [f"\nsurvived: {o.mutant}" for o in own if o.verdict == "survived"]
