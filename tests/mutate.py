@@ -4,27 +4,36 @@
     python tests/mutate.py --count 40 --seed 3      another one
     python tests/mutate.py --language triton        kernels/*.py in Triton's interpreter; cuda: csrc/cuda, emulated
     python tests/mutate.py --file implicit_gemm     only files so named
+    python tests/mutate.py --spread                 as many of each file, not of each line
     python tests/mutate.py --all                    every mutant (days)
+    python tests/mutate.py --resume LOG             goes on where another run stopped: what LOG holds isn't judged again
+    python tests/mutate.py --resume LOG --again     but for its survivors
+    python tests/mutate.py --resume LOG --summary   judges nothing, writes tests/mutation/results.txt of what LOG holds
 
-A mutant is killed by a test that fails, a deadlock, or by running into the time limit; one that doesn't compile doesn't
-count. Each is built alone and runs a sample of its kernel's tests, then, if it survives, all of them in all dtypes, then
-those of the other kernels that have the file. Survivors are listed, and written to build/mutate/survivors.txt in the form
-of tests/mutation/equivalent.txt, which holds those that can't be noticed, each with the reason. Fails below 95 %.
+A mutant is killed by a test that fails, a deadlock, or by running into the time limit (of the processor's time, so that a
+busy machine kills none); one that doesn't compile doesn't count. Each is built alone and runs a sample of its kernel's
+tests, then, if it survives, all of them in all dtypes, then those of the other kernels that have the file. Survivors are
+listed, and written to build/mutate/survivors.txt in the form of tests/mutation/equivalent.txt, which holds those that
+can't be noticed, each with the reason. Fails below 95 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import ModuleType
@@ -34,11 +43,13 @@ from mutation.operators import ROOT, Mutant
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 LANGUAGES: dict[str, ModuleType] = {module.NAME: module for module in (cuda, triton)}
+FOLDERS = {"cuda": "csrc/", "triton": "kernels/"}
 EQUIVALENT = Path(__file__).with_name("mutation") / "equivalent.txt"
+RESULTS = EQUIVALENT.with_name("results.txt")
 FOLDER = ROOT / "build" / "mutate"
 WANTED = 0.95
 QUICK = 60  # tests of a kernel at first
-LIMIT = 900.0  # seconds for tests, where no clean run has said how long they take
+LIMIT = 900.0  # seconds of a processor for tests, where no clean run has said how long they take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,30 +70,77 @@ def equivalents() -> set[tuple[str, str, str]]:
     return found
 
 
+class Log:
+    """What runs have found, a line of JSON each: outcomes, and the seconds of the unchanged kernels' tests."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.outcomes: list[Outcome] = []
+        self.stronger: list[Mutant] = []  # killed by tests that were made stronger since they had survived
+        self.clean: dict[tuple[str, bool], float] = {}
+        for line in path.read_text().splitlines() if path and path.exists() else ():
+            entry = json.loads(line)
+            if "unit" in entry:
+                self.clean[entry["unit"], entry["quick"]] = entry["seconds"]
+            else:
+                self._add(Outcome(Mutant(**entry["mutant"]), entry["verdict"], entry["how"]))
+
+    def _add(self, outcome: Outcome) -> None:
+        if any(o.mutant.key == outcome.mutant.key and o.verdict == "survived" for o in self.outcomes):
+            self.stronger += [outcome.mutant] * (outcome.verdict == "killed")
+        self.outcomes = [*(o for o in self.outcomes if o.mutant.key != outcome.mutant.key), outcome]
+
+    def write(self, **entry: object) -> None:
+        """Adds a line."""
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as output:
+                output.write(json.dumps(entry) + "\n")
+
+    def timed(self, unit: str, quick: bool, seconds: float) -> None:
+        """Adds the time of an unchanged kernel's tests."""
+        self.clean[unit, quick] = seconds
+        self.write(unit=unit, quick=quick, seconds=seconds)
+
+    def judged(self, outcome: Outcome) -> None:
+        """Adds an outcome, in place of an older one."""
+        self._add(outcome)
+        if outcome.verdict != "late":
+            self.write(mutant=dataclasses.asdict(outcome.mutant), verdict=outcome.verdict, how=outcome.how)
+
+
 class Runner:
     """Builds and tests mutants of one language."""
 
-    def __init__(self, language: ModuleType, seed: int, deadline: float) -> None:
-        self.language, self.seed, self.deadline = language, seed, deadline
+    def __init__(self, language: ModuleType, seed: int, deadline: float, log: Log) -> None:
+        self.language, self.seed, self.deadline, self.log = language, seed, deadline, log
         self.shared = FOLDER / language.NAME / "shared"
-        self.clean: dict[tuple[str, bool], float] = {}  # seconds of the unchanged kernels' tests
 
     def tests(self, unit: str, environment: dict[str, str], quick: bool, log: Path, limit: float) -> int | None:
-        """pytest's exit code; None where the time was up."""
+        """pytest's exit code; None where the processor's time was up."""
         count = str(QUICK if quick else 0)
-        command = [sys.executable, "-m", "mutation.run_tests", self.language.selection(unit), count, str(self.seed)]
+        command = [
+            sys.executable,
+            "-m",
+            "mutation.run_tests",
+            self.language.selection(unit, quick),
+            count,
+            str(self.seed),
+        ]
         variables = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         with log.open("w") as output:
             process = subprocess.Popen(
                 [*command, *self.files(unit)], cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
+            resource.prlimit(process.pid, resource.RLIMIT_CPU, (round(limit), round(limit)))
             try:
-                return process.wait(timeout=limit)
-            except subprocess.TimeoutExpired:
+                code = process.wait(timeout=10 * limit)
+            except subprocess.TimeoutExpired:  # asleep
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 return None
+        return None if code in (-signal.SIGXCPU, -signal.SIGKILL) else code
 
     def files(self, unit: str) -> list[str]:
         """The test files: that of all kernels, and what a kernel has of its own."""
@@ -91,16 +149,19 @@ class Runner:
         return [str(p) for p in (ROOT / "tests" / "test_kernels.py", *sorted(named))]
 
     def calibrate(self, unit: str, quick: bool, folder: Path) -> float:
-        """Seconds that the unchanged kernel's tests take; ends the run if they fail."""
-        if (unit, quick) not in self.clean:
+        """Seconds of a processor that the unchanged kernel's tests take; ends the run if they fail."""
+        if (unit, quick) not in self.log.clean:
             environment, problem = self.language.build(unit, None, self.shared, folder, quick)
-            begin = time.monotonic()
+            begin = resource.getrusage(resource.RUSAGE_CHILDREN)
             code = None if problem else self.tests(unit, environment, quick, folder / "log", LIMIT)
             if code != 0:
                 text = problem or (folder / "log").read_text()
                 raise RuntimeError(f"the tests of the unchanged {unit} fail ({code}): {text[-3000:]}")
-            self.clean[unit, quick] = time.monotonic() - begin
-        return self.clean[unit, quick]
+            end = resource.getrusage(
+                resource.RUSAGE_CHILDREN
+            )  # those of other threads count, too: a limit all the same
+            self.log.timed(unit, quick, end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime)
+        return self.log.clean[unit, quick]
 
     def examine(self, mutant: Mutant, folder: Path) -> Outcome:
         """Builds and tests one."""
@@ -126,9 +187,10 @@ class Runner:
         return Outcome(mutant, "survived" if compiled else "invalid")
 
 
-def choose(options: argparse.Namespace) -> list[tuple[ModuleType, Mutant]]:
-    """All mutants, or a sample of them, the same for a seed, without those known to be equivalent."""
+def choose(options: argparse.Namespace, log: Log) -> list[tuple[ModuleType, Mutant]]:
+    """All mutants, or a sample of them, the same for a seed, without those known to be equivalent or judged before."""
     known = equivalents()
+    judged = {o.mutant.key for o in log.outcomes if not (options.again and o.verdict == "survived")}
     found = [
         (language, mutant)
         for name, language in LANGUAGES.items()
@@ -138,9 +200,15 @@ def choose(options: argparse.Namespace) -> list[tuple[ModuleType, Mutant]]:
         for mutant in language.mutants(path)
         if mutant.key not in known
     ]
-    if options.all:
-        return found
-    return random.Random(options.seed).sample(found, min(options.count, len(found)))
+    if not options.all:
+        found = random.Random(options.seed).sample(found, len(found))
+        if options.spread:
+            path = lambda pair: (len(pair[0].units(pair[1].path)), pair[1].path)  # noqa: E731
+            by_file = itertools.groupby(sorted(found, key=path), key=path)  # shared headers last, for they take longest
+            rounds = itertools.zip_longest(*(list(pairs) for _, pairs in by_file))
+            found = [pair for pairs in rounds for pair in pairs if pair]
+        found = found[: options.count]
+    return [(language, mutant) for language, mutant in found if mutant.key not in judged]
 
 
 def main() -> int:
@@ -151,11 +219,17 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=30, help="no mutant is begun after so many")
-    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--resume", type=Path, metavar="LOG")
+    for name in ("spread", "all", "again", "summary"):
+        parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
-    chosen = choose(options)
+    log = Log(options.resume)
+    if options.summary:
+        RESULTS.write_text(summary(log, options.seed))
+        return report(log.outcomes)
+    chosen = choose(options, log)
     deadline = time.monotonic() + (1e9 if options.all else 60 * options.minutes)
-    runners = {name: Runner(language, options.seed, deadline) for name, language in LANGUAGES.items()}
+    runners = {name: Runner(language, options.seed, deadline, log) for name, language in LANGUAGES.items()}
     for name in {language.NAME for language, _ in chosen}:
         LANGUAGES[name].prepare(runners[name].shared)
     jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
@@ -168,31 +242,66 @@ def main() -> int:
         finally:
             free.append(folder)
 
-    outcomes: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task("mutants", total=len(chosen))
         for future in as_completed([pool.submit(examine, *pair) for pair in chosen]):
             outcome = future.result()
-            outcomes.append(outcome)
-            counts = Counter(o.verdict for o in outcomes)
+            log.judged(outcome)
+            counts = Counter(o.verdict for o in log.outcomes)
             progress.update(task, advance=1, description=f"{counts['killed']} killed, {counts['survived']} survived")
             if outcome.verdict == "survived" or not sys.stdout.isatty():  # a log: what is done stays known
                 print(f"{outcome.verdict}: {outcome.mutant}\n    {outcome.how}".rstrip(), flush=True)
-    return report(outcomes)
+    return report(log.outcomes)
+
+
+def _table(title: str, outcomes: list[Outcome], key: Callable[[Mutant], str]) -> list[str]:
+    """Lines of killed and all by file or change."""
+    counts = Counter((key(o.mutant), o.verdict) for o in outcomes)
+    names = sorted({name for name, _ in counts})
+    lines = [
+        f"{counts[n, 'killed']:5d} of {counts[n, 'killed'] + counts[n, 'survived']:3d}  {n}"
+        for n in names
+        if counts[n, "killed"] + counts[n, "survived"]
+    ]
+    return ["", f"by {title}", *lines]
+
+
+def summary(log: Log, seed: int) -> str:
+    """What is kept in the repository of a run."""
+    known = equivalents()
+    lines = [
+        "Mutants of the GPU kernels that the tests killed, of those judged, by tests/mutate.py --summary.",
+        f"{time.strftime('%Y-%m-%d')}, seed {seed}. Equivalent ones (equivalent.txt) and such that don't compile don't count.",
+    ]
+    for name, folder in FOLDERS.items():
+        judged = [o for o in log.outcomes if o.mutant.path.startswith(folder)]
+        own = [o for o in judged if o.mutant.key not in known]
+        counts = Counter(o.verdict for o in own)
+        total = counts["killed"] + counts["survived"]
+        if total:
+            rate = f"{counts['killed']} of {total} killed, {counts['killed'] / total:.1%}"
+            lines += ["", f"{name}: {rate}; {counts['invalid']} didn't compile, {len(judged) - len(own)} equivalent"]
+            lines += [f"at first survived: {m}" for m in log.stronger if m.path.startswith(folder)]
+            lines += _table("file", own, lambda m: m.path)
+            lines += _table("change", own, lambda m: m.what)
+            lines += [f"\nsurvived: {o.mutant}" for o in own if o.verdict == "survived"]
+    return "\n".join(lines) + "\n"
 
 
 def report(outcomes: list[Outcome]) -> int:
     """Counts by language, and the survivors; the exit code."""
+    known = equivalents()
+    outcomes = [o for o in outcomes if o.mutant.key not in known]
     survivors = [o.mutant for o in outcomes if o.verdict == "survived"]
+    FOLDER.mkdir(parents=True, exist_ok=True)
     text = "\n".join(f"{m.path}\n- {m.before.strip()}\n+ {m.after.strip()}\n# why?\n" for m in survivors)
     (FOLDER / "survivors.txt").write_text(text)
     (FOLDER / "killed.txt").write_text("\n".join(f"{o.mutant}\n    {o.how}" for o in outcomes if o.verdict == "killed"))
     print()
     low = 0
     for name in LANGUAGES:
-        folder = {"cuda": "csrc/", "triton": "kernels/"}[name]
-        counts = Counter(o.verdict for o in outcomes if o.mutant.path.startswith(folder))
+        counts = Counter(o.verdict for o in outcomes if o.mutant.path.startswith(FOLDERS[name]))
         total = counts["killed"] + counts["survived"]
         if not total:
             continue

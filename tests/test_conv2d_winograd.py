@@ -18,6 +18,11 @@ OF_CPU = [name for name in sorted(FOUND) if FOUND[name].backend == "cpu"]
 WITH_WGRAD = [
     name for name in OF_CPU if any(i.name == name for i in dispatch.implementations("conv2d") if i.direction == "wgrad")
 ]
+OF_GPU = {
+    i.name
+    for i in dispatch.implementations("conv2d")
+    if i.backend == "cuda" and i.direction == "wgrad" and i.stem.startswith("conv2d_winograd")
+}
 CL = torch.channels_last
 
 
@@ -173,6 +178,27 @@ def test_wgrad_of_bad_values(kernel: str) -> None:
             torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True, msg=f"{kernel} {operand} {value}")
 
 
+@pytest.mark.parametrize("kernel", [pytest.param(k, marks=process.marks(FOUND[k])) for k in HERE if k in OF_GPU])
+def test_wgrad_of_bad_values_on_a_gpu(kernel: str) -> None:
+    """A tap's sum that isn't finite, by an operand or by what the transforms make of it, is the direct sum."""
+    device = process.device(FOUND[kernel])
+    for operand, index, value in (
+        ("x", (0, 33, 9, 8), float("inf")),
+        ("x", (1, 0, 0, 0), float("nan")),
+        ("g", (1, 36, 10, 12), -float("inf")),
+        ("g", (0, 0, 22, 23), 2e38),
+    ):
+        x, g = _wgrad_operands(2, 34, 37, 23, 24)
+        (x if operand == "x" else g)[index] = value
+        (g if operand == "x" else x).clamp_(-1, 1)
+        out, expected = _wgrad(kernel, x.to(device), g.to(device)).cpu(), _wgrad("cpu.conv2d_direct", x, g)
+        what = f"{kernel}, {value} in {operand} at {index}"
+        oracle.check_nonfinite(what, out, expected)
+        if value != 2e38:  # which leaves other sums that much less exact
+            finite = torch.isfinite(expected)
+            torch.testing.assert_close(out[finite], expected[finite], rtol=1e-4, atol=1e-4, msg=what)
+
+
 @pytest.mark.parametrize("kernel", WITH_WGRAD)
 def test_wgrad_in_chunks_of_tiles(kernel: str) -> None:
     """More tiles than are transformed at a time: accuracy, and the same bits for any thread count."""
@@ -221,7 +247,11 @@ def test_when_it_may_serve() -> None:
 
 def test_when_it_may_serve_wgrad() -> None:
     """Few pixels are left to F(2x2): torch sums them too exactly for F(4x4)."""
-    kernels = {i.stem: i for i in dispatch.implementations("conv2d") if i.direction == "wgrad" and "winograd" in i.stem}
+    kernels = {
+        i.stem: i
+        for i in dispatch.implementations("conv2d")
+        if i.backend == "cpu" and i.direction == "wgrad" and "winograd" in i.stem
+    }
 
     def reasons(stem: str, n: int) -> str:
         shapes = (n, 64, 14, 14), (64, 64, 3, 3), (n, 64, 14, 14)

@@ -42,7 +42,7 @@ TENSOR_FILES = {
         ("conv2d_grouped.cu", "conv2d_grouped_weights.cu", "conv2d_stem.cu", "conv2d_stem_weights.cu"), ("HMMA",)
     ),
 }
-TENSOR_KERNELS, BY_ELEMENT = ("correlate<", "wgrad<", "winograd::correlate"), ", true>"
+TENSOR_KERNELS, BY_ELEMENT = ("correlate<", "wgrad<", "winograd::"), ", true>"
 # Dynamic shared memory isn't in the machine code. Of a kernel with so named parameters: the launcher's expression.
 DYNAMIC = {
     r"(implicit_gemm::(?:Half<\w+>|Tf32(?:x3)?)), (implicit_gemm::Tile<[\d, ]+>)": (
@@ -50,20 +50,12 @@ DYNAMIC = {
         "implicit_gemm::kSharedBytes<{0}, {1}>",
     ),
     r"winograd::correlate<(\d)>": ("conv2d_winograd.h", "winograd::Block<{0}>::kSharedBytes"),
+    r"winograd::wgrad<(\d)>": ("conv2d_winograd_weights.cu", "winograd::WeightsBlock<{0}>::kSharedBytes"),
     r"winograd::correlate_half<": ("conv2d_winograd_half.h", "winograd::HalfBlock::kSharedBytes"),
 }
 VARYING = (  # what filters, or a tile and its halo, need
     "conv2d_depthwise.cu", "conv2d_grouped.cu", "conv2d_grouped_weights.cu", "conv2d_stem.cu", "conv2d_stem_weights.cu",
 )  # fmt: skip
-# A few bytes of stack on Blackwell, for which no code of its own is shipped: what an H100 measured bounds the registers.
-SPILLS = {
-    ("batch_norm_stats.cu", 100): 16,
-    ("batch_norm_stats.cu", 120): 40,
-    ("conv2d_implicit_gemm_weights.cu", 100): 24,
-    ("conv2d_implicit_gemm_weights.cu", 120): 56,
-    ("conv2d_winograd_f4x4.cu", 100): 32,
-    ("conv2d_winograd_f4x4.cu", 120): 32,
-}
 
 
 def compiler() -> str | None:
@@ -185,8 +177,7 @@ def examine(file: str, architecture: int) -> list[Facts]:
     more = dynamic(names)
     facts = []
     for (name, registers, stack, shared, local), kernel in zip(used, names, strict=True):
-        spilled = int(stack) > SPILLS.get((file, architecture), 0) or int(local)
-        problems = [f"{stack} bytes of stack, {local} of local memory"] if spilled else []
+        problems = [f"{stack} bytes of stack, {local} of local memory"] if int(stack) or int(local) else []
         problems += [] if name in threads else ["no __launch_bounds__"]
         if "cnnfast_dynamic_shared" in entries[name] and kernel not in more and file not in VARYING:
             problems.append("how much dynamic shared memory? Neither DYNAMIC nor VARYING says")

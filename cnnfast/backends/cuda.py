@@ -134,9 +134,12 @@ _WORKSPACE = 128 * 2**20  # bytes
 
 def _winograd(p: Problem, m: int) -> list[str]:
     # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
-    forward = p.direction == "fprop"
+    forward, wgrad = p.direction == "fprop", p.direction == "wgrad"
     summed, computed, inputs = p.C if forward else p.K, p.K if forward else p.C, p.N * p.C * p.H * p.W
     weights = 4 * (m + 2) ** 2 * (-(-summed // 8) * 8) * (-(-computed // 64) * 64)
+    unit, least = "channels", 64
+    if wgrad:
+        summed, unit, least, weights = p.N * p.P * p.Q, "pixels", 1024, 36 * p.C * p.K
     return (
         _direct(p)
         + _pixels(p)
@@ -147,8 +150,11 @@ def _winograd(p: Problem, m: int) -> list[str]:
                 ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
                 ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
                 (p.G != 1, f"needs one group, not {p.G}"),
-                (m == 4 and summed < 64, f"needs sums over 64 channels to be as accurate as asked, not {summed}"),
-                (m == 4 and inputs <= 20480, f"needs more than 20480 inputs to be as accurate as asked, not {inputs}"),
+                (m == 4 and summed < least, f"needs sums over {least} {unit} to be as accurate as asked, not {summed}"),
+                (
+                    m == 4 and not wgrad and inputs <= 20480,
+                    f"needs more than 20480 inputs to be as accurate as asked, not {inputs}",
+                ),
                 (p.dtype != "f32" and summed % 2 != 0, f"needs an even number of channels to sum over, not {summed}"),
                 (weights > _WORKSPACE, f"transformed weights of {weights} bytes, {_WORKSPACE} at most"),
                 (
@@ -223,12 +229,22 @@ def _implicit_gemm_cost(p: Problem, rate: float) -> float:
 def _winograd_cost(p: Problem, m: int, rate: float) -> float:
     # Predicted: a block is 32 tiles by 64 (F(4x4): 32) channels, a processor has one at a time. The rates are a quarter
     # of an H100's, for such blocks reach half of it elsewhere, and what a card has measured goes first.
+    if p.direction == "wgrad":
+        return _winograd_weights_cost(p, m, rate)
     c, k, h, w = (p.C, p.K, p.P, p.Q) if p.direction == "fprop" else (p.K, p.C, p.H, p.W)
     products, columns = (m + 2) ** 2, 32 if m == 4 else 64
     blocks = -(-p.N * -(-h // m) * -(-w // m) // 32) * -(-k // columns)
     turns, depth = -(-blocks // 132), -(-c // 8) * 8 + 16  # 16: the transforms at the end
     weights = 4 * products * c * k / 2e12
     return 7e-6 + turns * 132 * 2 * products * 32 * columns * depth / rate + weights
+
+
+def _winograd_weights_cost(p: Problem, m: int, rate: float) -> float:
+    # A block is 32 by 32 channels and a slice of the tiles, of 128 at least; chains of 128 (F(4x4): 32) end with transforms.
+    tiles, owners = p.N * -(-p.P // m) * -(-p.Q // m), -(-p.C // 32) * -(-p.K // 32)
+    slices = max(1, min(-(-264 // max(owners, 1)), -(-tiles // 128)))
+    turns, depth = -(-owners * slices // 132), -(-tiles // slices) * (1.3 if m == 4 else 1.1) + 16
+    return 9e-6 + turns * 132 * 2 * (m + 2) ** 2 * 32 * 32 * depth / rate + 2 * slices * 36 * p.C * p.K / 2e12
 
 
 def _grouped_cost(p: Problem, rate: float) -> float:

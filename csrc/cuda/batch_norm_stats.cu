@@ -2,23 +2,23 @@
 //
 //   stats   m[c] = mean of x, v[c] = 1 / sqrt(mean of (x - m)^2 + eps), s[c] = sum of (x - m)^2 / (count - 1)
 //
-// A thread takes 8 pixels at a time: their mean and the sum of their squared distances from it, which it joins with
+// A thread takes 5 pixels at a time: their mean and the sum of their squared distances from it, which it joins with
 // what it has by Chan's formula. Threads, then chunks of pixels are joined likewise, in an order that only the sizes
-// decide. Distances are taken from one of the 8 values, so that a constant channel has exactly its value as mean and no
+// decide. Distances are taken from one of the 5 values, so that a constant channel has exactly its value as mean and no
 // variance, and a mean far from zero costs no accuracy. Where squares are beyond float's range the second kernel, which
 // knows the mean, sums them again in double.
 //
 // Mapping: a block is 32 packs of channels at most by the pixels that 256 threads have room for, over a chunk of pixels
 // (pixels.h); a second kernel joins the chunks. Layout: NHWC, any pixel strides; where sizes, strides or addresses
 // don't allow packs (of 16 bytes, of 8 for 16-bit types)
-// a thread takes one channel. Accumulator: f32 for 8 pixels (f64 for f64), f64 beyond.
+// a thread takes one channel. Accumulator: f32 for 5 pixels (f64 for f64), f64 beyond.
 // Source: Chan, Golub, LeVeque, Algorithms for Computing the Sample Variance (1983).
 #include "batch_norm.h"
 
 namespace cnnfast::cuda::batch_norm {
 namespace {
 
-constexpr int kRowsAtOnce = 8;
+constexpr int kRowsAtOnce = 5;  // more need more registers than three blocks at once leave
 
 template <int n>
 struct Count {
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
           values[j] = load<T, width>(x + pixels.offset(strides, pixel) + share.pack * width);
         join_pixels(moments, values, bases);
       };
-      while (pixel + 7 * shares.rows < share.end) take(Count<8>{});
+      while (pixel + (kRowsAtOnce - 1) * shares.rows < share.end) take(Count<kRowsAtOnce>{});
       if (pixel + 3 * shares.rows < share.end) take(Count<4>{});
       if (pixel + shares.rows < share.end) take(Count<2>{});
       if (pixel < share.end) take(Count<1>{});
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       moments.count = total;
     };
     if (c < C) {
-#pragma unroll 4
+#pragma unroll 2
       for (int64_t chunk = slice; chunk < chunks; chunk += slices) {
         const int64_t left = pixels.count - chunk * length;
         const double* from = partial + chunk * 2 * C + c;

@@ -9,6 +9,8 @@
 // One barrier a step: it says that the next stage is complete and that everybody has read the last one. Fragments are
 // read one mma depth ahead of their use, so that the tensor cores needn't wait for them.
 #pragma once
+#include <type_traits>
+
 #include "primitives/async_copy.h"
 #include "primitives/cuda.h"
 #include "primitives/matrix.h"
@@ -280,23 +282,32 @@ __device__ __forceinline__ void accumulate(Sums<Tile>& sums, Vector* shared, int
   copy_async_wait<kStages - 2>();
   __syncthreads();  // the first stage is complete
   const Reader<Math, Tile, kAcrossA, kAcrossB> reader;
+  // Operands are read while those before them are multiplied, unless both of them and their splits need the registers.
+  constexpr bool kAhead = !(std::is_same_v<Math, Tf32x3> && kAcrossA && kAcrossB);
   Fragments<Tile> fragments[2];
-  fragments[0].load(reader, shared, 0);
+  if (kAhead) fragments[0].load(reader, shared, 0);
   int stage = 0, free_stage = kStages - 1;
   for (int step = 0; step < steps; ++step) {
-    fragments[1].load(reader, shared + stage * kStep, 1);
+    const Vector* current = shared + stage * kStep;
+    fragments[kAhead].load(reader, current, kAhead);
     if (step + kStages - 1 < steps) {
       Vector* next = shared + free_stage * kStep;
       stage_next(next, next + kB);
     }
     copy_async_commit();  // perhaps an empty group: the count of groups stays that of the steps
     multiply(Math{}, sums, fragments[0]);
+    if constexpr (!kAhead) {
+      fragments[1].load(reader, current, 1);
+      multiply(Math{}, sums, fragments[1]);
+    }
     copy_async_wait<kStages - 2>();
     __syncthreads();  // the next stage is complete, and everybody has read this one
     free_stage = stage;
     stage = stage + 1 == kStages ? 0 : stage + 1;
-    if (step + 1 < steps) fragments[0].load(reader, shared + stage * kStep, 0);
-    multiply(Math{}, sums, fragments[1]);
+    if constexpr (kAhead) {
+      if (step + 1 < steps) fragments[0].load(reader, shared + stage * kStep, 0);
+      multiply(Math{}, sums, fragments[1]);
+    }
   }
 }
 

@@ -147,33 +147,40 @@ struct Place {
   bool present;
 };
 
-// The inputs of one tile and, step by step, every eighth channel.
+// Where a tile's inputs lie: the offset of the first pixel, perhaps outside of the image; which of their rows and
+// columns are inside, a bit each.
+struct Source {
+  int64_t at;
+  unsigned rows, columns;
+};
+
+template <int P>
+__device__ __forceinline__ Source source_of(const View& v, const Place& at) {
+  const int h = at.p - v.pad_h, w = at.q - v.pad_w;
+  Source source{at.n * v.in_n + h * v.in_h + w * v.in_w, 0, 0};
+#pragma unroll
+  for (int a = 0; a < P; ++a) {
+    source.rows |= static_cast<unsigned>(at.present && h + a >= 0 && h + a < v.H) << a;
+    source.columns |= static_cast<unsigned>(w + a >= 0 && w + a < v.W) << a;
+  }
+  return source;
+}
+
+// The inputs of one tile and channel.
 template <int M>
 struct Inputs {
   static constexpr int P = M + 2, kChannels = Block<M>::kChannels;
-  const float* from;       // the first pixel of the first channel, perhaps outside of the image
-  unsigned rows, columns;  // which of them are inside, a bit each
-  int channels;
   float d[P][P];
 
-  __device__ __forceinline__ Inputs(const View& v, const Place& at, int channel, const float* in)
-      : rows(0), columns(0), channels(v.C - channel) {
-    const int h = at.p - v.pad_h, w = at.q - v.pad_w;
+  __device__ __forceinline__ void load(const View& v, const Source& source, const float* in, unsigned channel) {
+    const unsigned rows = channel < static_cast<unsigned>(v.C) ? source.rows : 0, columns = source.columns;
+    const float* row = in + source.at + channel;
 #pragma unroll
-    for (int a = 0; a < P; ++a) {
-      rows |= static_cast<unsigned>(at.present && h + a >= 0 && h + a < v.H) << a;
-      columns |= static_cast<unsigned>(w + a >= 0 && w + a < v.W) << a;
+    for (int a = 0; a < P; ++a, row += v.in_h) {
+      const float* at = row;
+#pragma unroll
+      for (int b = 0; b < P; ++b, at += v.in_w) d[a][b] = (rows >> a & columns >> b & 1) ? *at : 0.0f;
     }
-    from = in + at.n * v.in_n + h * v.in_h + w * v.in_w + channel;
-  }
-  __device__ __forceinline__ void load(const View& v) {
-    const unsigned inside = channels > 0 ? rows : 0;
-#pragma unroll
-    for (int a = 0; a < P; ++a)
-#pragma unroll
-      for (int b = 0; b < P; ++b) d[a][b] = (inside >> a & columns >> b & 1) ? from[a * v.in_h + b * v.in_w] : 0.0f;
-    from += kChannels;
-    channels -= kChannels;
   }
   // V = B' d B; products kChannels * kPitch apart.
   __device__ __forceinline__ void store(float* to) const {
@@ -283,6 +290,7 @@ __global__ void __launch_bounds__(Block<M>::kThreads, 1)
   constexpr int kVectors = B::kColumns / 32;
   CNNFAST_DYNAMIC_SHARED(float, shared);
   CNNFAST_SHARED(Place, places, [kTiles]);
+  CNNFAST_SHARED(Source, sources, [kTiles]);
   float *inputs = shared, *weights = shared + B::kInputs;
 
   const int t = threadIdx.x, lane = t % 32, warp = t / 32;
@@ -291,13 +299,14 @@ __global__ void __launch_bounds__(Block<M>::kThreads, 1)
   if (t < kTiles) {
     const int tile = tile0 + t, line = tile / tiling.tiles_w, n = line / tiling.tiles_h;
     places[t] = {n, (line - n * tiling.tiles_h) * M, (tile - line * tiling.tiles_w) * M, tile < tiling.tiles};
+    sources[t] = source_of<B::kPoints>(v, places[t]);
   }
   __syncthreads();
 
   // Neighbouring threads read neighbouring channels. Where there are more threads than inputs, a whole warp has none.
-  const int channel = t % B::kChannels, own_tile = t / B::kChannels;
+  const unsigned channel = threadIdx.x % B::kChannels, own_tile = threadIdx.x / B::kChannels;
   const bool reads = own_tile < kTiles;
-  Inputs<M> input(v, places[reads ? own_tile : 0], channel, in);
+  Inputs<M> input;
   const int stages = tiling.steps * B::kStages;
   const float* next = u + int64_t{column_tile} * stages * B::kWeights + t * 4;
   const auto stage_weights = [&](int stage) {
@@ -344,11 +353,12 @@ __global__ void __launch_bounds__(Block<M>::kThreads, 1)
     if (in_chain == 0) {  // the registers and shared memory of what is read ahead were needed for the last chain's end
       stage_weights(stage);
       copy_async_commit();
-      if (reads) input.load(v);
+      if (reads) input.load(v, sources[own_tile], in, stage / B::kStages * B::kChannels + channel);
     }
     if (stage % B::kStages == 0 && reads) {
       input.store(inputs + channel * kPitch + own_tile);
-      if (in_chain + B::kStages < kChainStages && stage + B::kStages < stages) input.load(v);
+      if (in_chain + B::kStages < kChainStages && stage + B::kStages < stages)
+        input.load(v, sources[own_tile], in, (stage / B::kStages + 1) * B::kChannels + channel);
     }
     copy_async_wait<0>();
     __syncthreads();  // this stage is complete, and everybody has read the last one's weights
@@ -357,7 +367,7 @@ __global__ void __launch_bounds__(Block<M>::kThreads, 1)
     copy_async_commit();
     const float* from_v = inputs + (warp * B::kOwn * B::kChannels + stage % B::kStages * B::kDepth) * kPitch + lane_row;
     const float* from_u = weights + stage % 2 * B::kWeights + warp * B::kOwn * B::kDepth * B::kColumns + lane_column;
-#pragma unroll 4
+#pragma unroll(M == 4 ? 1 : 4)
     for (int c = 0; c < B::kDepth; ++c)
 #pragma unroll
       for (int f = 0; f < B::kOwn; ++f) {

@@ -204,11 +204,20 @@ void check_global(const Block& block, const Thread& thread, uintptr_t address, s
   fail("out of bounds:" + describe(access, bytes, place, where));
 }
 
+// What is wrong in a launcher, outside of any kernel: it fails at its next launch.
+std::string& fault_of_launcher() {
+  static thread_local std::string fault;
+  return fault;
+}
+
 }  // namespace
 
 namespace checker {
 
-void start_launch(Block&) {
+void start_launch(Block& block) {
+  std::string fault;
+  fault.swap(fault_of_launcher());
+  if (!fault.empty()) throw Error(block.kernel + ", its launcher: " + fault);
   clear_shared(0, end_of_gaps());  // the last launch's
   end_of_gaps() = 0;
   for (Range& range : ranges()) {
@@ -319,11 +328,14 @@ struct Place {
 };
 
 void undefined(const char* what, const void* data) {
-  if (!cnnfast::emulation::current_thread) return;  // a launcher's code
   const Place& place = *static_cast<const Place*>(data);
   const char* name = std::strrchr(place.file, '/');
-  cnnfast::emulation::fail(std::string(what) + " in " + (name ? name + 1 : place.file) + ":" +
-                           std::to_string(place.line));
+  const std::string text =
+      std::string(what) + " in " + (name ? name + 1 : place.file) + ":" + std::to_string(place.line);
+  if (cnnfast::emulation::current_thread)
+    cnnfast::emulation::fail(text);
+  else
+    cnnfast::emulation::fault_of_launcher() = text;
 }
 }  // namespace
 

@@ -50,7 +50,7 @@ function(cnnfast_emulated_module name check)
     # Only compiled so: checker.cpp has the functions that the instrumentation calls, no sanitizer is linked.
     target_compile_options(
       ${name}_kernels PRIVATE -g1 -fsanitize=thread
-                              -fsanitize=alignment,signed-integer-overflow,shift,bounds,integer-divide-by-zero)
+                              -fsanitize=alignment,signed-integer-overflow,shift,bounds-strict,integer-divide-by-zero)
   endif()
   cnnfast_module(${name} ${emulation_runtime} $<TARGET_OBJECTS:${name}_kernels>)
   target_include_directories(${name} SYSTEM PRIVATE "${CNNFAST_CUDA_INCLUDE}" "${CNNFAST_CUDA_INCLUDE}/cccl")

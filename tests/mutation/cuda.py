@@ -22,7 +22,10 @@ SOURCES = ROOT / "csrc" / "cuda"
 # Choices that change no result: which tile is faster is not for these tests to say, and they have their own.
 EXCLUDED = ("conv2d_implicit_gemm_plan.h",)
 CHECK = ["-DCNNFAST_EMULATION_CHECK"]
-SANITIZE = ["-fsanitize=thread", "-fsanitize=alignment,signed-integer-overflow,shift,bounds,integer-divide-by-zero"]
+SANITIZE = [
+    "-fsanitize=thread",
+    "-fsanitize=alignment,signed-integer-overflow,shift,bounds-strict,integer-divide-by-zero",
+]
 
 _CHANGES = (
     operators.swaps,
@@ -66,6 +69,7 @@ def _includes(path: Path) -> frozenset[Path]:
     return frozenset(found)
 
 
+@functools.cache
 def units(path: str) -> list[str]:
     """The kernel files that a file is a part of, the smallest first: each is built and tested until one notices."""
     users = [p for p in SOURCES.glob("*.cu") if ROOT / path in _includes(p)]
@@ -159,6 +163,7 @@ def build(unit: str, mutant: Mutant | None, shared: Path, folder: Path, quick: b
     }, done.stderr if done.returncode else ""
 
 
-def selection(unit: str) -> str:
+def selection(unit: str, quick: bool) -> str:
     """pytest's -k: the tests of a kernel file. Nothing else is in the module."""
-    return "cuda and not every_kernel and not foreign"
+    missing = " and not torch.float16 and not torch.float64" if quick else ""
+    return f"cuda and not every_kernel and not foreign{missing}"

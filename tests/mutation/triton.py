@@ -107,6 +107,6 @@ def build(unit: str, mutant: Mutant | None, shared: Path, folder: Path, quick: b
     return environment, ""
 
 
-def selection(unit: str) -> str:
+def selection(unit: str, quick: bool) -> str:
     """pytest's -k: the tests of an operation's kernels."""
     return f"triton.{unit} and not every_kernel"

@@ -80,7 +80,7 @@ def build(check: bool) -> Path:
         extra = ["-DCNNFAST_EMULATION_CHECK"] if check else []
         if source in kernels and check:
             extra += ["-g1", "-fsanitize=thread"]
-            extra.append("-fsanitize=alignment,signed-integer-overflow,shift,bounds,integer-divide-by-zero")
+            extra.append("-fsanitize=alignment,signed-integer-overflow,shift,bounds-strict,integer-divide-by-zero")
         subprocess.run([compiler, *flags, *extra, "-x", "c++", "-c", source, "-o", target], check=True)
         objects.append(target)
     unfinished = folder / f"planted.{os.getpid()}.so"
