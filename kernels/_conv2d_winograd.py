@@ -55,7 +55,7 @@ PITCH = 16  # channels that aren't reduced over lie this aligned
 WARPS = 4
 # (rows, columns) of a transforming program: its P*P values and as many results are in registers, one a thread in F(4x4).
 BLOCKS = {4: (4, 32), 2: (4, 64)}
-DIRECT_BLOCK = 8  # products of a direct sum at a time
+DIRECT_BLOCK = 4  # products of a direct sum at a time
 if INTERPRETED:  # which pays by the program and by the operation
     BLOCKS, DIRECT_BLOCK = dict.fromkeys(BLOCKS, (32, 64)), 64
 
