@@ -13,7 +13,8 @@ reach a phase are ``first + j * every``, so no product with an inserted zero is 
 twice. A program computes BLOCK_M pixels × BLOCK_N channels of one group (and phase), over the taps and BLOCK_K
 channels at a time; programs that share a weight panel or a pixel panel follow each other (GROUP_M). Groups of few channels share a
 tile, whose weights lie on its diagonal (DIAGONAL); few channels that can't, stems for one, flatten the reduction (PACKED),
-which then runs over (r, s, c). 1×1 at stride 1 is a plain product (LINEAR).
+which then runs over (r, s, c). 1×1 at stride 1 is a plain product (LINEAR), for which there also are persistent programs
+that tensor descriptors feed (_conv2d_descriptor.py).
 wgrad's reduction runs over the pixels; it is split into ``splits`` chunks where the result alone has too few tiles,
 each chunk into a workspace of its own, summed in order: bitwise deterministic, no atomics.
 
@@ -34,6 +35,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import _conv2d_descriptor as descriptor
 from ._common import Conv2dProblem, by_hand, capability, ceil_div, launch, needs_int64, next_power_of_2, on_device
 from ._conv2d_gather import _gather_gemm
 from ._conv2d_wgrad import _bgrad_partial, _sum_splits, _wgrad_gemm
@@ -165,7 +167,11 @@ def gather(
             vectors,
             arch,
             r is not None or norm.sums is not None,
+            norm.present and not transposed,
         )
+    if tile.persistent:
+        descriptor.product(p, src, w, b, out, tile, transposed=transposed, scale=scale, shift=shift, r=r, act=act)
+        return tile.block_m, ceil_div(pixels, tile.block_m)
     if together > 1:
         # a product that may be repeated holds more in registers
         tile = replace(tile, block_k=max(tile.block_k, next_power_of_2(c_src)), num_warps=TOGETHER_WARPS)
@@ -260,7 +266,7 @@ def wgrad(
     if tile is None:
         m, n = p.K * splits, c_src if together > 1 else columns
         vectors = together == 1 and _vectors(p, x, y, unit=1)
-        tile = config(m, n, 0, p.precision, x.element_size(), vectors, capability(x), norm.present)
+        tile = config(m, n, 0, p.precision, x.element_size(), vectors, capability(x), norm.present, norm.present)
     packed = (
         p.R * p.S > 1 and c_src % tile.block_n != 0 and together == 1
     )  # a tile then crosses taps, and wastes no column

@@ -6,6 +6,7 @@ tensors, through the same registrations.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import os
@@ -269,15 +270,25 @@ def _bound(launcher: Callable[..., None], size: int, choose: Callable[..., Any] 
     return launch
 
 
+def _based(descriptor: Any, base: torch.Tensor | None) -> Any:
+    """A tensor descriptor of the same form over another tensor."""
+    other = copy.copy(descriptor)
+    other.base = base
+    return other
+
+
 class _Repeat:
-    """The launches of a bound problem, repeated with other tensors; a place: (argument, operand, offset in bytes)."""
+    """The launches of a bound problem, repeated with other tensors; a place: (argument, operand, offset in bytes).
+
+    An argument may be a tensor descriptor, whose base is such a tensor.
+    """
 
     def __init__(self, launches: list[Any], places: list[list[tuple[int, int, int]]], device: torch.device) -> None:
         self._launches = []
         for recorded, found in zip(launches, places, strict=True):
             template = list(recorded.arguments)
-            for at, _, _ in found:
-                template[at] = None  # keeps no tensor alive
+            for at, _, _ in found:  # keeps no tensor alive
+                template[at] = None if isinstance(template[at], torch.Tensor) else _based(template[at], None)
             self._launches.append((recorded.compiled[recorded.grid], template, found))
         self._device = device
 
@@ -291,6 +302,7 @@ class _Repeat:
         for recorded in launches:
             found = []
             for at, argument in enumerate(recorded.arguments):
+                argument = getattr(argument, "base", argument)
                 if not isinstance(argument, torch.Tensor):
                     continue
                 if id(argument) in known:
@@ -312,7 +324,8 @@ class _Repeat:
         for run, template, places in self._launches:
             arguments = template.copy()
             for at, operand, offset in places:
-                arguments[at] = tensors[operand][offset:] if offset else tensors[operand]
+                tensor = tensors[operand][offset:] if offset else tensors[operand]
+                arguments[at] = tensor if template[at] is None else _based(template[at], tensor)
             run(*arguments)
 
 
