@@ -44,7 +44,9 @@ def _problem(n: int, c: int, h: int, w: int, k: int, **fields: Any) -> Any:
     return types.SimpleNamespace(**{**p, **residual, "precision": "fp32", **fields})
 
 
-@pytest.mark.parametrize("tile", _tiles.PERSISTENT_CONFIGS, ids=lambda t: f"{t.block_m}x{t.block_n}x{t.block_k}")
+@pytest.mark.parametrize(
+    "tile", _tiles.PERSISTENT_CONFIGS, ids=lambda t: f"triton.conv2d_implicit_gemm.{t.block_m}x{t.block_n}x{t.block_k}"
+)
 class TestProducts:
     pytestmark = runs
 
