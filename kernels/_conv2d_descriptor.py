@@ -68,7 +68,7 @@ def _descriptor_gemm(
         out.store([m0, n0], narrow(activate(acc, ACT), out.dtype, BY_HAND))
 
 
-def product(
+def descriptor_product(
     p: Conv2dProblem, src: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, out: torch.Tensor, tile: Config,
     *, transposed: bool, scale: torch.Tensor | None, shift: torch.Tensor | None, r: torch.Tensor | None, act: int,
 ) -> None:  # fmt: skip

@@ -35,7 +35,19 @@ from functools import partial
 
 import torch
 
-from ._common import INTERPRETED, Conv2dProblem, by_hand, capability, ceil_div, launch, needs_int64, on_device
+from ._common import (
+    INTERPRETED,
+    Conv2dProblem,
+    by_hand,
+    capability,
+    ceil_div,
+    conv2d_int64,
+    launch,
+    needs_int64,
+    on_device,
+    x_int64,
+    y_int64,
+)
 from ._conv2d_winograd_kernels import (
     _multiply,
     _transform_filters,
@@ -44,7 +56,6 @@ from ._conv2d_winograd_kernels import (
     _transform_weights,
 )
 from ._tiles import INPUT_PRECISION, Config, config
-from .conv2d_implicit_gemm import _int64, _x_int64, _y_int64
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -196,13 +207,13 @@ def _correlate(
     plan, depth, (block_r, block_c) = Plan.correlate(view, m), _depth(channels), BLOCKS[m]
     u, v, y = plan.divide(workspace, src.dtype, src.dtype, torch.float32)
     res = (p.r_n, p.r_h, p.r_w) if r is not None else (0, 0, 0)
-    x_wide, y_wide = _x_int64(p), _y_int64(p)
-    int64 = _int64(p) or needs_int64((p.N, res[0]), (out_h, res[1]), (out_w, res[2]), (filters, 1))
+    x_wide, y_wide = x_int64(p), y_int64(p)
+    int64 = conv2d_int64(p) or needs_int64((p.N, res[0]), (out_h, res[1]), (out_w, res[2]), (filters, 1))
     with on_device(src):
         launch(
             _transform_filters, ceil_div(filters, block_r) * ceil_div(depth, block_c),
             w, u, filters, channels, depth, *view.weight,
-            TURNED=view.turned, M=m, INT64=_int64(p), BY_HAND=by_hand(w.dtype), BLOCK_R=block_r, BLOCK_C=block_c,
+            TURNED=view.turned, M=m, INT64=conv2d_int64(p), BY_HAND=by_hand(w.dtype), BLOCK_R=block_r, BLOCK_C=block_c,
             num_warps=WARPS,
         )  # fmt: skip
         for first in range(0, tiles, plan.chunk):
@@ -254,8 +265,8 @@ def wgrad(
     with on_device(x):
         for first in range(0, max(1, view.tiles(m)), plan.chunk):  # no tile: a sum of nothing
             rows = min(plan.chunk, ceil_div(view.tiles(m) - first, DEPTH) * DEPTH)
-            _tiles(m, "inputs", view, x, v, first, rows, pitches[0], _x_int64(p))
-            _tiles(m, "gradients", view, y, z, first, rows, pitches[1], _y_int64(p))
+            _tiles(m, "inputs", view, x, v, first, rows, pitches[0], x_int64(p))
+            _tiles(m, "gradients", view, y, z, first, rows, pitches[1], y_int64(p))
             _product(
                 p, m, z, v, d, _tile(filters, channels, rows, m, p, x), filters, channels, rows,
                 (rows * pitches[1], 1, pitches[1]), (rows * pitches[0], 1, pitches[0]), first > 0,
@@ -265,7 +276,7 @@ def wgrad(
             d, x, y, w,
             view.batch, height, width, out_h, out_w, channels, filters, pitches[0], *view.pad,
             *src_strides, *out_strides, *view.weight,
-            M=m, INT64=_int64(p), BY_HAND=by_hand(x.dtype), BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_D=DIRECT_BLOCK,
+            M=m, INT64=conv2d_int64(p), BY_HAND=by_hand(x.dtype), BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_D=DIRECT_BLOCK,
             num_warps=WARPS,
         )  # fmt: skip
 
