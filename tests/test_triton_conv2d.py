@@ -1,4 +1,4 @@
-"""Products that tensor descriptors feed: 1x1 convolutions in every persistent tile, beside the tiles of plain addresses."""
+"""What Triton's convolutions have beside the tiles of implicit GEMM: products that tensor descriptors feed, and Winograd's choice."""
 
 from __future__ import annotations
 
@@ -175,3 +175,47 @@ def test_tiles_are_kept_and_read() -> None:
         assert configs.parse(configs.dump(tile)) == tile
     assert tuning.Entry.of({"tile": configs.dump(tile), "seconds": 1, "before": 2}).tile == list(configs.dump(tile))
     assert _conv2d_descriptor.SUPPORTED
+
+
+# ---- Winograd --------------------------------------------------------------------------------------------------------
+
+
+def _choice(n: int, c: int, h: int, direction: str, dtype: torch.dtype = torch.float32, precision: str = "fp32") -> str:
+    """Triton's cheapest kernel of a 3x3 convolution, by prediction."""
+    case = conv2d.Case("", n, c, h, h, c, 3, 3, padding=(1, 1))
+    p = conv2d.problem(case, direction, dtype, precision)
+    fitting = [
+        i for i in triton.IMPLEMENTATIONS
+        if (i.op, i.direction) == ("conv2d", direction) and not dispatch.reasons_against(i, p)
+    ]  # fmt: skip
+    return min(fitting, key=lambda i: i.cost(p)).stem
+
+
+@plain
+@pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad"])
+def test_winograd_is_chosen_where_products_outweigh_its_transforms(direction: str) -> None:
+    """Wide layers in fp32 on large maps; never with tf32 or 16-bit products, at 64 channels, or for one small image."""
+    assert _choice(256, 512, 28, direction) == "conv2d_winograd_f4x4"
+    for other in (
+        _choice(256, 512, 28, direction, precision="high"), _choice(256, 512, 28, direction, torch.bfloat16),
+        _choice(256, 64, 56, direction), _choice(1, 512, 7, direction), _choice(256, 512, 28, direction, precision="ieee"),
+    ):  # fmt: skip
+        assert other == "conv2d_implicit_gemm"
+
+
+@plain
+@pytest.mark.parametrize("m", [2, 4])
+def test_winograds_workspace_is_bounded(m: int) -> None:
+    """By a chunk of tiles and the transformed weights, however large the batch; what would need more is refused."""
+    from cnnfast.kernels import _conv2d_winograd as winograd
+
+    for n, c, h, k in ((256, 512, 28, 512), (256, 64, 224, 64), (1, 1, 3, 1), (64, 3, 224, 64)):
+        case = conv2d.Case("", n, c, h, h, k, 3, 3, padding=(1, 1))
+        p: Any = types.SimpleNamespace(**dict(conv2d.problem(case, "fprop", torch.float32, "fp32").sizes), **dict.fromkeys(
+            ("x_n", "x_h", "x_w", "y_n", "y_h", "y_w", "w_k", "w_c", "w_r", "w_s"), 0))  # fmt: skip
+        weights = 4 * (m + 2) ** 2 * (k + 63) * (c + 63)
+        tiles = 4 * (m + 2) ** 2 * 64 * (c + k + 128)
+        for size in winograd.workspaces(m).values():
+            assert 0 < size(p) <= weights + max(tiles, winograd.CHUNK_BYTES)
+    refused = conv2d.problem(conv2d.Case("", 1, 4096, 9, 9, 4096, 3, 3, padding=(1, 1)), "fprop", torch.float32, "fp32")
+    assert "transformed weights of" in " ".join(triton._winograd(refused, m))
