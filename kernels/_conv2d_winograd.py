@@ -62,7 +62,7 @@ from ._tiles import INPUT_PRECISION, Config, config
 
 CHUNK_BYTES = 32 * 2**20  # of what is transformed, and multiplied, at a time: an A100's L2 has 40 MiB, an H100's 50
 DEPTH = 64  # a reduction is filled up to a multiple, but for one of a half
-PITCH = 16  # channels that aren't reduced over lie this aligned
+PITCH = 16  # rows that aren't reduced over are so many together
 WARPS = 4
 # (rows, columns) of a transforming program: its P*P values and as many results are in registers, one a thread in F(4x4).
 BLOCKS = {4: (4, 32), 2: (4, 64)}
@@ -138,7 +138,7 @@ class Plan:
         """Of wgrad."""
         products, channels, filters = (m + 2) ** 2, _pitch(view.src[2]), _pitch(view.out[2])
         chunk = _chunk(view.tiles(m), products * (channels + filters))
-        return cls((products * view.out[2] * channels, products * chunk * channels, products * chunk * filters), chunk)
+        return cls((products * filters * channels, products * chunk * channels, products * chunk * filters), chunk)
 
     @property
     def bytes(self) -> int:
@@ -217,7 +217,7 @@ def _correlate(
             num_warps=WARPS,
         )  # fmt: skip
         for first in range(0, tiles, plan.chunk):
-            rows = min(plan.chunk, tiles - first)
+            rows = min(plan.chunk, _pitch(tiles - first))
             _tiles(m, "inputs", view, src, v, first, rows, depth, y_wide if view.turned else x_wide)
             _product(
                 p, m, v, u, y, _tile(rows, filters, depth, m, p, src), rows, filters, depth,
@@ -268,13 +268,13 @@ def wgrad(
             _tiles(m, "inputs", view, x, v, first, rows, pitches[0], x_int64(p))
             _tiles(m, "gradients", view, y, z, first, rows, pitches[1], y_int64(p))
             _product(
-                p, m, z, v, d, _tile(filters, channels, rows, m, p, x), filters, channels, rows,
+                p, m, z, v, d, _tile(filters, channels, rows, m, p, x), pitches[1], pitches[0], rows,
                 (rows * pitches[1], 1, pitches[1]), (rows * pitches[0], 1, pitches[0]), first > 0,
             )  # fmt: skip
         launch(
             _transform_weights, ceil_div(filters, block_r) * ceil_div(channels, block_c),
             d, x, y, w,
-            view.batch, height, width, out_h, out_w, channels, filters, pitches[0], *view.pad,
+            view.batch, height, width, out_h, out_w, channels, filters, *reversed(pitches), *view.pad,
             *src_strides, *out_strides, *view.weight,
             M=m, INT64=conv2d_int64(p), BY_HAND=by_hand(x.dtype), BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_D=DIRECT_BLOCK,
             num_warps=WARPS,

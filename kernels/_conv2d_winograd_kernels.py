@@ -95,7 +95,7 @@ def _transform_tiles(
         tl.store(to + i * rows * pitch, narrow(results[i], out.dtype.element_ty, BY_HAND), mask=written)
 
 
-@triton.jit(do_not_specialize=["rows", "depth"])
+@triton.jit(do_not_specialize=["depth"])
 def _multiply(
     a, b, out, rows, columns, depth, pitch, a_product, b_product, a_row, a_depth, b_column, b_depth,
     ADD: tl.constexpr, INPUT_PRECISION: tl.constexpr, BY_HAND: tl.constexpr,
@@ -103,7 +103,7 @@ def _multiply(
 ):  # fmt: skip
     """out [product][row][column] = the sum over the depth of a and b of that product; ADD: on top of what lies there.
 
-    BLOCK_K divides the depth, which the transforms fill up with zeros.
+    BLOCK_K divides the depth, which the transforms fill up with zeros. 16 divides the rows, and so do vectors.
     """
     num_m = tl.cdiv(rows, BLOCK_M)
     num_n = tl.cdiv(columns, BLOCK_N)
@@ -159,7 +159,7 @@ def _transform_outputs(
     P: tl.constexpr = M + 2
     row, k = _block(filters, BLOCK_R, BLOCK_C)
     in_k = k < filters
-    in_row = row < rows
+    in_row = (row < rows) & (first + row < tiles)
     at = products + (row[:, None] * pitch + k[None, :])
     values = ()
     for i in tl.static_range(P * P):
@@ -216,7 +216,7 @@ def _transform_outputs(
 @triton.jit(do_not_specialize=["batch", "height", "width", "out_h", "out_w", "pad_h", "pad_w"])
 def _transform_weights(
     products, src, grad, out,
-    batch, height, width, out_h, out_w, channels, filters, pitch, pad_h, pad_w,
+    batch, height, width, out_h, out_w, channels, filters, rows, pitch, pad_h, pad_w,
     src_n, src_row, src_col, out_n, out_row, out_col, w_k, w_c, w_r, w_s,
     M: tl.constexpr, INT64: tl.constexpr, BY_HAND: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -230,7 +230,7 @@ def _transform_weights(
     at = products + (k[:, None] * pitch + c[None, :])
     values = ()
     for i in tl.static_range(P * P):
-        values += (tl.load(at + i * filters * pitch, mask=inside, other=0.0),)
+        values += (tl.load(at + i * rows * pitch, mask=inside, other=0.0),)
     results = transform(values, "taps", M, P, 3)
     src_n, src_row, src_col = wide(INT64, src_n, src_row, src_col)
     out_n, out_row, out_col = wide(INT64, out_n, out_row, out_col)

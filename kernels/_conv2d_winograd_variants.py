@@ -33,7 +33,9 @@ class Kind:
 _POINTERS = ("src", "weight", "grad", "bias", "scale", "shift", "residual", "products", "out", "a", "b")
 _VECTORS = ("bias", "scale", "shift", "residual")
 _WIDE = ("scale", "shift", "products")
-_SCRATCH = ("depth", "pitch", "a_product", "b_product", "a_row", "a_depth", "b_column", "b_depth")  # always aligned
+_SCRATCH = (  # always aligned
+    "rows", "pitch", "a_product", "b_product", "a_row", "a_depth", "b_column", "b_depth",
+)  # fmt: skip
 _SIZES = (
     "channels", "filters", "src_n", "src_row", "src_col", "out_n", "out_row", "out_col", "res_n", "res_row", "res_col",
     "w_k", "w_c", "w_r", "w_s",
@@ -59,6 +61,7 @@ KINDS: tuple[Kind, ...] = (
 # of _multiply: reductions over channels, and over tiles in the first chunk and the ones after it
 PRODUCTS: tuple[Kind, ...] = (
     Kind("product", _multiply, {}, ("a_depth", "b_depth")),
+    Kind("product_odd", _multiply, {}, ("a_depth", "b_depth"), aligned=False),
     Kind("product_wgrad", _multiply, {}, ("a_row", "b_column")),
     Kind("product_wgrad_more", _multiply, {"ADD": True}, ("a_row", "b_column")),
 )
@@ -76,7 +79,7 @@ def _variant(kind: Kind, m: int, mode: str, arch: int, block: str, warps: int, s
     if product:
         pointers["out"] = "*fp32"
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    aligned = (*_POINTERS, *_SCRATCH, *(_SIZES if kind.aligned else ()))
+    aligned = (*_POINTERS, *_SCRATCH, *((*_SIZES, "columns") if kind.aligned else ()))
     prefix = "winograd" if product else f"winograd_f{m}x{m}"
     return Variant(
         name=f"{prefix}_{kind.name}.{mode}.{block}", fn=kind.fn, signature=signature, constexprs=constants,
