@@ -148,9 +148,10 @@ def shared_bytes(tile: Tile, itemsize: int, arch: int, how: str = "half", normed
     stages = tile.num_stages if kept else max(1, tile.num_stages - 1)
     if normed:
         return shared_bytes(tile, itemsize, arch, how) + tile.block_m * (tile.block_k + 8) * itemsize
+    held = stage * stages
     if how == "tf32x3" and asynchronous_products(arch):
-        return stage * stages + tile.block_n * tile.block_k * itemsize + KIB  # the split operand
-    return max(stage * stages, tile.block_m * tile.block_n * itemsize) + (KIB if asynchronous_products(arch) else 0)
+        held += tile.block_n * tile.block_k * itemsize  # the split operand
+    return max(held, tile.block_m * tile.block_n * itemsize) + (KIB if asynchronous_products(arch) else 0)
 
 
 def _vectors(rows: int, tile: Tile, itemsize: int) -> float:
