@@ -14,12 +14,13 @@ import torch
 
 from . import _conv2d_implicit_gemm_configs as conv2d
 from ._cards import Card, Product
+from ._conv2d_implicit_gemm_configs import Facts
 from ._tiles import Config
 from .bn_act_conv_implicit_gemm import gradient
 
 DIRECTIONS = {"fprop": 3, "dgrad": 13, "wgrad": 1}  # and the place of y, t, w among the operands
 _XM = 4  # its place
-Facts, parse, dump = conv2d.Facts, conv2d.parse, conv2d.dump
+parse, dump = conv2d.parse, conv2d.dump
 
 
 def facts(operands: Sequence[torch.Tensor | None]) -> Facts:
