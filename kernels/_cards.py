@@ -37,6 +37,8 @@ class Tile(Protocol):
     def num_warps(self) -> int: ...
     @property
     def num_stages(self) -> int: ...
+    @property
+    def persistent(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -140,13 +142,16 @@ def shared_bytes(tile: Tile, itemsize: int, arch: int, how: str = "half", normed
     but for those that are split into terms.
     """
     stage = (tile.block_m + tile.block_n) * tile.block_k * itemsize
+    if tile.persistent:  # whose result has a place of its own
+        return stage * tile.num_stages + tile.block_m * tile.block_n * itemsize + KIB
     kept = asynchronous_products(arch) or how == "tf32x3"
     stages = tile.num_stages if kept else max(1, tile.num_stages - 1)
     if normed:
         return shared_bytes(tile, itemsize, arch, how) + tile.block_m * (tile.block_k + 8) * itemsize
+    held = stage * stages
     if how == "tf32x3" and asynchronous_products(arch):
-        return stage * stages + tile.block_n * tile.block_k * itemsize + KIB  # the split operand
-    return max(stage * stages, tile.block_m * tile.block_n * itemsize) + (KIB if asynchronous_products(arch) else 0)
+        held += tile.block_n * tile.block_k * itemsize  # the split operand
+    return max(held, tile.block_m * tile.block_n * itemsize) + (KIB if asynchronous_products(arch) else 0)
 
 
 def _vectors(rows: int, tile: Tile, itemsize: int) -> float:
@@ -164,10 +169,10 @@ def registers(tile: Tile, itemsize: int, arch: int) -> int:
     return int(sums + addresses) + 64 + (24 if itemsize == 4 else 0)
 
 
-def resident(tile: Tile, itemsize: int, arch: int, how: str = "half") -> int:
-    """Blocks beside each other on a multiprocessor; 0 where not one fits."""
+def resident(tile: Tile, itemsize: int, arch: int, how: str = "half", normed: bool = False) -> int:
+    """Blocks beside each other on a multiprocessor; 0 where not one fits. ``normed``: as shared_bytes() has it."""
     limits = LIMITS[known(arch)]
-    shared = shared_bytes(tile, itemsize, arch, how)
+    shared = shared_bytes(tile, itemsize, arch, how, normed)
     needed = registers(tile, itemsize, arch)
     if shared > limits.shared_block or needed > MOST_REGISTERS:
         return 0
@@ -200,6 +205,7 @@ class Product:
     itemsize: int = 2
     how: str = "half"  # "half", or how tl.dot multiplies fp32
     bytes: int = 0  # of the operands and the result, once each
+    normed: bool = False  # whether the first operand is normalised between loading and multiplying
 
 
 def _fragment_bytes(tile: Tile, itemsize: int, arch: int) -> float:
@@ -217,7 +223,7 @@ def _fragment_bytes(tile: Tile, itemsize: int, arch: int) -> float:
 
 def seconds(product: Product, tile: Tile, card: Card) -> float:
     """Predicted time of a product in this tile; infinite where the tile doesn't fit the card."""
-    beside = resident(tile, product.itemsize, card.arch, product.how)
+    beside = resident(tile, product.itemsize, card.arch, product.how, product.normed)
     if beside == 0:
         return float("inf")
     steps = product.taps * -(-product.depth // tile.block_k)
@@ -231,8 +237,9 @@ def seconds(product: Product, tile: Tile, card: Card) -> float:
         """Clocks of so many blocks side by side."""
         step = max(together * max(multiply, fetch, read), wait)
         write = together * tile.block_m * tile.block_n * product.itemsize / L2_BYTES
-        return START + LATENCY + steps * step + write
+        return (0.0 if tile.persistent else START + LATENCY) + steps * step + write
 
     waves, rest = divmod(programs, card.multiprocessors * beside)
-    clocks = waves * block(beside) + (block(-(-rest // card.multiprocessors)) if rest else 0.0)
+    clocks = START + LATENCY if tile.persistent else 0.0
+    clocks += waves * block(beside) + (block(-(-rest // card.multiprocessors)) if rest else 0.0)
     return max(clocks / card.hertz, product.bytes / card.bytes_a_second)

@@ -74,6 +74,27 @@ def needs_int64(*extents: tuple[int, int]) -> bool:
     return sum(count * abs(stride) for count, stride in extents) >= 2**31 - 2**24
 
 
+def x_int64(p: Conv2dProblem) -> bool:
+    """Whether x's offsets need 64 bits."""
+    # Rows and columns beyond the map are addressed before the mask hides them.
+    reach_h = p.H + p.R * p.dilation_h + p.pad_h
+    reach_w = p.W + p.S * p.dilation_w + p.pad_w
+    return needs_int64((p.N, p.x_n), (reach_h, p.x_h), (reach_w, p.x_w), (p.C, 1))
+
+
+def y_int64(p: Conv2dProblem) -> bool:
+    """Whether y's do."""
+    reach_h = p.P + p.R * p.dilation_h + p.pad_h
+    reach_w = p.Q + p.S * p.dilation_w + p.pad_w
+    return needs_int64((p.N, p.y_n), (reach_h, p.y_h), (reach_w, p.y_w), (p.K, 1))
+
+
+def conv2d_int64(p: Conv2dProblem) -> bool:
+    """Whether any operand's do."""
+    weights = needs_int64((p.K, p.w_k), (p.C // p.G, p.w_c), (p.R, p.w_r), (p.S, p.w_s))
+    return x_int64(p) or y_int64(p) or weights
+
+
 def pixel_stride(sizes: tuple[int, int, int], strides: tuple[int, int, int]) -> int | None:
     """The distance between neighbouring pixels (n, h, w), or None where it isn't the same for all."""
     distance, expected = None, 0

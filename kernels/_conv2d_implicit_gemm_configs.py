@@ -13,7 +13,8 @@ import torch
 
 from ._cards import Card, Product, seconds
 from ._common import Conv2dProblem, ceil_div, next_power_of_2
-from ._tiles import INPUT_PRECISION, Config, candidates, config, fit_depth
+from ._conv2d_descriptor import SUPPORTED
+from ._tiles import INPUT_PRECISION, Config, candidates, config, fit_depth, persistent
 from .conv2d_implicit_gemm import PACKED_CHANNELS, _even, _pointwise, _wgrad_splits
 
 DIRECTIONS = {"fprop": 3, "dgrad": 0, "wgrad": 1}  # and the result's place among the operands
@@ -29,6 +30,8 @@ class Facts:
     dtype: str  # "f32" | "bf16" | "f16"
     aligned: bool = True  # addresses are multiples of 16
     residual: bool = False
+    sums: bool = False  # statistics leave with the result, or sums of the gradient: bn_act_conv's
+    normed: bool = False  # x is normalised while it is loaded: bn_act_conv's
 
 
 def facts(operands: Sequence[torch.Tensor | None]) -> Facts:
@@ -50,7 +53,7 @@ def product(p: Conv2dProblem, direction: str, of: Facts) -> Product:
     if direction == "wgrad":
         splits = _wgrad_splits(p)
         pixels = ceil_div(p.N * p.P * p.Q, splits)
-        return Product(k, p.R * p.S * c, pixels, 1, p.G * splits, of.itemsize, how, moved)
+        return Product(k, p.R * p.S * c, pixels, 1, p.G * splits, of.itemsize, how, moved, of.normed)
     if direction == "fprop":
         phases, m, n, depth, taps = 1, p.N * p.P * p.Q, k, c, p.R * p.S
     else:
@@ -59,7 +62,7 @@ def product(p: Conv2dProblem, direction: str, of: Facts) -> Product:
         n, depth, taps = c, k, ceil_div(p.R, p.stride_h) * ceil_div(p.S, p.stride_w)
     if _packed(p, depth, of):
         depth, taps = depth * taps, 1
-    return Product(m, n, depth, taps, p.G * phases, of.itemsize, how, moved)
+    return Product(m, n, depth, taps, p.G * phases, of.itemsize, how, moved, of.normed)
 
 
 def _packed(p: Conv2dProblem, depth: int, of: Facts) -> bool:
@@ -86,28 +89,35 @@ def configs(p: Conv2dProblem, direction: str, of: Facts, card: Card) -> tuple[Co
         return ()
     wanted = product(p, direction, of)
     width = max(16, next_power_of_2(wanted.n))
-    found = candidates(p.precision, of.itemsize, vectors(p, direction, of), card.arch, of.residual)
+    found = candidates(p.precision, of.itemsize, vectors(p, direction, of), card.arch, of.residual, of.normed)
+    if _described(p, direction, of):
+        found += persistent(card.arch, of.residual)
     found = tuple(c for c in found if c.block_n <= width)
     if direction != "wgrad":  # whose reduction runs over pixels
         found = tuple(fit_depth(c, wanted.depth) for c in found)
     return tuple(sorted(dict.fromkeys(found), key=lambda c: seconds(wanted, c, card)))
 
 
+def _described(p: Conv2dProblem, direction: str, of: Facts) -> bool:
+    """Whether _conv2d_descriptor.py serves: a plain product of 16-bit floats whose every address and stride is aligned."""
+    plain = direction != "wgrad" and p.G == 1 and of.itemsize == 2 and not of.normed and not of.sums
+    even = not of.residual or _even(p, p.r_n, p.r_h, p.r_w)
+    return SUPPORTED and plain and even and _pointwise(p) and vectors(p, direction, of)
+
+
 def usual(p: Conv2dProblem, direction: str, of: Facts, card: Card) -> Config:
     """The tile that the launcher takes where none is given."""
     wanted, wide = product(p, direction, of), vectors(p, direction, of)
     depth = 0 if direction == "wgrad" else wanted.depth
-    return config(
-        wanted.m * wanted.batches, wanted.n, depth, p.precision, of.itemsize, wide, card.arch,
-        of.residual and direction == "fprop",
-    )  # fmt: skip
+    m = wanted.m * wanted.batches
+    return config(m, wanted.n, depth, p.precision, of.itemsize, wide, card.arch, of.residual, of.normed)
 
 
 def bucket(p: Conv2dProblem, direction: str, of: Facts) -> str:
     """What problems have in common that share a tile: all but the pixels, which count by the next power of 2."""
     pixels = next_power_of_2(p.N * p.P * p.Q).bit_length() - 1
     mode = f"f32-{p.precision}" if of.dtype == "f32" else of.dtype
-    flags = "v" * vectors(p, direction, of) + "l" * _pointwise(p) + "r" * of.residual
+    flags = "v" * vectors(p, direction, of) + "l" * _pointwise(p) + "r" * of.residual + "n" * of.normed
     return (
         f"{direction} {mode} {p.C}>{p.K} g{p.G} {p.R}x{p.S} s{p.stride_h}x{p.stride_w}"
         f" d{p.dilation_h}x{p.dilation_w} 2^{pixels} {flags or '-'}"
@@ -116,7 +126,7 @@ def bucket(p: Conv2dProblem, direction: str, of: Facts) -> str:
 
 def parse(values: object) -> Config | None:
     """A tile as it stands in a file; None where it is none."""
-    if not isinstance(values, list) or len(values) != 6 or not all(type(v) is int for v in values):
+    if not isinstance(values, list) or len(values) != 7 or not all(type(v) is int for v in values):
         return None
     return Config(*values)
 

@@ -216,9 +216,8 @@ def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", *PRECISIONS)) 
             elif kind.fn is _sum_splits:
                 yield _variant(kind, mode, arch, Config(1, 1, 1, 4, 1))
             else:
-                for tile in candidates(
-                    precision, itemsize, kind.vectors, arch, bool({"residual", "sums"} & set(kind.present))
-                ):
+                residual, normed = bool({"residual", "sums"} & set(kind.present)), bool(kind.flags.get("NORM_SOURCE"))
+                for tile in candidates(precision, itemsize, kind.vectors, arch, residual or normed, normed):
                     if kind.fn is _gather_gemm and kind.flags.get("DIAGONAL"):
                         tile = replace(tile, block_k=TOGETHER_CHANNELS[itemsize], num_warps=TOGETHER_WARPS)
                     block_k = tile.block_k

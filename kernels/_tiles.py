@@ -23,6 +23,7 @@ class Config:
     num_warps: int
     num_stages: int
     group_m: int = 8  # tiles of pixels that share a weight panel before the next panel
+    persistent: int = 0  # 1: tensor descriptors and as many programs as multiprocessors, see _conv2d_descriptor.py
 
     def shared_bytes(self, itemsize: int) -> int:
         """What the pipeline holds at most."""
@@ -105,6 +106,12 @@ TUNED_HALF_CONFIGS: dict[int, tuple[Config, ...]] = {
         Config(128, 64, 64, 4, 3),
     ),
 }
+# Of 16-bit products that tensor descriptors feed, on sm_90 and sm_100; an epilogue with a residual leaves the first no registers.
+PERSISTENT_CONFIGS: tuple[Config, ...] = (
+    Config(128, 256, 64, 8, 3, persistent=1),
+    Config(128, 128, 128, 8, 3, persistent=1),
+    Config(128, 128, 64, 8, 4, persistent=1),
+)
 TUNED_TF32_CONFIGS: tuple[Config, ...] = (
     Config(256, 64, 32, 8, 3),
     Config(128, 64, 32, 4, 4),
@@ -121,7 +128,9 @@ INPUT_PRECISION = {"ieee": "ieee", "fp32": "tf32x3", "high": "tf32"}
 RESIDUAL_BLOCK_N = {2: 128, 4: 64}
 
 
-def untuned(precision: str, itemsize: int, vectors: bool, arch: int, residual: bool = False) -> tuple[Config, ...]:
+def untuned(
+    precision: str, itemsize: int, vectors: bool, arch: int, residual: bool = False, normed: bool = False
+) -> tuple[Config, ...]:
     """What config() selects from."""
     how = INPUT_PRECISION[precision]
     if itemsize == 4 and how == "ieee":
@@ -133,26 +142,35 @@ def untuned(precision: str, itemsize: int, vectors: bool, arch: int, residual: b
         found = CAREFUL_CONFIGS[1:] if known(arch) == 100 else CAREFUL_CONFIGS
     else:
         found = HALF_CONFIGS[table_arch(arch)] if itemsize == 2 else TF32_CONFIGS
-    return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual))
+    return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
 
 
-def candidates(precision: str, itemsize: int, vectors: bool, arch: int, residual: bool = False) -> tuple[Config, ...]:
+def candidates(
+    precision: str, itemsize: int, vectors: bool, arch: int, residual: bool = False, normed: bool = False
+) -> tuple[Config, ...]:
     """All that a launcher may be given: untuned() first, then what only tuning takes."""
     found: tuple[Config, ...] = ()
     if vectors and itemsize == 2:
         found = TUNED_HALF_CONFIGS[table_arch(arch)]
     elif vectors and INPUT_PRECISION[precision] == "tf32":
         found = TUNED_TF32_CONFIGS
-    fitting = (c for c in found if _fits(c, precision, itemsize, arch, residual))
-    return (*untuned(precision, itemsize, vectors, arch, residual), *fitting)
+    fitting = (c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
+    return (*untuned(precision, itemsize, vectors, arch, residual, normed), *fitting)
 
 
-def _fits(c: Config, precision: str, itemsize: int, arch: int, residual: bool) -> bool:
+def _fits(c: Config, precision: str, itemsize: int, arch: int, residual: bool, normed: bool) -> bool:
     if residual:
         spare = MOST_REGISTERS - registers(c, itemsize, arch)
         if c.block_n > RESIDUAL_BLOCK_N[itemsize] or spare < c.block_m * c.block_n // (64 * c.num_warps):
             return False
-    return resident(c, itemsize, arch, "half" if itemsize == 2 else INPUT_PRECISION[precision]) > 0
+    return resident(c, itemsize, arch, "half" if itemsize == 2 else INPUT_PRECISION[precision], normed) > 0
+
+
+def persistent(arch: int, residual: bool) -> tuple[Config, ...]:
+    """The tiles of a product that tensor descriptors feed; only tuning takes them."""
+    if known(arch) not in (90, 100):
+        return ()
+    return tuple(c for c in PERSISTENT_CONFIGS if not residual or c.block_n <= RESIDUAL_BLOCK_N[2])
 
 
 def table_arch(arch: int) -> int:
@@ -161,15 +179,18 @@ def table_arch(arch: int) -> int:
 
 
 def config(
-    m: int, n: int, depth: int, precision: str, itemsize: int, vectors: bool, arch: int = 80, residual: bool = False
-) -> Config:
+    m: int, n: int, depth: int, precision: str, itemsize: int, vectors: bool, arch: int = 80, residual: bool = False,
+    normed: bool = False,
+) -> Config:  # fmt: skip
     """The tile for m × n results; depth: the stretch of the reduction that a block may not cross, 0 if there is none.
 
-    vectors: whether operands are loaded 16 bytes at a time. Pure, so that it can be tested without a card.
+    vectors: whether operands are loaded 16 bytes at a time; normed: whether one is normalised before it is multiplied.
+    Pure, so that it can be tested without a card.
     """
     if INTERPRETED:
         return INTERPRETER_CONFIGS[0] if n > 16 else INTERPRETER_CONFIGS[1]
-    tile = _fit_tile(m, n, untuned(precision, itemsize, vectors, arch, residual), MULTIPROCESSORS[table_arch(arch)])
+    fitting = untuned(precision, itemsize, vectors, arch, residual, normed)
+    tile = _fit_tile(m, n, fitting, MULTIPROCESSORS[table_arch(arch)])
     return fit_depth(tile, depth)
 
 

@@ -31,6 +31,7 @@ from . import conv2d_implicit_gemm as conv2d
 from ._batch_norm import _add_sums, _merge_stats
 from ._common import Conv2dProblem, ceil_div, launch, on_device
 from ._conv2d_norm import _add_tiles, _merge_tiles
+from ._tiles import Config
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -96,12 +97,13 @@ def fprop(
     p: BnActConvProblem, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, y: torch.Tensor,
     xm: torch.Tensor | None, xv: torch.Tensor | None, xw: torch.Tensor | None, xb: torch.Tensor | None,
     ym: torch.Tensor, yv: torch.Tensor, ys: torch.Tensor, *rest: None, workspace: torch.Tensor | None = None,
+    tile: Config | None = None,
 ) -> None:  # fmt: skip
     """Writes y, ym, yv and ys."""
     scratch = _scratch(workspace, fprop_workspace(p))
     sums = scratch.view(torch.float32)
     norm = conv2d.Norm(xm, xv, xw, xb, p.x_act, sums)
-    block_m, tiles = conv2d.gather(p, x, w, b, y, None, transposed=False, norm=norm)
+    block_m, tiles = conv2d.gather(p, x, w, b, y, tile, transposed=False, norm=norm)
     chunks, channels = batch_norm.collect_block(tiles)
     splits, merged = _splits(tiles), scratch[_rows(tiles, 3, p.K) :].view(torch.float64)
     with on_device(x):
@@ -121,24 +123,23 @@ def fprop(
 def wgrad(
     p: BnActConvProblem, x: torch.Tensor, w: torch.Tensor, b: None, y: torch.Tensor,
     xm: torch.Tensor, xv: torch.Tensor, xw: torch.Tensor | None, xb: torch.Tensor | None, *rest: None,
-    workspace: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None, tile: Config | None = None,
 ) -> None:  # fmt: skip
     """Writes w, the weight's gradient, from x and y, the output's gradient."""
-    conv2d.wgrad(p, x, w, None, y, workspace=workspace, norm=conv2d.Norm(xm, xv, xw, xb, p.x_act))
+    conv2d.wgrad(p, x, w, None, y, workspace=workspace, tile=tile, norm=conv2d.Norm(xm, xv, xw, xb, p.x_act))
 
 
 def dgrad(
     p: BnActConvProblem, x: torch.Tensor, w: torch.Tensor, b: None, y: torch.Tensor,
     xm: torch.Tensor, xv: torch.Tensor, xw: torch.Tensor | None, xb: torch.Tensor | None,
     ym: None, yv: None, ys: None, dw: torch.Tensor, db: torch.Tensor, t: torch.Tensor,
-    *, workspace: torch.Tensor | None = None,
+    *, workspace: torch.Tensor | None = None, tile: Config | None = None,
 ) -> None:  # fmt: skip
     """Writes dw, db and t, the gradients of xw, xb and x, from y, the output's gradient."""
     scratch = _scratch(workspace, dgrad_workspace(p))
     sums = scratch.view(torch.float32)
     norm = conv2d.Norm(xm, xv, xw, xb, p.x_act, sums)
-    product = _with(p, x_n=p.t_n, x_h=p.t_h, x_w=p.t_w, r_n=p.x_n, r_h=p.x_h, r_w=p.x_w)
-    _, tiles = conv2d.gather(product, y, w, None, t, None, transposed=True, r=x, norm=norm)
+    _, tiles = conv2d.gather(gradient(p), y, w, None, t, tile, transposed=True, r=x, norm=norm)
     chunks, channels = batch_norm.collect_block(tiles)
     splits, merged = _splits(tiles), scratch[_rows(tiles, 2, p.C) :].view(torch.float32)
     with on_device(x):
@@ -153,6 +154,11 @@ def dgrad(
         )  # fmt: skip
     last = _with(p, u_n=p.t_n, u_h=p.t_h, u_w=p.t_w, training=1, act=0)
     batch_norm.dgrad(last, x, xw, xb, xm, xv, None, None, None, dw, db, t, t)
+
+
+def gradient(p: Any) -> Any:
+    """dgrad's product as conv2d has it: it writes t, with x for its residual."""
+    return _with(p, x_n=p.t_n, x_h=p.t_h, x_w=p.t_w, r_n=p.x_n, r_h=p.x_h, r_w=p.x_w)
 
 
 def _with(p: Any, **fields: int) -> Any:

@@ -13,7 +13,8 @@ reach a phase are ``first + j * every``, so no product with an inserted zero is 
 twice. A program computes BLOCK_M pixels × BLOCK_N channels of one group (and phase), over the taps and BLOCK_K
 channels at a time; programs that share a weight panel or a pixel panel follow each other (GROUP_M). Groups of few channels share a
 tile, whose weights lie on its diagonal (DIAGONAL); few channels that can't, stems for one, flatten the reduction (PACKED),
-which then runs over (r, s, c). 1×1 at stride 1 is a plain product (LINEAR).
+which then runs over (r, s, c). 1×1 at stride 1 is a plain product (LINEAR), for which there also are persistent programs
+that tensor descriptors feed (_conv2d_descriptor.py).
 wgrad's reduction runs over the pixels; it is split into ``splits`` chunks where the result alone has too few tiles,
 each chunk into a workspace of its own, summed in order: bitwise deterministic, no atomics.
 
@@ -34,7 +35,19 @@ from typing import NamedTuple
 
 import torch
 
-from ._common import Conv2dProblem, by_hand, capability, ceil_div, launch, needs_int64, next_power_of_2, on_device
+from ._common import (
+    Conv2dProblem,
+    by_hand,
+    capability,
+    ceil_div,
+    conv2d_int64,
+    launch,
+    needs_int64,
+    next_power_of_2,
+    on_device,
+    y_int64,
+)
+from ._conv2d_descriptor import descriptor_product
 from ._conv2d_gather import _gather_gemm
 from ._conv2d_wgrad import _bgrad_partial, _sum_splits, _wgrad_gemm
 from ._tiles import INPUT_PRECISION, Config, config
@@ -81,24 +94,6 @@ class Norm(NamedTuple):
 
 
 NO_NORM = Norm()
-
-
-def _x_int64(p: Conv2dProblem) -> bool:
-    # Rows and columns beyond the map are addressed before the mask hides them.
-    reach_h = p.H + p.R * p.dilation_h + p.pad_h
-    reach_w = p.W + p.S * p.dilation_w + p.pad_w
-    return needs_int64((p.N, p.x_n), (reach_h, p.x_h), (reach_w, p.x_w), (p.C, 1))
-
-
-def _y_int64(p: Conv2dProblem) -> bool:
-    reach_h = p.P + p.R * p.dilation_h + p.pad_h
-    reach_w = p.Q + p.S * p.dilation_w + p.pad_w
-    return needs_int64((p.N, p.y_n), (reach_h, p.y_h), (reach_w, p.y_w), (p.K, 1))
-
-
-def _int64(p: Conv2dProblem) -> bool:
-    weights = needs_int64((p.K, p.w_k), (p.C // p.G, p.w_c), (p.R, p.w_r), (p.S, p.w_s))
-    return _x_int64(p) or _y_int64(p) or weights
 
 
 def _pointwise(p: Conv2dProblem) -> bool:
@@ -165,7 +160,11 @@ def gather(
             vectors,
             arch,
             r is not None or norm.sums is not None,
+            norm.present and not transposed,
         )
+    if tile.persistent:
+        descriptor_product(p, src, w, b, out, tile, transposed=transposed, scale=scale, shift=shift, r=r, act=act)
+        return tile.block_m, ceil_div(pixels, tile.block_m)
     if together > 1:
         # a product that may be repeated holds more in registers
         tile = replace(tile, block_k=max(tile.block_k, next_power_of_2(c_src)), num_warps=TOGETHER_WARPS)
@@ -186,7 +185,7 @@ def gather(
             NORM_RESULT=norm.present and transposed, TRANSPOSED=transposed and not linear, LINEAR=linear,
             PACKED=packed, EVEN_K=c_src % tile.block_k == 0 and not packed and together == 1,
             DIAGONAL=together > 1, HAS_BIAS=b is not None,
-            INT64=_int64(p) or needs_int64((p.N, res[0]), (out_h, res[1]), (out_w, res[2]), (c_out * groups, 1)),
+            INT64=conv2d_int64(p) or needs_int64((p.N, res[0]), (out_h, res[1]), (out_w, res[2]), (c_out * groups, 1)),
             INPUT_PRECISION=_input_precision(p, src.dtype), BY_HAND=by_hand(src.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
@@ -260,7 +259,7 @@ def wgrad(
     if tile is None:
         m, n = p.K * splits, c_src if together > 1 else columns
         vectors = together == 1 and _vectors(p, x, y, unit=1)
-        tile = config(m, n, 0, p.precision, x.element_size(), vectors, capability(x), norm.present)
+        tile = config(m, n, 0, p.precision, x.element_size(), vectors, capability(x), norm.present, norm.present)
     packed = (
         p.R * p.S > 1 and c_src % tile.block_n != 0 and together == 1
     )  # a tile then crosses taps, and wastes no column
@@ -275,7 +274,7 @@ def wgrad(
             c_src // together, c_out // together, splits, ceil_div(p.N * p.P * p.Q, splits),
             p.x_n, p.x_h, p.x_w, p.w_k, p.w_c, p.w_r, p.w_s, p.y_n, p.y_h, p.y_w,
             SPLIT=splits > 1, LINEAR=_pointwise(p), EVEN=_even(p, p.y_n, p.y_h, p.y_w),
-            DIAGONAL=together > 1, PACKED=packed, INT64=_int64(p),
+            DIAGONAL=together > 1, PACKED=packed, INT64=conv2d_int64(p),
             NORM_ACT=norm.act, NORM_SOURCE=norm.present,
             INPUT_PRECISION=_input_precision(p, x.dtype), BY_HAND=by_hand(x.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
@@ -286,7 +285,7 @@ def wgrad(
             launch(
                 _sum_splits, ceil_div(total, REDUCE_BLOCK),
                 chunks, w, splits, total, columns, p.C // p.G, p.S, p.w_k, p.w_c, p.w_r, p.w_s,
-                INT64=_int64(p), BY_HAND=by_hand(w.dtype), BLOCK=REDUCE_BLOCK,
+                INT64=conv2d_int64(p), BY_HAND=by_hand(w.dtype), BLOCK=REDUCE_BLOCK,
                 num_warps=4,
             )  # fmt: skip
 
@@ -305,7 +304,7 @@ def bgrad(
         launch(
             _bgrad_partial, ceil_div(p.K, BGRAD_BLOCK_N) * splits,
             y, b, chunks, pixels, p.P, p.Q, p.K, splits, ceil_div(pixels, splits), p.y_n, p.y_h, p.y_w,
-            SPLIT=splits > 1, INT64=_y_int64(p), BY_HAND=by_hand(y.dtype),
+            SPLIT=splits > 1, INT64=y_int64(p), BY_HAND=by_hand(y.dtype),
             BLOCK_M=BGRAD_BLOCK_M, BLOCK_N=BGRAD_BLOCK_N, num_warps=4,
         )  # fmt: skip
         if splits > 1:

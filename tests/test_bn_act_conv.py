@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import socket
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,14 +220,184 @@ class TestKernels:
             own = _step(_cast(block, dtype), x)
         with cnnfast.backend("triton"), cnnfast.precision("fp32"):
             ours = _step(_cast(block, dtype).to(DEVICE), x.to(DEVICE))
-        u = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-24
-        for name, reference in ((name, t.detach().double()) for name, t in exact.items()):
-            norm = float(reference.norm())
-            error = float((ours[name].detach().cpu().double() - reference).norm())
-            torchs = float((own[name].detach().double() - reference).norm())
-            assert error <= 3 * torchs + 184**0.5 * u * norm, (
-                f"{name}: {error:.3g}, torch's {torchs:.3g}, beside {norm:.3g}"
+        _hold(ours, own, exact, dtype)
+
+
+def _hold(
+    ours: dict[str, Tensor], own: dict[str, Tensor], exact: dict[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    """As far from float64 as torch's layers are, and a random walk of roundings: 144 products and 40 pixels."""
+    u = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-24
+    assert ours.keys() == own.keys() == exact.keys()
+    for name, reference in ((name, t.detach().double()) for name, t in exact.items()):
+        norm = float(reference.norm())
+        error = float((ours[name].detach().cpu().double() - reference).norm())
+        torchs = float((own[name].detach().double() - reference).norm())
+        assert error <= 3 * torchs + 184**0.5 * u * norm, (
+            f"{name}: {error:.3g}, torch's {torchs:.3g}, beside {norm:.3g}"
+        )
+
+
+class TestTraining:
+    """What training does with layers, on Triton's kernels; each is held against torch's layers and float64."""
+
+    pytestmark = kernels
+
+    def test_autocast(self) -> None:
+        """Convolutions in bf16, parameters and their gradients in float32."""
+        block, x = _trained()
+        exact, own = (_run(copy.deepcopy(block).to(d), x.to(d), "aten", True) for d in (torch.double, torch.float))
+        with settings.observe() as seen:
+            ours = _run(block, x, "triton", True)
+        assert {str(e.selection.problem.dtype) for e in _served(seen)} == {"bf16"}
+        assert all(t.dtype == torch.float32 for name, t in ours.items() if "gradient" in name)
+        _hold(ours, own, exact, torch.bfloat16)
+
+    def test_checkpointing_is_bitwise_the_same(self) -> None:
+        block, x = _trained()
+        twin = copy.deepcopy(block)
+        ours = _run(block, x, "triton", forward=lambda t: checkpoint(block, t, use_reentrant=False))
+        for name, expected in _run(twin, x, "triton").items():
+            if "gradient" in name or name.startswith("y"):  # averages are updated twice, as torch's
+                assert torch.equal(ours[name], expected), name
+
+    def test_frozen_norm(self) -> None:
+        """The frozen norm's averages stay, its convolution is fused with them; the others' still leave their statistics."""
+        block, x = _trained()
+        block.bn2.eval()
+        before = {name: b.clone() for name, b in block.bn2.named_buffers()}
+        exact, own = (_run(copy.deepcopy(block).to(d), x.to(d), "aten") for d in (torch.double, torch.float))
+        with settings.observe() as seen:
+            ours = _run(block, x, "triton")
+        assert sum(e.selection.problem.direction == "fprop" for e in _served(seen)) == 2 * 2
+        assert all(torch.equal(b, before[name]) for name, b in block.bn2.named_buffers())
+        _hold(ours, own, exact)
+
+    def test_evaluated_trained_evaluated(self) -> None:
+        """Between evaluations an optimizer's step and new averages: nothing of the first is left in the second."""
+
+        def steps(block: Any, x: Tensor, backend: str) -> dict[str, Tensor]:
+            optimizer, results = torch.optim.SGD(block.parameters(), lr=0.1, momentum=0.9), {}
+            with cnnfast.backend(backend), cnnfast.precision("fp32"):
+                for i in range(2):
+                    with torch.no_grad():
+                        results[f"evaluated{i}"] = block.eval()(x)
+                    (block.train()(x) * 0.1).square().sum().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                with torch.no_grad():
+                    results["evaluated at last"] = block.eval()(x)
+            return results
+
+        block, x = _trained()
+        exact, own = (steps(copy.deepcopy(block).to(d), x.to(d), "aten") for d in (torch.double, torch.float))
+        ours = steps(block, x, "triton")
+        assert not torch.allclose(ours["evaluated0"], ours["evaluated at last"], rtol=1e-2)
+        _hold(ours, own, exact)
+
+    def test_synchronised_norm_says_why(self) -> None:
+        """SyncBatchNorm's convolution is torch's or ours, without statistics, with the reason."""
+        block, x = _trained()
+        block.bn2 = torch.nn.SyncBatchNorm.convert_sync_batchnorm(block.bn2).eval()
+        own = {name: p.clone() for name, p in block.named_parameters()}
+        with settings.observe() as seen:
+            ours = _run(block, x, "triton")
+        reasons = [e.reason for e in seen if isinstance(e, dispatch.Unserved)]
+        assert any("SyncBatchNorm's statistics are of all processes' batches" in reason for reason in reasons)
+        assert sum(e.selection.problem.direction == "fprop" for e in _served(seen)) == 2 * 2
+        assert {f"gradient of {name}" for name in own} < ours.keys()
+
+    @pytest.mark.skipif(not process.INTERPRETED, reason="two processes share no card")
+    def test_ddp(self) -> None:
+        """Two processes with half a batch each: gradients are the mean of both halves', averages each one's own."""
+        here = str(Path(__file__).resolve().parent)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        code = (
+            f"import sys; sys.path.insert(0, {here!r}); import test_bn_act_conv as t; t._rank(int(sys.argv[1]), {port})"
+        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join(
+            filter(None, [str(Path(here).parent), os.environ.get("PYTHONPATH")])
+        )
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(rank)], env=environment, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True,
             )
+            for rank in range(2)
+        ]  # fmt: skip
+        try:
+            outputs = [child.communicate(timeout=200)[0] for child in children]
+        finally:
+            for child in children:
+                child.kill()
+        for child, output in zip(children, outputs, strict=True):
+            assert child.returncode == 0, output
+
+
+def _rank(rank: int, port: int) -> None:
+    """One of two processes that train a block together."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    block, x = _trained(batch=4)
+    halves = x.chunk(2)
+    exact, own = (
+        [_run(copy.deepcopy(block).to(d), half.to(d), "aten") for half in halves] for d in (torch.double, torch.float)
+    )
+    parallel: Any = torch.nn.parallel.DistributedDataParallel(block, broadcast_buffers=False)
+    with settings.observe() as seen, warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*[Gg]rad strides.*")
+        ours = _run(block, halves[rank], "triton", forward=parallel)
+    assert len(_served(seen)) == 2 * (3 + 2), "three convolutions forward, two gradients, in each of two steps"
+    for results in (exact, own):
+        mean = {name: (results[0][name] + results[1][name]) / 2 for name in ours if name.startswith("gradient of ")}
+        del mean["gradient of x"]
+        results[rank] |= mean
+    _hold(ours, own[rank], exact[rank])
+    del parallel
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # torch's own threads may outlive what they belong to, and the last steps would abort
+
+
+def _trained(batch: int = 2) -> tuple[Any, Tensor]:
+    """A bottleneck without a downsample, whose last convolution normalises while it reads, in training mode; an input."""
+    torch.manual_seed(0)
+    block = Bottleneck(64, 16)
+    for p in block.parameters():
+        p.data = torch.randn_like(p).mul(0.3)
+    return block.to(DEVICE, memory_format=CL).train(), torch.randn(batch, 64, 3, 4).to(DEVICE)  # type: ignore[call-overload]
+
+
+def _run(
+    block: torch.nn.Module,
+    x: Tensor,
+    backend: str,
+    autocast: bool = False,
+    forward: Callable[..., Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Two steps' gradients accumulated; see _step, whose norms this leaves in the modes that they are in."""
+    x, results = x.detach().clone(memory_format=CL).requires_grad_(), {}
+    low = x.dtype != torch.double
+    with cnnfast.backend(backend), cnnfast.precision("fp32"):
+        for i in range(2):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast and low):
+                y = (forward or block)(x)
+            (
+                y.to(x.dtype) * torch.linspace(-1, 1, y.numel(), device=y.device, dtype=x.dtype).reshape(y.shape)
+            ).sum().backward()
+            results[f"y{i}"] = y
+    results |= {f"gradient of {name}": p.grad for name, p in block.named_parameters() if p.grad is not None}
+    return {**results, "gradient of x": x.grad, **dict(block.named_buffers())}  # type: ignore[dict-item]
+
+
+def _served(seen: Any) -> list[dispatch.Event]:
+    """The calls of bn_act_conv that Triton's kernels served."""
+    events = [e for e in seen if isinstance(e, dispatch.Event) and e.selection.problem.op == "bn_act_conv"]
+    assert all(e.selection.implementation.backend == "triton" for e in events)
+    return events
 
 
 def _downsample(channels: int, filters: int) -> torch.nn.Module:

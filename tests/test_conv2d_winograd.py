@@ -82,9 +82,18 @@ def test_bad_values_stay_where_they_are(kernel: str, direction: str, taps: tuple
 
     if dtype not in {dispatch.TORCH_DTYPES[d] for d in FOUND[kernel].dtypes}:
         pytest.skip(f"{kernel} has no {dtype}")
-    last_tap = (36, 36, taps[0] // 2, taps[1] - 1)
-    for operand, index in (("t", (0, 33, 9, 8)), ("t", (1, 69, 0, 17)), ("t", (0, 0, 3, 4)), ("w", last_tap)):
-        for value in (float("inf"), -float("inf"), float("nan"), 2e38):
+    values = (float("inf"), -float("inf"), float("nan"), 2e38)
+    places: Any = [
+        ("t", (0, 33, 9, 8)),
+        ("t", (1, 69, 0, 17)),
+        ("t", (0, 0, 3, 4)),
+        ("w", (36, 36, taps[0] // 2, taps[1] - 1)),
+    ]
+    if process.INTERPRETED and not process.FULL:  # a direct sum takes it seconds: one place and value of each
+        turn = process.stable_hash(kernel, direction, dtype)
+        values, places = (values[turn % 4],), [places[turn // 4 % 3], places[3]]
+    for operand, index in places:
+        for value in values:
             t, w = _operands(direction, dtype, taps)
             (t if operand == "t" else w)[index] = value
             if operand == "t":

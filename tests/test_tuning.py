@@ -21,7 +21,7 @@ import torch
 from support import process
 
 import cnnfast
-from cnnfast import cli, settings, tuning
+from cnnfast import cli, ops, settings, tuning
 from cnnfast.report import tune
 
 pytest.importorskip("triton")
@@ -541,3 +541,46 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         assert task.dump(task.before) == list(entry.tile)
     assert cli.main(["tune", "small", "--seconds", "1e-9"]) == 0
     assert "problems are left: the 1e-09 seconds are over" in capsys.readouterr().out
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not process.INTERPRETED, reason="runs Triton kernels on CPU tensors")
+def test_bn_act_conv_is_tuned() -> None:
+    """Each direction notes its problem, with room for what it normalises; what it writes is the same in every tile."""
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=g).to(torch.bfloat16) for s in ((2, 32, 5, 7), (64, 32, 1, 1)))
+    x = x.contiguous(memory_format=torch.channels_last)
+    mean, invstd, gamma, beta = (torch.rand(32, generator=g) for _ in range(4))
+    rest = ((1, 1), (0, 0, 0, 0), (1, 1), 1, "relu", 1e-3, 1e-3, "fp32", "triton", True)
+    with tuning.collecting() as tasks, settings.observe():
+        y, *_ = ops.bn_act_conv(x, w, None, mean, invstd, gamma, beta, *rest)
+        ops.bn_act_conv_dgrad(x, w, y, mean, invstd, gamma, beta, *rest)
+        ops.bn_act_conv_wgrad(x, y, mean, invstd, gamma, beta, (64, 32, 1, 1), True, *rest)
+    assert [task.key.split()[:2] for task in tasks] == [
+        ["bn_act_conv_implicit_gemm", direction] for direction in ("fprop", "dgrad", "wgrad")
+    ]
+    assert [task.key.rsplit(" ", 1)[1] for task in tasks] == ["vlrn", "vlr", "vlrn"]
+    for task in tasks:
+        operands = [None if meta is None else tune._random(*meta).abs() for meta in task.operands]
+        out = operands[task.output]
+        assert out is not None
+        results = []
+        for tile in (task.before, task.tiles[1], task.tiles[-1]):
+            task.bind(tile)(operands)
+            results.append(out.double())
+        assert len(task.tiles) > 3
+        assert all(bool(r.isfinite().all()) and float(r.norm()) > 0 for r in results)
+        for other in results[1:]:
+            assert float((other - results[0]).norm()) <= 2e-2 * float(results[0].norm()), task.key
+
+
+@plain
+def test_normalising_tiles_have_room() -> None:
+    """What goes back to shared memory counts: a tile that fits a card without it may not with it."""
+    deep = _tiles.Config(128, 128, 64, 8, 4)  # 96 KiB on an sm_86, and 18 more
+    assert _cards.shared_bytes(deep, 2, 86) <= 99 * 1024 < _cards.shared_bytes(deep, 2, 86, normed=True)
+    assert deep in _tiles.candidates("high", 2, True, 86, True)
+    assert deep not in _tiles.candidates("high", 2, True, 86, True, normed=True)
+    p = problem(8, 64, 28, 256, 1)
+    of = dataclasses.replace(HALF, residual=True, sums=True, normed=True)
+    assert deep not in configs.configs(p, "fprop", of, _cards.Card(86, 82))

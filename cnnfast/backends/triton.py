@@ -6,6 +6,7 @@ tensors, through the same registrations.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import os
@@ -89,6 +90,38 @@ def _bn_act_conv(p: Problem) -> list[str]:
     ]
 
 
+_WORKSPACE = 128 * 2**20  # bytes
+
+
+def _winograd(p: Problem, m: int) -> list[str]:
+    # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
+    products, wgrad = 4 * (m + 2) ** 2, p.direction == "wgrad"
+    summed, unit, least = (
+        (p.N * p.P * p.Q, "pixels", 1024) if wgrad else (p.C if p.direction == "fprop" else p.K, "channels", 64)
+    )
+    inputs = p.N * p.C * p.H * p.W
+    weights = products * (p.K + 63) * (p.C + 63)
+    tiles = products * 64 * (p.K + p.C + 128)
+    return _conv2d(p) + [
+        reason
+        for wrong, reason in (
+            ((p.R, p.S) != (3, 3), f"needs a 3x3 filter, not {p.R}x{p.S}"),
+            ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
+            ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
+            (p.G != 1, f"needs one group, not {p.G}"),
+            (m == 4 and summed < least, f"needs sums over {least} {unit} to be as accurate as asked, not {summed}"),
+            (
+                m == 4 and not wgrad and inputs <= 20480,
+                f"needs more than 20480 inputs to be as accurate as asked, not {inputs}",
+            ),
+            (weights > _WORKSPACE, f"transformed weights of {weights} bytes, {_WORKSPACE} at most"),
+            (tiles > _WORKSPACE, f"64 transformed tiles of {tiles} bytes, {_WORKSPACE} at most"),
+            (p.precision == "ieee", "precision ieee: multiplies sums of inputs by sums of weights, not each by each"),
+        )
+        if wrong
+    ]
+
+
 # Bytes and multiply-adds x 2 a second on an H100 (benchmarks/bandwidth.py, convolutions.py; bf16 where dtypes differ).
 _LAUNCH = 8e-6
 _RATES = {
@@ -119,9 +152,28 @@ def _multiplied(p: Problem) -> float:
     return _LAUNCH + p.flops / rate
 
 
+def _winograd_cost(p: Problem, m: int) -> float:
+    # Predicted: products at half of implicit GEMM's rate, what goes through L2 at a quarter of the memory's, so that what a
+    # card has measured goes first.
+    rate = _PRODUCTS[p.precision if p.dtype == "f32" else p.dtype] / 2
+    products, itemsize = (m + 2) ** 2, 4 if p.dtype == "f32" else 2
+    c, k, h, w = (p.K, p.C, p.H, p.W) if p.direction == "dgrad" else (p.C, p.K, p.P, p.Q)
+    tiles = p.N * -(-h // m) * -(-w // m)
+    multiply = 2.0 * products * tiles * c * k / (rate * min(1.0, k / 64))
+    if p.direction == "wgrad":
+        moved = 2 * itemsize * tiles * (c + k) + 8 * c * k
+        multiply /= min(1.0, products * -(-c // 64) * -(-k // 64) / 132)  # which nothing splits
+    else:
+        moved = tiles * (2 * itemsize * c + 8 * k) + 2 * itemsize * c * k
+    chunks = -(-4 * products * tiles * (c + k) // 2**25)
+    return _LAUNCH * (1 + 3 * chunks) + multiply + (p.bytes + products * moved) / 8e11
+
+
 # kernel module -> (operation, capability, predicted seconds); in the order of preference
 RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float]]] = {
     "conv2d_implicit_gemm": ("conv2d", _conv2d, _multiplied),
+    "conv2d_winograd_f4x4": ("conv2d", lambda p: _winograd(p, 4), lambda p: _winograd_cost(p, 4)),
+    "conv2d_winograd_f2x2": ("conv2d", lambda p: _winograd(p, 2), lambda p: _winograd_cost(p, 2)),
     "max_pool2d": ("max_pool2d", _max_pool2d, _moved),
     "avg_pool2d": ("avg_pool2d", _avg_pool2d, _moved),
     "adaptive_avg_pool2d": ("adaptive_avg_pool2d", _adaptive_pool2d, _moved),
@@ -133,7 +185,14 @@ RULES: dict[str, tuple[str, Callable[[Problem], list[str]], Callable[[Problem], 
 
 
 # kernel module -> operations that are its fprop with an epilogue: the same kernel under the same rule
-EPILOGUES: dict[str, tuple[str, ...]] = {"conv2d_implicit_gemm": ("conv_bn_act",)}
+EPILOGUES: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("conv2d_implicit_gemm", "conv2d_winograd_f4x4", "conv2d_winograd_f2x2"), ("conv_bn_act",)
+)
+# kernel module -> why its results are less exact than plain sums
+ERROR_BOUNDS = {
+    "conv2d_winograd_f4x4": (3.0, "transforms of inputs, weights and sums with the points 0, +-sqrt(1/2), +-sqrt(2)"),
+    "conv2d_winograd_f2x2": (3.0, "transforms of inputs, weights and sums with the points 0, 1, -1"),
+}
 
 
 def _operations(stem: str, direction: str) -> tuple[str, ...]:
@@ -162,6 +221,7 @@ def _implementations() -> tuple[list[Implementation], str]:
                 ),
                 cost=cost,
                 layouts=getattr(module, "LAYOUTS", {}).get(direction, {}),
+                error_bound=ERROR_BOUNDS.get(stem, Implementation.error_bound),
             )
             for direction, launcher in module.KERNELS.items()
             for op in _operations(stem, direction)
@@ -210,15 +270,25 @@ def _bound(launcher: Callable[..., None], size: int, choose: Callable[..., Any] 
     return launch
 
 
+def _based(descriptor: Any, base: torch.Tensor | None) -> Any:
+    """A tensor descriptor of the same form over another tensor."""
+    other = copy.copy(descriptor)
+    other.base = base
+    return other
+
+
 class _Repeat:
-    """The launches of a bound problem, repeated with other tensors; a place: (argument, operand, offset in bytes)."""
+    """The launches of a bound problem, repeated with other tensors; a place: (argument, operand, offset in bytes).
+
+    An argument may be a tensor descriptor, whose base is such a tensor.
+    """
 
     def __init__(self, launches: list[Any], places: list[list[tuple[int, int, int]]], device: torch.device) -> None:
         self._launches = []
         for recorded, found in zip(launches, places, strict=True):
             template = list(recorded.arguments)
-            for at, _, _ in found:
-                template[at] = None  # keeps no tensor alive
+            for at, _, _ in found:  # keeps no tensor alive
+                template[at] = None if isinstance(template[at], torch.Tensor) else _based(template[at], None)
             self._launches.append((recorded.compiled[recorded.grid], template, found))
         self._device = device
 
@@ -232,6 +302,7 @@ class _Repeat:
         for recorded in launches:
             found = []
             for at, argument in enumerate(recorded.arguments):
+                argument = getattr(argument, "base", argument)
                 if not isinstance(argument, torch.Tensor):
                     continue
                 if id(argument) in known:
@@ -253,7 +324,8 @@ class _Repeat:
         for run, template, places in self._launches:
             arguments = template.copy()
             for at, operand, offset in places:
-                arguments[at] = tensors[operand][offset:] if offset else tensors[operand]
+                tensor = tensors[operand][offset:] if offset else tensors[operand]
+                arguments[at] = tensor if template[at] is None else _based(template[at], tensor)
             run(*arguments)
 
 

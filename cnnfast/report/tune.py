@@ -220,7 +220,8 @@ def _random(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
 
 def describe(tile: Any) -> str:
     """A tile as tables show it: ``128x64x64, 4 warps, 3 stages``."""
-    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
+    size = f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
+    return size + ", persistent" * bool(tile.persistent)
 
 
 def table(results: Sequence[Result], title: str) -> str:

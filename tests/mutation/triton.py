@@ -80,7 +80,7 @@ def units(path: str) -> list[str]:
         if p.stem == name:
             return True
         seen.add(p)
-        imported = [SOURCES / f"{m}.py" for m in re.findall(r"^from \.(\w+) import", p.read_text(), re.M)]
+        imported = [SOURCES / f"{m}.py" for m in re.findall(r"^from \.(?: import )?(\w+)", p.read_text(), re.M)]
         return any(q.exists() and q not in seen and uses(q, seen) for q in imported)
 
     found = [p.stem for p in sorted(users, key=lambda p: len(p.read_text())) if uses(p, set())]

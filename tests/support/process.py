@@ -15,12 +15,15 @@ import torch
 
 from cnnfast import dispatch
 from cnnfast.backends import cuda, triton
+from support import interpreter
 
 FULL = os.environ.get("CNNFAST_TEST_FULL", "") not in ("", "0")
 SEED = int(os.environ.get("CNNFAST_TEST_SEED", "0"))
 # random calls of each operation: 5,000 in all in make test, 100,000 in make fuzz
 FUZZ_CALLS = int(os.environ.get("CNNFAST_FUZZ_CALLS", "7000" if FULL else "700"))
 EMULATED, INTERPRETED = cuda.EMULATED, triton.INTERPRETED
+if INTERPRETED:
+    interpreter.quicken()
 GPU = torch.cuda.is_available()
 # The check variant of the emulation knows every byte that a kernel may touch.
 CHECKED = EMULATED and cuda.MODULE is not None and cuda.MODULE.device().get("checked") == "yes"

@@ -72,7 +72,7 @@ def tabled(architecture: int) -> list[Any]:
 
     Of matrix products every tile of the THOROUGH kinds, and of each other kind the three with most sums a thread, the first
     and the last. Of what no tensor core multiplies the first and the last block, on newer cards than sm_80 the first in
-    bf16 and the first of fp32 products. In fp16, whose code is bf16's but for conversions, only the first.
+    bf16 (fp32 where there is no other) and the first of fp32 products. In fp16, whose code is bf16's but for conversions, only the first.
     """
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for variant in variants(architecture):
@@ -81,7 +81,7 @@ def tabled(architecture: int) -> list[Any]:
     for (name, mode), named in groups.items():
         group = list(named.values())
         if not group[0].tensor_cores and architecture > 80:
-            group = group[:1] if mode in ("bf16", "ieee") else []
+            group = group[:1] if mode in ("bf16", "ieee") or (name, "bf16") not in groups else []
         elif mode == "fp16" or (mode == "fp32" and not group[0].tensor_cores):
             group = group[:1]
         elif name not in THOROUGH:

@@ -16,6 +16,9 @@ from typing import Any
 # Kernel -> (constant that is set, constant with the length of the range that needs no mask, why); one range an access.
 PROVEN: dict[str, tuple[tuple[str, str, str], ...]] = {
     "_gather_gemm": (("EVEN_K", "BLOCK_K", "EVEN_K: blocks of the reduction divide the channels"),),
+    "_multiply": (
+        ("BLOCK_K", "BLOCK_K", "blocks of the reduction divide its depth, which transforms fill with zeros"),
+    ),
 }
 SAFE = ("tt.descriptor_load", "tt.descriptor_store", "tt.descriptor_gather")  # the hardware knows the tensor's bounds
 _VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")

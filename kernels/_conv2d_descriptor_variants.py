@@ -1,0 +1,50 @@
+"""Offline compilation of the products that tensor descriptors feed: the calls that tuning can select."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from ._common import Variant
+from ._conv2d_descriptor import _descriptor_gemm
+from ._tiles import Config, persistent
+
+_EPILOGUE = ("bias", "scale", "shift", "residual")
+# name -> (whether it is dgrad, operands of its epilogue)
+KINDS: dict[str, tuple[bool, tuple[str, ...]]] = {
+    "fprop_descriptor": (False, ("bias",)),
+    "fprop_descriptor_epilogue": (False, _EPILOGUE),
+    "dgrad_descriptor": (True, ()),
+}
+
+
+def _variant(name: str, mode: str, arch: int, tile: Config) -> Variant:
+    transposed, present = KINDS[name]
+    m, n, k = tile.block_m, tile.block_n, tile.block_k
+    constants: dict[str, Any] = {"ACT": int("scale" in present), "TRANSPOSED": transposed, "BY_HAND": False}
+    constants |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": tile.group_m}
+    constants |= dict.fromkeys(set(_EPILOGUE) - set(present))
+    types = {
+        "src": f"tensordesc<{mode}[{m}, {k}]>", "out": f"tensordesc<{mode}[{m}, {n}]>",
+        "weight": f"tensordesc<{mode}[{k}, {n}]>" if transposed else f"tensordesc<{mode}[{n}, {k}]>",
+        "bias": f"*{mode}", "residual": f"*{mode}", "scale": "*fp32", "shift": "*fp32",
+    }  # fmt: skip
+    names = _descriptor_gemm.arg_names
+    return Variant(
+        name=f"{name}.{mode}.{m}x{n}x{k}", fn=_descriptor_gemm,
+        signature={a: "constexpr" if a in constants else types.get(a, "i32") for a in names}, constexprs=constants,
+        aligned=tuple(a for a in (*_EPILOGUE, "columns", "depth", "res_col") if a not in constants),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, capability=arch, tensor_cores=True, asynchronous=True,
+    )  # fmt: skip
+
+
+def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16")) -> Iterator[Variant]:
+    """Every kind of call with every tile for sm_<arch>, cut to the depth."""
+    for mode in modes:
+        for name, (_, present) in KINDS.items():
+            for tile in persistent(arch, "residual" in present):
+                block_k = tile.block_k
+                while block_k >= 16:
+                    yield _variant(name, mode, arch, replace(tile, block_k=block_k))
+                    block_k //= 2
