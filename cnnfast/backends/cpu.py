@@ -255,7 +255,7 @@ DOT_RULES: dict[str, _Rule] = {
     "conv2d_grouped": ("conv2d", dot_grouped, lambda p, isa: dot_grouped_cost(p) + _conversions(p)),
     "conv2d_winograd_f2x2": (
         "conv2d",
-        lambda p, isa: _winograd(p, "avx512", 2),
+        lambda p, isa: _winograd(p, "avx512", "conv2d_winograd_f2x2"),
         lambda p, isa: dot_winograd_cost(p) + _conversions(p),
     ),
     "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], lambda p, isa: dot_implicit_gemm_cost(p) + _conversions(p)),
