@@ -241,11 +241,16 @@ def test_pinned_kernel_serves_what_it_has_and_its_backend_the_rest() -> None:
     for implementation in dispatch.implementations("conv2d"):
         if process.not_here(implementation) or implementation.direction != "fprop":
             continue
-        for channels, size, groups in ((8, 6, 2), (8, 6, 4), (64, 35, 1)):  # one of them fits any kernel
+        sizes = [
+            (8, 6, 2, (3, 3)),
+            (8, 6, 4, (3, 3)),
+            *((64, 35, 1, taps) for taps in ((3, 3), (5, 5), (1, 3), (1, 7))),
+        ]
+        for channels, size, groups, taps in sizes:  # one of them fits any kernel
             dtype = torch.float32 if "f32" in implementation.dtypes else dispatch.TORCH_DTYPES[implementation.dtypes[0]]
-            shapes = ((1, channels, size, size), (channels, channels // groups, 3, 3), (channels,))
+            shapes = ((1, channels, size, size), (channels, channels // groups, *taps), (channels,))
             x, w, b = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
-            case = conv2d.Case("", 1, channels, size, size, channels, 3, 3, groups=groups)
+            case = conv2d.Case("", 1, channels, size, size, channels, *taps, groups=groups)
             if not dispatch.reasons_against(implementation, conv2d.problem(case, "fprop", dtype, "fp32")):
                 break
         with cnnfast.backend(implementation.name), settings.observe() as events:

@@ -63,20 +63,29 @@ def test_packed_is_unpacked(implementation: Implementation, dtype: str, case: An
         torch.set_num_threads(before)
 
 
+def _served(implementation: Implementation, dtype: torch.dtype) -> Any:
+    """A case that the kernel serves, with the size of filter that it has, padded to the size of the map."""
+    for (r, s), c in itertools.product(((3, 3), (5, 5), (1, 7), (1, 3)), (33, 64)):
+        case = conv2d.Case("", 1, c, 27, 25, 35, r, s, padding=(r // 2, s // 2), bias=True)
+        if not dispatch.reasons_against(implementation, conv2d.problem(case, "fprop", dtype, "fp32")):
+            return case
+    raise AssertionError(f"{implementation.name} serves none of these sizes")
+
+
 @pytest.mark.parametrize("implementation", [i for i in KERNELS if i.op == conv2d.OP], ids=lambda i: i.name)
 def test_packed_weights_that_are_not_finite(implementation: Implementation) -> None:
     """Padding contributes nothing, whoever packed the weights."""
     dtype = _dtype(implementation)
-    case = conv2d.Case("", 1, 33, 27, 25, 35, 3, 3, padding=(1, 1), bias=True)
-    if dispatch.reasons_against(implementation, conv2d.problem(case, "fprop", dtype, "fp32")):
-        case = conv2d.Case("", 1, 64, 27, 25, 35, 3, 3, padding=(1, 1), bias=True)
+    case = _served(implementation, dtype)
     t = {r: g.tensor for r, g in conv2d.inputs(case, "fprop", dtype).items()}
-    t["w"][3, 5, 0, 1], t["w"][34, 1, 2, 2] = float("inf"), float("nan")
+    t["w"][3, 5, 0, case.S // 2 if case.R > 1 else 0], t["w"][34, 1, -1, -1] = float("inf"), float("nan")
     packed = _plan(implementation, case, dtype, t, True)(t["x"])[0]
     plain = _plan(implementation, case, dtype, t, False)(t["x"])[0]
     torch.testing.assert_close(packed, plain, rtol=0, atol=0, equal_nan=True)
-    assert bool(torch.isfinite(packed[:, 3, 0]).all()), "the tap lies in the padding there"
-    assert not bool(torch.isfinite(packed[:, 3, 1:]).all())
+    along, padding = (1, case.R // 2) if case.R > 1 else (2, case.S // 2)
+    outside, inside = packed[:, 3].split([padding, packed.shape[1 + along] - padding], along)
+    assert bool(torch.isfinite(outside).all()), "the tap lies in the padding there"
+    assert not bool(torch.isfinite(inside).all())
 
 
 def test_only_frozen_constants_are_packed() -> None:
@@ -101,7 +110,7 @@ def test_only_frozen_constants_are_packed() -> None:
 def test_the_packed_form_is_what_the_kernel_reads(implementation: Implementation) -> None:
     """Equal bits alone would also come of a kernel that ignores what was packed: here the weights are gone."""
     dtype = _dtype(implementation)
-    case = conv2d.Case("", 1, 64, 27, 25, 35, 3, 3, padding=(1, 1), bias=True)
+    case = _served(implementation, dtype)
     t = {r: g.tensor for r, g in conv2d.inputs(case, "fprop", dtype).items()}
     plan = _plan(implementation, case, dtype, t, True)
     before = plan(t["x"])[0].clone()
