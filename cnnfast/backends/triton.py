@@ -96,9 +96,9 @@ _WORKSPACE = 128 * 2**20  # bytes
 def _winograd(p: Problem, m: int) -> list[str]:
     # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
     products, wgrad = 4 * (m + 2) ** 2, p.direction == "wgrad"
-    summed, unit, least = (
-        (p.N * p.P * p.Q, "pixels", 1024) if wgrad else (p.C if p.direction == "fprop" else p.K, "channels", 64)
-    )
+    summed, unit, least = (p.N * p.P * p.Q, "pixels", 1024) if wgrad else (p.C, "channels", 64)
+    if p.direction == "dgrad":
+        summed, least = p.K, 128  # torch's sums over few channels are more exact there
     inputs = p.N * p.C * p.H * p.W
     weights = products * (p.K + 63) * (p.C + 63)
     tiles = products * 64 * (p.K + p.C + 128)

@@ -216,6 +216,7 @@ GROUPS = _net(
     Case("inception_v3 3x3 stride 2 without padding, odd", 1, 70, 17, 19, 37, 3, 3, (2, 2), w_layout="nhwc"),
     Case("3x3 stride 2, asymmetric padding, many images and chunks", 3, 150, 9, 12, 24, 3, 3, (2, 2), (0, 1, 2, 0)),
     Case("3x3 stride 2 in groups", 1, 96, 15, 15, 64, 3, 3, (2, 2), (1, 1), groups=2),
+    Case("few input channels, a large map: Winograd's dgrad", 1, 5, 65, 64, 128, 3, 3, padding=(1, 1)),
     Case("alexnet 5x5, small", 1, 64, 19, 18, 48, 5, 5, padding=(2, 2), bias=True),
     Case("5x5 without padding on an odd map, many images", 4, 37, 13, 12, 50, 5, 5),
     Case("2 groups", 2, 16, 8, 8, 32, 3, 3, padding=(1, 1), groups=2, bias=True),
