@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cnnfast.backends import _winograd as _checks
 from cnnfast.backends._cpu_dot import (
     DOT_ERRORS,
     dot_grouped,
@@ -119,31 +120,23 @@ _TILES = {
 
 
 def _winograd(p: Problem, isa: str, stem: str) -> list[str]:
-    # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
-    summed, unit, least = (p.C if p.direction == "fprop" else p.K) // p.G, "channels", 32
+    summed, least = (p.C if p.direction == "fprop" else p.K) // p.G, 32
     if p.G > 1:
         least = 16  # oneDNN sums these as we do
     if isa == "portable":
         least *= 2  # it has no fused multiply-add
     if p.direction == "wgrad":
-        summed, unit, least = p.N * p.P * p.Q, "pixels", 1024
-    tiles, inputs = _TILES[stem], p.N * p.C * p.H * p.W
+        summed, least = p.N * p.P * p.Q, _checks.WGRAD_PIXELS
+    tiles = _TILES[stem]
     rounds = p.dtype == "f32" and 6 in tiles[0].points
-    few = p.direction != "wgrad" and inputs <= 20480
     return [
         reason
         for wrong, reason in (
-            (
-                all(tile.filter != (p.R, p.S) for tile in tiles),
-                f"needs a {' or '.join('{}x{}'.format(*tile.filter) for tile in tiles)} filter, not {p.R}x{p.S}",
-            ),
-            ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
-            ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
+            *_checks.shape(p, [tile.filter for tile in tiles]),
             (p.direction == "wgrad" and p.G != 1, f"needs one group for wgrad, not {p.G}"),
             (p.G > 1 and min(p.C, p.K) < 16 * p.G, "needs 16 or more channels a group"),
-            (rounds and summed < least, f"needs sums over {least} {unit} to be as accurate as asked, not {summed}"),
-            (rounds and few, f"needs more than 20480 inputs to be as accurate as asked, not {inputs}"),
-            (p.precision == "ieee", "precision ieee: multiplies sums of inputs by sums of weights, not each by each"),
+            *(_checks.accuracy(p, summed, least) if rounds else ()),
+            *_checks.precision(p),
         )
         if wrong
     ]
@@ -283,7 +276,7 @@ def _operations(table: Table, stem: str) -> list[tuple[str, str, dict[str, str]]
 def _implementations() -> list[Implementation]:
     if MODULE is None:
         return []
-    table = Table(MODULE)
+    table, ranks = Table(MODULE), {isa: rank for rank, isa in enumerate(isas())}
     return [
         implementation(
             table,
@@ -294,7 +287,7 @@ def _implementations() -> list[Implementation]:
             isa,
             _for_isa(unsupported, isa),
             _caller,
-            cost=_ranked(cost, isa),
+            cost=_ranked(cost, isa, ranks.get(isa, 0)),
             layouts=layouts,
             **({"error_bound": DOT_ERRORS[stem]} if isa == DOT else {}),
         )
@@ -309,9 +302,8 @@ def _for_isa(unsupported: Callable[[Problem, str], list[str]], isa: str) -> Call
     return lambda problem: unsupported(problem, isa)
 
 
-def _ranked(cost: Callable[[Problem, str], float], isa: str) -> Callable[[Problem], float]:
+def _ranked(cost: Callable[[Problem, str], float], isa: str, rank: int) -> Callable[[Problem], float]:
     """A lesser ISA is never predicted faster: it serves only where it is pinned or the better one has no kernel."""
-    rank = 0 if isa == DOT else isas().index(isa)
     return lambda problem: cost(problem, isa) + 1e3 * rank
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cnnfast.backends import _gpu
+from cnnfast.backends import _winograd as _checks
 from cnnfast.backends._native import Table, addresses, implementation, load
 from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
 
@@ -133,34 +134,22 @@ _WORKSPACE = 128 * 2**20  # bytes
 
 
 def _winograd(p: Problem, m: int) -> list[str]:
-    # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
-    forward, wgrad = p.direction == "fprop", p.direction == "wgrad"
-    summed, computed, inputs = p.C if forward else p.K, p.K if forward else p.C, p.N * p.C * p.H * p.W
+    summed, computed, least = (p.C, p.K, 64) if p.direction == "fprop" else (p.K, p.C, 64)
     weights = 4 * (m + 2) ** 2 * (-(-summed // 8) * 8) * (-(-computed // 64) * 64)
-    unit, least = "channels", 64
-    if wgrad:
-        summed, unit, least, weights = p.N * p.P * p.Q, "pixels", 1024, 36 * p.C * p.K
+    if p.direction == "wgrad":
+        summed, least, weights = p.N * p.P * p.Q, _checks.WGRAD_PIXELS, 36 * p.C * p.K
     return (
         _direct(p)
         + _pixels(p)
         + [
             reason
             for wrong, reason in (
-                ((p.R, p.S) != (3, 3), f"needs a 3x3 filter, not {p.R}x{p.S}"),
-                ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
-                ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
+                *_checks.shape(p),
                 (p.G != 1, f"needs one group, not {p.G}"),
-                (m == 4 and summed < least, f"needs sums over {least} {unit} to be as accurate as asked, not {summed}"),
-                (
-                    m == 4 and not wgrad and inputs <= 20480,
-                    f"needs more than 20480 inputs to be as accurate as asked, not {inputs}",
-                ),
+                *(_checks.accuracy(p, summed, least) if m == 4 else ()),
                 (p.dtype != "f32" and summed % 2 != 0, f"needs an even number of channels to sum over, not {summed}"),
                 (weights > _WORKSPACE, f"transformed weights of {weights} bytes, {_WORKSPACE} at most"),
-                (
-                    p.precision == "ieee",
-                    "precision ieee: multiplies sums of inputs by sums of weights, not each by each",
-                ),
+                *_checks.precision(p),
             )
             if wrong
         ]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cnnfast.backends import _gpu, _tiles
+from cnnfast.backends import _winograd as _checks
 from cnnfast.dispatch import DTYPES, Backend, Implementation, Kernel, Problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
@@ -94,29 +95,23 @@ _WORKSPACE = 128 * 2**20  # bytes
 
 
 def _winograd(p: Problem, m: int) -> list[str]:
-    # torch sums few products, and inputs too small for oneDNN, with hardly an error: F(4x4) would exceed three times it
-    products, wgrad = 4 * (m + 2) ** 2, p.direction == "wgrad"
-    summed, unit, least = (p.N * p.P * p.Q, "pixels", 1024) if wgrad else (p.C, "channels", 64)
-    if p.direction == "dgrad":
-        summed, least = p.K, 128  # torch's sums over few channels are more exact there
-    inputs = p.N * p.C * p.H * p.W
+    summed, least = {
+        "fprop": (p.C, 64),
+        "dgrad": (p.K, 128),  # torch's sums over few channels are more exact there
+        "wgrad": (p.N * p.P * p.Q, _checks.WGRAD_PIXELS),
+    }[p.direction]
+    products = 4 * (m + 2) ** 2
     weights = products * (p.K + 63) * (p.C + 63)
     tiles = products * 64 * (p.K + p.C + 128)
     return _conv2d(p) + [
         reason
         for wrong, reason in (
-            ((p.R, p.S) != (3, 3), f"needs a 3x3 filter, not {p.R}x{p.S}"),
-            ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
-            ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
+            *_checks.shape(p),
             (p.G != 1, f"needs one group, not {p.G}"),
-            (m == 4 and summed < least, f"needs sums over {least} {unit} to be as accurate as asked, not {summed}"),
-            (
-                m == 4 and not wgrad and inputs <= 20480,
-                f"needs more than 20480 inputs to be as accurate as asked, not {inputs}",
-            ),
+            *(_checks.accuracy(p, summed, least) if m == 4 else ()),
             (weights > _WORKSPACE, f"transformed weights of {weights} bytes, {_WORKSPACE} at most"),
             (tiles > _WORKSPACE, f"64 transformed tiles of {tiles} bytes, {_WORKSPACE} at most"),
-            (p.precision == "ieee", "precision ieee: multiplies sums of inputs by sums of weights, not each by each"),
+            *_checks.precision(p),
         )
         if wrong
     ]
