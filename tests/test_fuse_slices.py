@@ -25,6 +25,10 @@ BANDS = {
     "no padding, even kernel": ((4, 8, (33, 20)), {"kernel_size": 4}, {"kernel_size": 2}),
     "grouped": ((8, 16, (33, 20)), {"kernel_size": 3, "groups": 4, "padding": 1}, {"kernel_size": 2}),
     "depthwise": ((8, 8, (33, 20)), {"kernel_size": 3, "groups": 8, "padding": 1}, {"kernel_size": 2}),
+    "gaps": ((4, 8, (83, 20)), {"kernel_size": 3}, {"kernel_size": 2, "stride": 3}),
+    "overlap": ((4, 8, (183, 20)), {"kernel_size": 3}, {"kernel_size": 3, "stride": 2}),
+    "overlap, ceil": ((4, 8, (184, 21)), {"kernel_size": 3}, {"kernel_size": 3, "stride": 2, "ceil_mode": True}),
+    "overlap of three": ((4, 8, (331, 20)), {"kernel_size": 3, "padding": 1}, {"kernel_size": 5, "stride": 2}),
 }
 
 
@@ -57,7 +61,7 @@ def test_bands(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
         exact = model.double()(x.double())
         model.float()
         whole = cnnfast.fuse(model, x)
-        monkeypatch.setattr(planner, "_BAND", 2048)
+        monkeypatch.setattr(planner, "_BAND", 16384 if "overlap" in name else 2048)
         banded = cnnfast.fuse(model, x)
         error = (banded(x) - exact).norm() / exact.norm()
     assert float(error) <= 1e-5
@@ -67,7 +71,7 @@ def test_bands(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(plan.kernels) >= {k for k in before.kernels if "pool" in k}
 
 
-def test_what_others_read_or_overlaps_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_others_read_or_overlaps_much_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "_BAND", 256)
     x = torch.randn(1, 3, 20, 20)
 

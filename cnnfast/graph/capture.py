@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
 from cnnfast.graph.constants import Constants
@@ -62,6 +63,8 @@ def capture(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
             raise NotImplementedError(
                 f"fuse: torch.export can't capture {type(model).__name__}: {type(error).__name__}: {error}"
             ) from error
+        # torch.export keeps the nodes that it traced, for its messages, until it is called again
+        getattr(proxy_tensor, "_FAKE_TENSOR_ID_TO_PROXY_MAP_FOR_EXPORT", {}).clear()
         try:
             return _functional(exported, model, constants)
         except _Aliased:

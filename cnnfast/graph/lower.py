@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.utils import _pytree as pytree
 
 from cnnfast import dispatch
 from cnnfast.functional._arguments import pair, resolve_precision
@@ -87,12 +88,17 @@ def fold_constants(editor: Editor) -> None:
 
 
 def _calling(node: fx.Node) -> Callable[..., Any]:
-    """A node's operator as a function of the tensors of its inputs."""
-    target, inputs, args, kwargs = node.target, node.all_input_nodes, node.args, node.kwargs
+    """A node's operator as a function of the tensors of its inputs, which holds no node: that would keep the whole graph."""
+    target: Any = node.target
+    leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+    inputs = node.all_input_nodes
+    places = {i: inputs.index(leaf) for i, leaf in enumerate(leaves) if isinstance(leaf, fx.Node)}
+    plain = [None if i in places else leaf for i, leaf in enumerate(leaves)]
 
     def call(*tensors: torch.Tensor) -> Any:
-        given = dict(zip(inputs, tensors, strict=True))
-        return target(*fx.map_arg(args, given.__getitem__), **fx.map_arg(kwargs, given.__getitem__))  # type: ignore[operator]
+        given = [tensors[places[i]] if i in places else leaf for i, leaf in enumerate(plain)]
+        args, kwargs = pytree.tree_unflatten(given, spec)
+        return target(*args, **kwargs)
 
     return call
 

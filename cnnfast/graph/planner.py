@@ -242,7 +242,7 @@ class Planner:
     # ---- bands
 
     def _is_banded(self, node: fx.Node) -> bool:
-        """Whether it is a convolution with large images that nothing but a max pooling without overlap reads."""
+        """Whether it is a convolution with large images that nothing but a max pooling without padding reads."""
         if (
             node.target is not CONV
             or self.plan.device.type != "cpu"
@@ -256,14 +256,16 @@ class Planner:
         a, c = arguments(pool), arguments(node)
         plain = tuple(a["padding"]) == (0, 0) and tuple(a["dilation"]) == (1, 1)
         inside = max(c["padding"][:2]) < _extent(c["dilation"][0], shape(c["w"])[2])  # no row of padding alone
-        return plain and inside and tuple(a["stride"]) == tuple(a["kernel"])
+        twice = a["kernel"][0] - a["stride"][0]  # rows that the windows of two bands share
+        return plain and inside and 8 * twice <= _band_rows(node, pool) * a["stride"][0]
 
     def _banded(self, conv: fx.Node, pool: fx.Node) -> Value:
         """A convolution and its pooling in turns, image by image and some rows at a time.
 
-        Then the larger of the two results is never there as a whole, and the pooling finds its part in the caches.
+        Then the larger of the two results is never there as a whole, and the pooling finds its part in the caches. Rows that
+        the windows of two bands share are computed twice.
         """
-        a, window = arguments(conv), arguments(pool)["kernel"][0]
+        a, window, step = arguments(conv), arguments(pool)["kernel"][0], arguments(pool)["stride"][0]
         given = {k: None if a[k] is None else self.value(a[k]) for k in ("x", "w", "b", "scale", "shift", "r")}
         x, w = given["x"], given["w"]
         assert x is not None
@@ -271,13 +273,13 @@ class Planner:
         (n, k, h, q), pooled_h = shape(conv), shape(pool)[2]
         out = self._output(pool)
         y = out if isinstance(out, Value) else self.plan.empty(out, x.dtype)
-        rows = -(-pooled_h // -(-_image_bytes(conv) // _BAND))  # of the pooling's result
+        rows = _band_rows(conv, pool)
         extent = _extent(a["dilation"][0], w.shape[2])
         for image in range(n):
             for first in range(0, pooled_h, rows):
                 count = min(rows, pooled_h - first)
-                start = first * window
-                stop = min(start + count * window, h)
+                start = first * step
+                stop = min(start + (count - 1) * step + window, h)
                 top = start * a["stride"][0] - a["padding"][0]
                 bottom = (stop - 1) * a["stride"][0] - a["padding"][0] + extent
                 low, high = max(top, 0), min(bottom, x.shape[2])
@@ -370,6 +372,11 @@ def _extent(dilation: int, taps: int) -> int:
 
 def _image_bytes(node: fx.Node) -> int:
     return math.prod(shape(node)[1:]) * int(value(node).dtype.itemsize)
+
+
+def _band_rows(conv: fx.Node, pool: fx.Node) -> int:
+    """Rows of a pooling's result in a band."""
+    return -(-shape(pool)[2] // -(-_image_bytes(conv) // _BAND))
 
 
 def _stretch_of(part: list[Any], whole: list[Any]) -> int | None:
