@@ -53,9 +53,9 @@ constexpr int64_t kSumChain = 32;               // additions in a row
 constexpr int64_t kShortChain = 16;             // and where there are at most kSumChain channels
 constexpr int64_t kSlice = 16;                  // input channels whose taps are transposed at a time
 constexpr int64_t kHotWeightBytes = 1 << 20;    // transformed weights that stay in L2 beside a block
-constexpr int64_t kKeptWeightBytes = 5 << 19;   // transformed weights that are kept from block to block
+constexpr int64_t kKeptWeightBytes = 5 << 19;   // transformed weights that are kept for more than two blocks
 constexpr int64_t kHotInputBytes = 720 << 10;   // transformed inputs of a block, in L2
-constexpr int64_t kInputBytes = 3 << 20;        // and where the weights pass by only once
+constexpr int64_t kInputBytes = 3 << 20;        // and, with products, where the weights pass by only once
 constexpr int64_t kMostTiles = 128;             // in a block
 constexpr int64_t kMacsWorthThreads = 1 << 18;  // below, one thread
 
@@ -256,9 +256,11 @@ class Worker {
     const int64_t panels = last_panel_ - first_panel_, u = plan_.units * plan_.u_unit;
     const int64_t tile_bytes = plan_.units * kProducts * plan_.v_pitch * size;
     const bool hot = panels * u * size <= kHotWeightBytes;
-    block_ = max(1, min(kMostTiles, (hot ? kHotInputBytes : kInputBytes) / tile_bytes));
+    const int64_t product_bytes = kProducts * kMaxTileVecs * VL * size;
+    block_ = hot ? kHotInputBytes / tile_bytes : kInputBytes / (tile_bytes + product_bytes);
+    block_ = max(1, min(kMostTiles, block_));
     block_ = ceil_div(last - first, ceil_div(last - first, block_));
-    keep_ = !packed_ && block_ < last - first && panels * u * size <= kKeptWeightBytes;
+    keep_ = !packed_ && 2 * block_ < last - first && panels * u * size <= kKeptWeightBytes;
     v_product_ = odd_lines<T>(block_ * plan_.v_pitch);
     m_product_ = odd_lines<T>(block_ * kMaxTileVecs * VL);
     const int64_t weights = packed_ ? 0 : keep_ ? panels * u : plan_.u_unit;
