@@ -18,8 +18,8 @@ from cnnfast.graph.capture import value
 from cnnfast.graph.constants import Constants
 from cnnfast.graph.lower import erase_unused, lower
 from cnnfast.graph.passes import optimise
-from cnnfast.graph.plan import Shared
 from cnnfast.graph.program import Program, build
+from cnnfast.graph.shared import Shared
 from cnnfast.graph.training import train
 
 _MOST_PROGRAMS = 32  # of a graph with symbolic shapes

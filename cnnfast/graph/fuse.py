@@ -17,8 +17,8 @@ from cnnfast.graph.capture import capture
 from cnnfast.graph.constants import Constants
 from cnnfast.graph.lower import lower
 from cnnfast.graph.passes import optimise
-from cnnfast.graph.plan import Shared
-from cnnfast.graph.program import Program, Segment, build
+from cnnfast.graph.program import Program, build
+from cnnfast.graph.shared import Shared
 
 _MOST_PROGRAMS = 32  # for so many kinds of input; the oldest goes first
 
@@ -92,18 +92,8 @@ class Fused(torch.nn.Module):
         lines = [f"weights: {self.weight_bytes / 2**20:.1f} MiB"]
         for (_, kinds, *_), (program, _) in self._programs.items():
             shapes = ", ".join(str(tuple(k[0])) if len(k) == 3 else repr(k[1]) for k in kinds)
-            plans = [s for s in program.steps if isinstance(s, Segment)]
-            lines.append(
-                f"{shapes}: {len(program.kernels)} kernels in {len(plans)} plan{'s' * (len(plans) != 1)}, "
-                f"{sum(bool(c.reason) for c in program.calls)} operators by torch"
-            )
-            for step in program.steps:
-                if isinstance(step, Segment):
-                    counts = collections.Counter(step.plan.kernels)
-                    listed = ", ".join(f"{n} {name}" for name, n in counts.items())
-                    lines.append(f"  plan, {step.plan.arena_bytes / 2**20:.1f} MiB: {listed}")
-                elif step.reason:
-                    lines.append(f"  torch: {step.name}: {step.reason}")
+            lines.append(f"{shapes}: {program.summary}")
+            lines += [f"  {line}" for line in program.lines()]
         return "\n".join(lines)
 
     # ---- a module's other abilities
