@@ -93,7 +93,7 @@ class Program:
     size: int  # places
     outputs: list[tuple[bool, Any]]  # (is a place, place or value)
     device: torch.device  # of its tensors
-    reads: list[int]  # the inputs that anything depends on
+    reads: list[int]  # the tensors among its inputs that anything depends on
     waits: str  # why a GPU can't go through it without the host; empty where it can
 
     def __call__(self, *inputs: Any) -> list[Any]:
@@ -257,7 +257,7 @@ class _Builder:
             for finish in finishes:
                 finish()
 
-        reads = [i for i, n in enumerate(placeholders) if n.users]
+        reads = [i for i, n in enumerate(placeholders) if n.users and is_tensor(n)]
         return Program(steps, len(self.places), outputs, self.device, reads, self.waits()), finish_all
 
     def waits(self) -> str:
@@ -266,10 +266,10 @@ class _Builder:
             tags = getattr(node.target, "tags", ())
             if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
                 return f"{node.target} waits for values on the host"
-            for n in (node, *node.all_input_nodes):
-                tensors = [t for t in pytree.tree_leaves(n.meta.get("val")) if isinstance(t, torch.Tensor)]
-                if any(t.device != self.device and (t.dim() > 0 or n is node) for t in tensors):
-                    return f"tensors on {self.device} and on another device"
+            tensors = [t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor)]
+            others = {t.device for t in tensors if t.dim() > 0 or node.op != "get_attr"} - {self.device}
+            if others:  # but constants that are numbers
+                return f"tensors on {self.device} and on {others.pop()}"
         return ""
 
     def place(self, node: fx.Node) -> int:

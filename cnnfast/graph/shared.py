@@ -43,7 +43,7 @@ class Shared:
             like = constant.like
             made = torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
             known.append(made.copy_(constant.value()))
-            constant.packed.append((made, lambda out: out.copy_(made)))
+            constant.packed.append((made, _copying(made)))
         return known[0]
 
     def packed(
@@ -74,6 +74,15 @@ class Shared:
                 constant.packed.append((made, _undoing(packing, made, place)))
         known.append(made)
         return made, complete
+
+
+def _copying(made: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """Writes what was laid out to a tensor."""
+
+    def copy(out: torch.Tensor) -> None:
+        out.copy_(made)
+
+    return copy
 
 
 def _undoing(packing: dispatch.Packing, packed: torch.Tensor, place: int) -> Callable[[torch.Tensor], None]:
