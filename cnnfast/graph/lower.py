@@ -46,6 +46,7 @@ aten = torch.ops.aten
 def lower(graph: fx.Graph, constants: Constants) -> dict[fx.Node, str]:
     """Lowers a graph in place; returns the nodes that stay ATen's, each with the reason."""
     editor = Editor(graph, constants)
+    erase_unused(graph)  # the indices of poolings that nobody reads
     fold_constants(editor)
     reasons: dict[fx.Node, str] = {}
     for node in list(graph.nodes):
