@@ -18,10 +18,11 @@ import cnnfast
 from cnnfast.graph.program import Program, Segment
 
 HERE = process.EMULATED or process.INTERPRETED
-pytestmark = [
-    pytest.mark.emulated if process.EMULATED else pytest.mark.interpreter if process.INTERPRETED else pytest.mark.gpu,
-    pytest.mark.skipif(not HERE and not process.GPU, reason="needs an NVIDIA GPU, the emulated one or the interpreter"),
-]
+on_a_gpu = (
+    pytest.mark.emulated if process.EMULATED else pytest.mark.interpreter if process.INTERPRETED else pytest.mark.gpu
+)
+on_a_card = pytest.mark.gpu
+pytestmark = pytest.mark.skipif(not HERE and not process.GPU, reason="no NVIDIA GPU on this machine")
 DEVICE = "cpu" if HERE else "cuda"
 # what serves: on a card both backends together, too
 BACKENDS = ["cuda"] if process.EMULATED else ["triton"] if process.INTERPRETED else ["auto", "cuda", "triton"]
@@ -142,6 +143,7 @@ def _plans(program: Program) -> list[Any]:
     return [step.plan for step in program.steps if isinstance(step, Segment)]
 
 
+@on_a_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name: str, backend: str) -> None:
@@ -166,6 +168,7 @@ def test_networks(name: str, backend: str) -> None:
             assert "no backend runs plans" in fused.report()
 
 
+@on_a_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_batches_layouts_and_dtypes(backend: str) -> None:
     """From one fused model: batches that come, channels_last, slices of larger tensors, other numbers of pixels."""
@@ -183,6 +186,7 @@ def test_other_batches_layouts_and_dtypes(backend: str) -> None:
         _check(cnnfast.fuse(copy.deepcopy(half).to(DEVICE))(x.to(DEVICE)), half, x)
 
 
+@on_a_gpu
 @pytest.mark.skipif(process.INTERPRETED, reason="Triton has no native module: its launches are Python's")
 def test_a_plan_is_one_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = _model("torch between"), torch.randn(2, 3, 13, 11)
@@ -204,6 +208,7 @@ def test_a_plan_is_one_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls) == 3
 
 
+@on_a_gpu
 @pytest.mark.skipif(process.INTERPRETED, reason="plans are native")
 def test_weights_lie_as_kernels_read_them_and_once() -> None:
     """Implicit GEMMs read weights in channels_last: laid out once for all shapes, and the model's own are let go."""
@@ -220,6 +225,7 @@ def test_weights_lie_as_kernels_read_them_and_once() -> None:
         assert fused.weight_bytes <= 1.05 * size, fused.report()
 
 
+@on_a_gpu
 @pytest.mark.parametrize("freeze", [False] if process.INTERPRETED else [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile(backend: str, freeze: bool) -> None:
@@ -242,8 +248,6 @@ def test_compile(backend: str, freeze: bool) -> None:
 
 
 # ---- on a card: CUDA graphs -------------------------------------------------------------------------------------------
-
-on_a_card = pytest.mark.skipif(HERE, reason="CUDA graphs need a card")
 
 
 @on_a_card
@@ -317,7 +321,9 @@ def test_what_cannot_be_recorded_runs() -> None:
     failing.define("waits(Tensor x) -> Tensor")
     failing.impl("waits", lambda x: x * float(x.abs().max()), "CUDA")
     torch.library.register_fake("cnnfast_test_gpu::waits", torch.empty_like, lib=failing)
-    model = Applied(lambda m, x: torch.ops.cnnfast_test_gpu.waits(m.a(x)).relu(), a=nn.Conv2d(3, 8, 3)).eval().to(DEVICE)
+    model = (
+        Applied(lambda m, x: torch.ops.cnnfast_test_gpu.waits(m.a(x)).relu(), a=nn.Conv2d(3, 8, 3)).eval().to(DEVICE)
+    )
     x = torch.randn(2, 3, 13, 11, device=DEVICE)
     with _on("auto"):
         fused = cnnfast.fuse(model)

@@ -133,7 +133,7 @@ class Replays:
     def _recorded(self, program: Program, copied: Sequence[int], inputs: Sequence[Any]) -> _Recording | str:
         device, given, copies = program.device, list(inputs), []
         try:
-            with torch.inference_mode(False):  # under it the copies could be written only under it
+            with torch.inference_mode(False), torch.no_grad():  # copies made under it could be written only under it
                 for i in copied:
                     given[i] = torch.empty_like(inputs[i]).copy_(inputs[i])
                     copies.append((i, given[i]))
