@@ -105,6 +105,8 @@ class Plan:
     def __init__(
         self, device: torch.device, backend: str = settings.AUTO, shared: Shared | None = None, lean: bool = False
     ) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.backend, self.lean = device, backend, lean
         self._shared = Shared() if shared is None else shared
         self._taken = 0  # how many tensors a call brings

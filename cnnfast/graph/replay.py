@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from cnnfast.graph.program import Program
 MOST_RECORDINGS = 8  # of one network; the one that has been longest without a call goes first
 _MOST_KINDS = 64  # that a program remembers
 _SEEN = ""  # a kind that was called once: many sizes never come again
+_one = threading.Lock()  # recording in this process at a time
 _Result = TypeVar("_Result")
 
 
@@ -96,9 +98,11 @@ class Replays:
     def __init__(self, gpu: Gpu | None = None) -> None:
         self.gpu = Gpu() if gpu is None else gpu
         self._lock = threading.Lock()
-        self._pools: dict[torch.device, Any] = {}
+        # by device a stream to record on and a memory pool, which are one: memory of another stream isn't used again
+        self._places: dict[torch.device, tuple[Any, Any]] = {}
         self._last: tuple[Any, Any] | None = None  # the stream of the last launch, and its end
-        self._recent: collections.OrderedDict[tuple[int, Any], Replayed] = collections.OrderedDict()
+        # weak, so that the memory goes with the network, not with the next collection of cycles
+        self._recent: collections.OrderedDict[tuple[int, Any], weakref.ref[Replayed]] = collections.OrderedDict()
 
     def of(self, program: Program, fixed: Sequence[int] = ()) -> Program | Replayed:
         """The program as it is to be called; ``fixed``: inputs that are mostly the same tensors."""
@@ -107,7 +111,7 @@ class Replays:
     def forget(self, replayed: Replayed) -> None:
         """Lets the recordings of a program go."""
         with self._lock:
-            for key in [k for k, owner in self._recent.items() if owner is replayed]:
+            for key in [k for k in self._recent if k[0] == id(replayed)]:
                 del self._recent[key]
 
     def call(self, owner: Replayed, kind: Any, inputs: Sequence[Any]) -> list[Any] | None:
@@ -125,10 +129,12 @@ class Replays:
             return self._launch(owner.program, found, inputs)
 
     def _keep(self, owner: Replayed, kind: Any) -> None:
-        self._recent[id(owner), kind] = owner
+        self._recent[id(owner), kind] = weakref.ref(owner)
         if len(self._recent) > MOST_RECORDINGS:
-            (_, oldest), its = self._recent.popitem(last=False)
-            its.kinds[oldest] = f"{MOST_RECORDINGS} other kinds of input have been called since"
+            (_, oldest), ref = self._recent.popitem(last=False)
+            its = ref()
+            if its is not None:
+                its.kinds[oldest] = f"{MOST_RECORDINGS} other kinds of input have been called since"
 
     def _recorded(self, program: Program, copied: Sequence[int], inputs: Sequence[Any]) -> _Recording | str:
         device, given, copies = program.device, list(inputs), []
@@ -137,13 +143,14 @@ class Replays:
                 for i in copied:
                     given[i] = torch.empty_like(inputs[i]).copy_(inputs[i])
                     copies.append((i, given[i]))
-                stream = self.gpu.side_stream(device)
-                self.gpu.warm_up(stream, lambda: program(*given))
-                if device not in self._pools:
-                    self._pools[device] = self.gpu.pool()
-                launch, results = self.gpu.record(stream, self._pools[device], lambda: program(*given))
+                if device not in self._places:
+                    self._places[device] = self.gpu.side_stream(device), self.gpu.pool()
+                stream, pool = self._places[device]
+                with _one:
+                    self.gpu.warm_up(stream, lambda: program(*given))
+                    launch, results = self.gpu.record(stream, pool, lambda: program(*given))
         except Exception as error:  # whatever it is, running step by step shows it, or works
-            self._pools.pop(device, None)
+            self._places.pop(device, None)
             return f"{type(error).__name__} while recording: {str(error).strip().partition(chr(10))[0]}"
         return _Recording(launch, copies, results, {self.gpu.stream(device)})
 
