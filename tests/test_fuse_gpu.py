@@ -208,6 +208,57 @@ def test_a_plan_is_one_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls) == 3
 
 
+def _misaligned(x: torch.Tensor) -> torch.Tensor:
+    """The same in channels_last, one element behind an address that vectors may begin at."""
+    like = x.to(memory_format=CL)
+    return x.new_empty(x.numel() + 1)[1:].as_strided(like.shape, like.stride()).copy_(x)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_addresses_that_vectors_may_not_begin_at(backend: str) -> None:
+    """Of an input, of a slice of a batch, of a weight."""
+    torch.manual_seed(0)
+    model = Applied(
+        lambda m, x: m.b(m.a(x)[1:]) + m.c(x[1:]), a=nn.Conv2d(4, 5, 1), b=nn.Conv2d(5, 8, 3), c=nn.Conv2d(4, 8, 3)
+    )
+    model.c.weight.data = _misaligned(model.c.weight.data)
+    x = torch.randn(3, 4, 5, 3)
+    with _on(backend):
+        moved = copy.deepcopy(model).eval().to(DEVICE)
+        moved.c.weight.data = _misaligned(moved.c.weight.data)
+        fused = cnnfast.fuse(moved)
+        for given in (x, _misaligned(x)):
+            given = _misaligned(given.to(DEVICE)) if given.data_ptr() % 16 else given.to(DEVICE)
+            _check(fused(given), model.eval(), x)
+
+
+@on_a_gpu
+@pytest.mark.skipif(process.INTERPRETED, reason="plans are native")
+def test_copies_where_they_pay() -> None:
+    """A kernel that wants whole images and copies from and to slices, where it and they are predicted to be faster."""
+    torch.manual_seed(0)
+
+    def pieces(m: Any, x: Any) -> Any:
+        y = m.a(x)
+        return m.d(torch.cat([m.b(y[:, :64]), m.c(y[:, 64:])], 1))
+
+    model = Applied(
+        pieces, a=nn.Conv2d(4, 128, 1), b=nn.Conv2d(64, 64, 3), c=nn.Conv2d(64, 64, 3), d=nn.Conv2d(128, 8, 1)
+    ).eval()
+    found = {}
+    with _on("cuda"):
+        for size in (4, 24):
+            x = torch.randn(1, 4, size, size)
+            fused = cnnfast.fuse(copy.deepcopy(model).to(DEVICE), x.to(DEVICE))
+            _check(fused(x.to(DEVICE)), model, x)
+            found[size] = fused.programs[0].kernels
+    assert "cuda.batch_norm" not in found[4]
+    assert "cuda.conv2d_direct" in found[4]
+    assert found[24].count("cuda.batch_norm") == 4
+    assert "cuda.conv2d_direct" not in found[24]
+
+
 @on_a_gpu
 @pytest.mark.skipif(process.INTERPRETED, reason="plans are native")
 def test_weights_lie_as_kernels_read_them_and_once() -> None:
