@@ -321,6 +321,16 @@ def test_threads() -> None:
     assert gpu.counts()[0] == 3
 
 
+def test_explained() -> None:
+    """Step by step, which is said."""
+    fused, gpu = _fused()
+    rows = cnnfast.explain(fused, torch.randn(2, 3, 9, 9), runs=2, limits=False)
+    assert gpu.counts() == (1, 3), "what is timed as a whole"
+    assert "Explained step by step; otherwise: launched as a CUDA graph." in rows.note
+    assert [row.kernel for row in rows if row.ours] == fused.programs[0].kernels
+    assert any(row.op == "aten.gelu.default" for row in rows)
+
+
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_copies_keep_the_choice(cuda_graph: bool) -> None:
     fused = cnnfast.fuse(_model(), cuda_graph=cuda_graph)

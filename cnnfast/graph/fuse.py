@@ -86,6 +86,11 @@ class Fused(torch.nn.Module):
         """What was planned, one for each kind of input so far."""
         return [run.program if isinstance(run, Replayed) else run for run, _ in self._programs.values()]
 
+    def launches(self) -> list[str]:
+        """On a GPU: whether calls are launched as CUDA graphs, and why not."""
+        found = [line for run, _ in self._programs.values() if isinstance(run, Replayed) for line in run.lines()]
+        return list(dict.fromkeys(found))
+
     @property
     def weight_bytes(self) -> int:
         """What the weights take in all the forms that are held; before anything is planned, as the model had them."""
