@@ -179,7 +179,7 @@ def test_other_batches_layouts_and_dtypes(backend: str) -> None:
             torch.randn(1, 3, 1, 1), torch.randn(3, 4, 9, 17)[:, 1:, :, 1::2], torch.randn(1, 3, 9, 8),
             torch.randn(3, 3, 9, 8).to(memory_format=CL),
         ]  # fmt: skip
-        for x in given[: 2 if process.INTERPRETED else 4]:
+        for x in given[: 2 if process.INTERPRETED or process.CHECKED else 4]:
             _check(fused(x.to(DEVICE)), model, x)
         x = torch.randn(2, 3, 9, 8).bfloat16()
         half = copy.deepcopy(model).bfloat16()
@@ -277,7 +277,7 @@ def test_weights_lie_as_kernels_read_them_and_once() -> None:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("freeze", [False] if process.INTERPRETED else [False, True])
+@pytest.mark.parametrize("freeze", [False] if process.INTERPRETED or process.CHECKED else [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile(backend: str, freeze: bool) -> None:
     """Parameters as inputs, which kernels want in another layout than they come; a change of one is seen."""
@@ -376,7 +376,7 @@ def test_what_cannot_be_recorded_runs() -> None:
         Applied(lambda m, x: torch.ops.cnnfast_test_gpu.waits(m.a(x)).relu(), a=nn.Conv2d(3, 8, 3)).eval().to(DEVICE)
     )
     x = torch.randn(2, 3, 13, 11, device=DEVICE)
-    with _on("auto"):
+    with _on("auto"), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         fused = cnnfast.fuse(model)
         for _ in range(4):
             torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
