@@ -167,10 +167,12 @@ class Plan:
         inputs: Mapping[str, Value | None],
         outputs: Mapping[str, Sequence[int] | Value],
         dtypes: Mapping[str, torch.dtype] | None = None,
+        native: bool = False,
     ) -> list[Value]:
         """Adds one kernel; returns its outputs in the signature's order: new ones of a shape, or the value to write to.
 
         What is given to the plan, or frozen, is converted where the kernel can't read it as it lies; everything else isn't.
+        ``native``: only kernels that a plan can hold are asked, as for copies that the plan alone wants.
 
         Raises:
             NotImplementedError: no kernel serves the problem, or none of a native module; says why.
@@ -183,7 +185,7 @@ class Plan:
                 dtype = (dtypes or {}).get(role.name) or dispatch.TORCH_DTYPES[problem.dtype]
                 made[role.name] = given if isinstance(given, Value) else self.empty(given, dtype)
         operands = {**inputs, **made}
-        selection = self._select(problem, operands)
+        selection = self._select(problem, operands, native)
         chosen = selection.implementation
         if chosen.node is None:
             raise NotImplementedError(f"{chosen.name} serves it, which no plan can hold: it is launched from Python")
@@ -192,16 +194,18 @@ class Plan:
         self._nodes.append(_Node(selection, given_as, list(made.values()), self.layer))
         return list(made.values())
 
-    def seconds(self, problem: dispatch.Problem, operands: Mapping[str, Value | None]) -> float:
+    def seconds(self, problem: dispatch.Problem, operands: Mapping[str, Value | None], native: bool = False) -> float:
         """What a node over these operands, its outputs among them, is predicted to take; infinite where nothing serves."""
         try:
-            selection = self._select(problem, operands)
+            selection = self._select(problem, operands, native)
         except NotImplementedError:
             return math.inf
         return selection.implementation.cost(selection.problem)
 
-    def _select(self, problem: dispatch.Problem, operands: Mapping[str, Value | None]) -> dispatch.Selection:
-        """The best kernel, be it native or not, among those that can take the operands."""
+    def _select(
+        self, problem: dispatch.Problem, operands: Mapping[str, Value | None], native: bool
+    ) -> dispatch.Selection:
+        """The best kernel among those that can take the operands."""
         roles = dispatch.signature(problem.op).roles
         constants = [operands.get(role.name) for role in roles if role.is_constant]
         packed = all(v is None or id(v) in self._frozen for v in constants)
@@ -209,7 +213,7 @@ class Plan:
 
         def further(implementation: dispatch.Implementation) -> list[str]:
             if implementation.node is None:
-                return []
+                return ["is no native kernel"] if native else []
             if self._owner is not None and implementation.backend != self._owner.name:
                 return [f"the plan runs on {self._owner.name}"]
             return [

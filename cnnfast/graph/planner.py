@@ -184,7 +184,10 @@ class Planner:
 
     def _copy(self, x: Value, y: Value) -> None:
         """y = x."""
-        self._batch_norm(x, y, {}, "none", 0.0)
+        self.plan.node(self._copying(x), {"x": x}, {"y": y}, native=True)
+
+    def _copying(self, x: Value) -> dispatch.Problem:
+        return batch_norm_problem("fprop", x.shape, x.dtype, self.plan.device, ("none", False, 0.0))
 
     def _batch_norm(
         self, x: Value, y: Value | Sequence[int], more: Mapping[str, Value | None], act: str, eps: float
@@ -230,8 +233,7 @@ class Planner:
         dense = {name: self.plan.empty(v.shape, v.dtype) for name, v in slices.items()}
         seconds = self.plan.seconds(problem, {**operands, **dense})
         for name, v in slices.items():
-            copy = batch_norm_problem("fprop", v.shape, v.dtype, self.plan.device, ("none", False, 0.0))
-            seconds += self.plan.seconds(copy, {"x": v, "y": dense[name]})
+            seconds += self.plan.seconds(self._copying(v), {"x": v, "y": dense[name]}, native=True)
         return dense if seconds < self.plan.seconds(problem, operands) else {}
 
     def _norm(self, node: fx.Node) -> Value:
