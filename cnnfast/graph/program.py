@@ -184,7 +184,7 @@ class _Builder:
             return "computes the factors and addends of batch norms, whose parameters may change"
         rule = VIEWS.get(node.target) or COMPUTED.get(node.target)
         if rule is None or not is_tensor(node) or not rule(node):
-            return "cnnfast has no such operation"
+            return "plans don't hold this operator" if _is_ours(node) else "cnnfast has no such operation"
         val = value(node)
         if val.dtype not in dispatch.DTYPES or 0 in val.shape:
             return f"dtype {val.dtype}" if 0 not in val.shape else "an empty tensor"
@@ -282,8 +282,8 @@ class _Builder:
     # ---- single operators
 
     def call(self, node: fx.Node) -> Call:
-        ours = getattr(node.target, "namespace", "") == "cnnfast"
-        tensor = self.tensor if not ours else self.dense
+        ours = _is_ours(node)
+        tensor = self.dense if ours else self.tensor
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
         holes = [(i, self.place(n)) for i, n in enumerate(leaves) if isinstance(n, fx.Node) and n.op != "get_attr"]
         template = [tensor(n) if isinstance(n, fx.Node) and n.op == "get_attr" else n for n in leaves]
@@ -371,6 +371,10 @@ class _Probe:
 
     def __getitem__(self, place: int) -> None:
         self.seen.append(place)
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == "cnnfast"
 
 
 def _on_dense_images(operator: Any) -> Callable[..., Any]:
