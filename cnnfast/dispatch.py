@@ -195,6 +195,12 @@ def has_kernel(op: str, dtype: str, device: str, forced: str) -> bool:
     )
 
 
+def runs_plans(device: str, forced: str) -> bool:
+    """Whether a backend that is asked by itself, or the forced one, runs plans on a kind of device."""
+    problem = Problem("", "", "", device, "", ())
+    return any(b.plan is not None and not b.unavailable(problem) for b in _candidates(problem, forced)[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class Selection:
     """What serves a problem, and why the others don't."""
@@ -266,6 +272,15 @@ def select(
         return Selection(problem, best[1], tuple(rejected))
     lines = "".join(f"\n  {line}" for line in reason_lines(rejected))
     raise NotImplementedError(f"no implementation serves {problem}\nreasons:{lines}")
+
+
+def serves(problem: Problem, forced: str) -> bool:
+    """Whether a kernel of ours serves a problem."""
+    try:
+        select(problem, forced, strict=True)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def reason_lines(rejected: Sequence[tuple[str, Sequence[str]]]) -> list[str]:

@@ -18,8 +18,9 @@ from cnnfast.graph.capture import value
 from cnnfast.graph.constants import Constants
 from cnnfast.graph.lower import erase_unused, lower
 from cnnfast.graph.passes import optimise
-from cnnfast.graph.plan import Shared
 from cnnfast.graph.program import Program, build
+from cnnfast.graph.replay import Replayed, Replays
+from cnnfast.graph.shared import Shared
 from cnnfast.graph.training import train
 
 _MOST_PROGRAMS = 32  # of a graph with symbolic shapes
@@ -34,22 +35,26 @@ def backend(
         module: What Dynamo captured.
         example_inputs: Its inputs, parameters among them.
         options: ``{"freeze": True}``: the parameters never change again. Only graphs that record no gradients are frozen:
-            call the compiled model under ``torch.no_grad()``.
+            call the compiled model under ``torch.no_grad()``. ``{"cuda_graph": False}``: on a GPU such graphs aren't
+            recorded as CUDA graphs, see :func:`cnnfast.fuse`.
     """
     from torch._dynamo.backends.common import aot_autograd  # here, because it takes seconds to import
 
-    unknown = set(options or {}) - {"freeze"}
+    given = {"freeze": False, "cuda_graph": True, **(options or {})}
+    unknown = set(given) - {"freeze", "cuda_graph"}
     if unknown:
-        raise ValueError(f"backend cnnfast: expected options out of freeze, got {', '.join(sorted(unknown))}")
-    freeze = bool((options or {}).get("freeze"))
+        raise ValueError(
+            f"backend cnnfast: expected options out of freeze, cuda_graph, got {', '.join(sorted(unknown))}"
+        )
     own = [*module.parameters(), *module.buffers()]  # they come first among the inputs of the lowered graph
     inputs = [*own, *example_inputs]
 
     def inference(graph_module: fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
-        frozen = {}
-        if freeze and len(fakes) == len(inputs):
-            frozen = {i: t for i, t in enumerate(inputs) if i < len(own) or _is_parameter(t)}
-        return _boxed(Compiled(graph_module, frozen))
+        fixed = {}
+        if len(fakes) == len(inputs):
+            fixed = {i: t for i, t in enumerate(inputs) if i < len(own) or _is_parameter(t)}
+        frozen = fixed if given["freeze"] else {}
+        return _boxed(Compiled(graph_module, frozen, list(fixed), Replays() if given["cuda_graph"] else None))
 
     def recording(graph_module: fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
         train(graph_module.graph)
@@ -84,12 +89,16 @@ def _boxed(function: Callable[..., Any]) -> Callable[..., Any]:
 class Compiled:
     """A graph without gradients, planned at its first call; with symbolic shapes, for every set of them."""
 
-    def __init__(self, module: fx.GraphModule, frozen: Mapping[int, torch.Tensor]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, frozen: Mapping[int, torch.Tensor], fixed: Sequence[int] = (),
+        replays: Replays | None = None,
+    ) -> None:  # fmt: skip
         self._module, self._frozen = module, frozen
+        self._fixed, self._replays = fixed, replays  # see Replays.of
         self._constants, self._shared = Constants(), Shared()
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         self._varying = [i for i, n in enumerate(placeholders) if _is_symbolic(n)]
-        self._programs: dict[Any, tuple[Program, list[Any]]] = {}
+        self._programs: dict[Any, tuple[Program | Replayed, list[Any]]] = {}
         self._lock = threading.Lock()
 
     def __call__(self, *inputs: Any) -> list[Any]:
@@ -98,10 +107,10 @@ class Compiled:
         found = self._programs.get(key)
         if found is None:
             found = self._planned(key, inputs)
-        program, strides = found
-        return [_laid_out(t, s) for t, s in zip(program(*inputs), strides, strict=True)]
+        run, strides = found
+        return [_laid_out(t, s) for t, s in zip(run(*inputs), strides, strict=True)]
 
-    def _planned(self, key: Any, inputs: Sequence[Any]) -> tuple[Program, list[Any]]:
+    def _planned(self, key: Any, inputs: Sequence[Any]) -> tuple[Program | Replayed, list[Any]]:
         with self._lock, torch.no_grad():
             found = self._programs.get(key)
             if found is None:
@@ -113,8 +122,12 @@ class Compiled:
                 frozen = bool(self._frozen)
                 program = build(graph, self._constants, reasons, self._shared, frozen, "backend cnnfast")
                 if len(self._programs) >= _MOST_PROGRAMS:
+                    for run, _ in self._programs.values():
+                        if isinstance(run, Replayed) and self._replays is not None:
+                            self._replays.forget(run)
                     self._programs.clear()
-                found = self._programs[key] = program, strides
+                run = program if self._replays is None else self._replays.of(program, self._fixed)
+                found = self._programs[key] = run, strides
             return found
 
     def _freeze(self, graph: fx.Graph) -> None:

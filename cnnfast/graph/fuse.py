@@ -17,8 +17,9 @@ from cnnfast.graph.capture import capture
 from cnnfast.graph.constants import Constants
 from cnnfast.graph.lower import lower
 from cnnfast.graph.passes import optimise
-from cnnfast.graph.plan import Shared
-from cnnfast.graph.program import Program, Segment, build
+from cnnfast.graph.program import Program, build
+from cnnfast.graph.replay import Replayed, Replays
+from cnnfast.graph.shared import Shared
 
 _MOST_PROGRAMS = 32  # for so many kinds of input; the oldest goes first
 
@@ -28,17 +29,19 @@ class Fused(torch.nn.Module):
 
     For every kind of input (shapes, dtypes, other arguments, autocast, cnnfast's settings) the model is captured and planned
     at its first call. Its weights are those of the moment when the first kind was planned; from then on it holds them in the
-    forms that its plans read, and no other. Any number of threads may call it.
+    forms that its plans read, and no other. Any number of threads may call it, on any stream.
     """
 
     _source: torch.nn.Module
 
-    def __init__(self, source: torch.nn.Module, constants: Constants) -> None:
+    def __init__(self, source: torch.nn.Module, constants: Constants, cuda_graph: bool = True) -> None:
         super().__init__()
         # not a submodule: its parameters are hollow, and in no state_dict
         object.__setattr__(self, "_source", source)
-        self._programs: collections.OrderedDict[Any, tuple[Program, pytree.TreeSpec]] = collections.OrderedDict()
+        self._programs: collections.OrderedDict[Any, tuple[Program | Replayed, pytree.TreeSpec]]
+        self._programs = collections.OrderedDict()
         self._constants, self._shared = constants, Shared()
+        self._replays = Replays() if cuda_graph else None
         self._lock = threading.Lock()
         self.training = False
 
@@ -59,18 +62,21 @@ class Fused(torch.nn.Module):
         found = self._programs.get(key)
         if found is None:
             found = self._planned(key, args, kwargs)
-        program, out_spec = found
+        run, out_spec = found
         with torch.no_grad():
-            return pytree.tree_unflatten(program(*tensors), out_spec)
+            return pytree.tree_unflatten(run(*tensors), out_spec)
 
-    def _planned(self, key: Any, args: Sequence[Any], kwargs: Any) -> tuple[Program, pytree.TreeSpec]:
+    def _planned(self, key: Any, args: Sequence[Any], kwargs: Any) -> tuple[Program | Replayed, pytree.TreeSpec]:
         with self._lock:
             found = self._programs.get(key)
             if found is None:
-                found = _program(self._source, args, kwargs, self._constants, self._shared)
-                self._programs[key] = found
+                program, out_spec = _program(self._source, args, kwargs, self._constants, self._shared)
+                run = program if self._replays is None else self._replays.of(program)
+                found = self._programs[key] = run, out_spec
                 if len(self._programs) > _MOST_PROGRAMS:
-                    self._programs.popitem(last=False)
+                    _, (oldest, _) = self._programs.popitem(last=False)
+                    if isinstance(oldest, Replayed) and self._replays is not None:
+                        self._replays.forget(oldest)
             return found
 
     # ---- what became of the model
@@ -78,7 +84,12 @@ class Fused(torch.nn.Module):
     @property
     def programs(self) -> list[Program]:
         """What was planned, one for each kind of input so far."""
-        return [program for program, _ in self._programs.values()]
+        return [run.program if isinstance(run, Replayed) else run for run, _ in self._programs.values()]
+
+    def launches(self) -> list[str]:
+        """On a GPU: whether calls are launched as CUDA graphs, and why not."""
+        found = [line for run, _ in self._programs.values() if isinstance(run, Replayed) for line in run.lines()]
+        return list(dict.fromkeys(found))
 
     @property
     def weight_bytes(self) -> int:
@@ -86,24 +97,17 @@ class Fused(torch.nn.Module):
         return self._constants.bytes
 
     def report(self) -> str:
-        """For each kind of input so far the plans, their kernels, and what torch runs between them, with the reason."""
+        """For each kind of input so far the plans, their kernels, and what runs between them, with the reason."""
         if not self._programs:
             return "nothing planned yet: call the fused model once"
         lines = [f"weights: {self.weight_bytes / 2**20:.1f} MiB"]
-        for (_, kinds, *_), (program, _) in self._programs.items():
+        for (_, kinds, *_), (run, _), program in zip(
+            self._programs, self._programs.values(), self.programs, strict=True
+        ):
             shapes = ", ".join(str(tuple(k[0])) if len(k) == 3 else repr(k[1]) for k in kinds)
-            plans = [s for s in program.steps if isinstance(s, Segment)]
-            lines.append(
-                f"{shapes}: {len(program.kernels)} kernels in {len(plans)} plan{'s' * (len(plans) != 1)}, "
-                f"{sum(bool(c.reason) for c in program.calls)} operators by torch"
-            )
-            for step in program.steps:
-                if isinstance(step, Segment):
-                    counts = collections.Counter(step.plan.kernels)
-                    listed = ", ".join(f"{n} {name}" for name, n in counts.items())
-                    lines.append(f"  plan, {step.plan.arena_bytes / 2**20:.1f} MiB: {listed}")
-                elif step.reason:
-                    lines.append(f"  torch: {step.name}: {step.reason}")
+            lines.append(f"{shapes}: {program.summary}")
+            lines += [f"  {line}" for line in (run.lines() if isinstance(run, Replayed) else ())]
+            lines += [f"  {line}" for line in program.lines()]
         return "\n".join(lines)
 
     # ---- a module's other abilities
@@ -133,17 +137,23 @@ class Fused(torch.nn.Module):
                 id(t): _like(t, torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")) for t in hollow
             }
             devices = {name: t.device for name, t in _named(self._source) if _is_hollow(t)}
-            return {"source": copy.deepcopy(self._source, bare), "devices": devices, "weights": self._constants.state()}
+            return {
+                "source": copy.deepcopy(self._source, bare),
+                "devices": devices,
+                "weights": self._constants.state(),
+                "cuda_graph": self._replays is not None,
+            }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         source, constants = state["source"], Constants()
         _exchange(source, {id(t): _hollow(t, state["devices"][name]) for name, t in _named(source) if t.is_meta})
         constants.load(state["weights"])
-        self.__init__(source, constants)  # type: ignore[misc]
+        self.__init__(source, constants, state["cuda_graph"])  # type: ignore[misc]
 
     def __deepcopy__(self, memo: Any) -> Fused:
         twin = Fused(self._source, self._constants)  # of what never changes, there is one
         twin._shared, twin._lock, twin._programs = self._shared, self._lock, self._programs
+        twin._replays = self._replays
         return twin
 
 
@@ -223,12 +233,18 @@ def _program(
     return program, captured.out_spec
 
 
-def fuse(model: torch.nn.Module, example_inputs: Any = None, inplace: bool = False) -> Fused:
+def fuse(model: torch.nn.Module, example_inputs: Any = None, inplace: bool = False, cuda_graph: bool = True) -> Fused:
     """A model for inference: captured as a graph, merged into few kernels, run as native plans.
 
     Batch norm goes into the weights; activations, biases and residuals into the convolutions; concatenations are written
     in place; fully connected layers are ours, too. What no kernel of ours does is torch's, between the plans:
     ``print(fused.report())``.
+
+    On a GPU plans hold the CUDA kernels; where Triton's are predicted to be faster, or there are no others, operators of
+    ours run one by one. Either way the second call of a kind (shapes, strides, dtypes) records a CUDA graph, and later ones
+    launch that; results are the caller's. A few kinds are recorded for a model, those that were called last; a model that
+    waits for values on the host isn't, nor is a call within somebody else's recording. The first call of a kind
+    plans: make it before any recording.
 
     Weights are read when the first kind of input is planned; the fused model then holds them as its kernels read them, in
     about as many bytes as the model's, and never sees a later change. ``model = cnnfast.fuse(model)`` so leaves one set of
@@ -241,6 +257,7 @@ def fuse(model: torch.nn.Module, example_inputs: Any = None, inplace: bool = Fal
         inplace: Takes the weights out of the model, which is of no use afterwards, and frees each as soon as it is packed:
             there is never more than one set and a layer. Otherwise the model isn't touched, and there are two sets until
             it is dropped.
+        cuda_graph: False: every call on a GPU launches its kernels one by one.
 
     Returns:
         A module that takes what the model takes and returns what it returns.
@@ -258,7 +275,7 @@ def fuse(model: torch.nn.Module, example_inputs: Any = None, inplace: bool = Fal
         part = f"its part {training!r} is" if training else "it is"
         raise ValueError(f"fuse: expected a model in evaluation, but {part} in training mode; call model.eval() first")
     constants = Constants()
-    fused = Fused(_taken(model, constants, inplace), constants)
+    fused = Fused(_taken(model, constants, inplace), constants, cuda_graph)
     if example_inputs is not None:
         given = example_inputs if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
         with torch.no_grad():

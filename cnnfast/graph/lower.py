@@ -37,6 +37,7 @@ from cnnfast.graph._nodes import (
 from cnnfast.graph.capture import value
 from cnnfast.graph.constants import Constants
 from cnnfast.ops import conv2d as conv2d_operator
+from cnnfast.ops.batch_norm import problem as batch_norm_problem
 
 Lowered = fx.Node | str  # what takes a node's place, or why nothing does
 
@@ -46,6 +47,7 @@ aten = torch.ops.aten
 def lower(graph: fx.Graph, constants: Constants) -> dict[fx.Node, str]:
     """Lowers a graph in place; returns the nodes that stay ATen's, each with the reason."""
     editor = Editor(graph, constants)
+    erase_unused(graph)  # the indices of poolings that nobody reads
     fold_constants(editor)
     reasons: dict[fx.Node, str] = {}
     for node in list(graph.nodes):
@@ -261,7 +263,10 @@ def _activation(name: str) -> Callable[[Editor, fx.Node], Lowered]:
 
 def _activated(editor: Editor, node: fx.Node, x: Any, name: str) -> fx.Node:
     x4 = _image(editor, node, x)
-    rest = (None, None, None, None, None, name, False, 0.0, *_settings(x)[1:])
+    _, backend, strict = _settings(x)
+    problem = batch_norm_problem("fprop", shape(x4), value(x).dtype, value(x).device, (name, False, 0.0))
+    _require(dispatch.serves(problem, backend), f"no kernel of ours that may serve has {name}")
+    rest = (None, None, None, None, None, name, False, 0.0, backend, strict)
     return editor.reshape(node, editor.call(node, BATCH_NORM, (x4, *rest), node, shape(x4)), shape(x))
 
 

@@ -5,7 +5,7 @@ ones live in the arena, where a buffer is used again once its last reader has ru
 and are kept alive by the plan, and what is frozen of them is packed once, and held in no other form that nothing reads;
 results are allocated anew at every call, so that a caller may keep them. What runs is chosen by
 :func:`cnnfast.dispatch.select`, like an eager call; a problem that no native kernel serves can't be planned. Any number of
-threads may call a plan: each call takes an arena that no other has.
+threads may call a plan: each call takes an arena that no other has. On a GPU it runs on the current stream.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from cnnfast import dispatch, settings
 from cnnfast.graph.constants import Constant
+from cnnfast.graph.shared import Shared
 
 _ALIGNMENT = 256  # bytes; what torch's CUDA allocator gives, and a whole number of cache lines
 _SWELLING, _SMALL = 1.25, 1 << 16  # a lean plan's packed forms: times their weights' bytes, and so many bytes more
@@ -104,20 +105,25 @@ class Plan:
     def __init__(
         self, device: torch.device, backend: str = settings.AUTO, shared: Shared | None = None, lean: bool = False
     ) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.backend, self.lean = device, backend, lean
         self._shared = Shared() if shared is None else shared
-        self._inputs: list[Value] = []
+        self._taken = 0  # how many tensors a call brings
+        self._inputs: list[tuple[Value, int]] = []  # each with its place among those; one may be there in two forms
         self._seen: list[
             tuple[Value, torch.Tensor]
         ] = []  # constants that may change, whose addresses are read at every call
         self._frozen: dict[int, Constant] = {}  # the others, by the value's id
         self._values: list[Value] = []  # of those, which keeps their ids
+        self._forms: list[tuple[Value, Value]] = []  # what was given in one form, and is read in another
         self._holds: list[torch.Tensor] = []  # what was packed of them
         self._nodes: list[_Node] = []
         self._results: list[Value] = []
         self._native: Any = None
         self._added: list[tuple[Any, ...]] = []  # what the native plan was made of
         self._owner: dispatch.Backend | None = None
+        self._alignment = 1  # bytes that addresses are multiples of
         self.arena_bytes = 0
         self.layer = ""  # that the next nodes belong to
 
@@ -126,7 +132,8 @@ class Plan:
     def input(self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Value:
         """A tensor given at every call, with these strides, or in channels_last if it has four dimensions."""
         value = Value(tuple(shape), _dense(shape) if strides is None else tuple(strides), dtype)
-        self._inputs.append(value)
+        self._inputs.append((value, self._taken))
+        self._taken += 1
         return value
 
     def constant(self, given: torch.Tensor | Constant, frozen: bool = False) -> Value:
@@ -160,41 +167,65 @@ class Plan:
         inputs: Mapping[str, Value | None],
         outputs: Mapping[str, Sequence[int] | Value],
         dtypes: Mapping[str, torch.dtype] | None = None,
+        native: bool = False,
     ) -> list[Value]:
         """Adds one kernel; returns its outputs in the signature's order: new ones of a shape, or the value to write to.
 
+        What is given to the plan, or frozen, is converted where the kernel can't read it as it lies; everything else isn't.
+        ``native``: only kernels that a plan can hold are asked, as for copies that the plan alone wants.
+
         Raises:
-            NotImplementedError: no native kernel serves the problem; lists the reasons.
+            NotImplementedError: no kernel serves the problem, or none of a native module; says why.
         """
-        signature = dispatch.signature(problem.op)
-        constants = [inputs.get(role.name) for role in signature.roles if role.is_constant]
-        packed = all(v is None or id(v) in self._frozen for v in constants)
-        problem = dataclasses.replace(problem, packed=packed)
-        made: list[Value] = []
-        operands: list[Value | None] = []
-        for role in signature.roles:
-            value = inputs.get(role.name)
+        roles = dispatch.signature(problem.op).roles
+        made: dict[str, Value] = {}
+        for role in roles:
             if role.name in outputs:
                 given = outputs[role.name]
                 dtype = (dtypes or {}).get(role.name) or dispatch.TORCH_DTYPES[problem.dtype]
-                value = given if isinstance(given, Value) else self.empty(given, dtype)
-                made.append(value)
-            operands.append(value)
+                made[role.name] = given if isinstance(given, Value) else self.empty(given, dtype)
+        operands = {**inputs, **made}
+        selection = self._select(problem, operands, native)
+        chosen = selection.implementation
+        if chosen.node is None:
+            raise NotImplementedError(f"{chosen.name} serves it, which no plan can hold: it is launched from Python")
+        self._owner = dispatch.backends()[chosen.backend]
+        given_as = [self._readable(chosen, role, operands.get(role.name)) for role in roles]
+        self._nodes.append(_Node(selection, given_as, list(made.values()), self.layer))
+        return list(made.values())
+
+    def seconds(self, problem: dispatch.Problem, operands: Mapping[str, Value | None], native: bool = False) -> float:
+        """What a node over these operands, its outputs among them, is predicted to take; infinite where nothing serves."""
+        try:
+            selection = self._select(problem, operands, native)
+        except NotImplementedError:
+            return math.inf
+        return selection.implementation.cost(selection.problem)
+
+    def _select(
+        self, problem: dispatch.Problem, operands: Mapping[str, Value | None], native: bool
+    ) -> dispatch.Selection:
+        """The best kernel among those that can take the operands."""
+        roles = dispatch.signature(problem.op).roles
+        constants = [operands.get(role.name) for role in roles if role.is_constant]
+        packed = all(v is None or id(v) in self._frozen for v in constants)
+        problem = dataclasses.replace(problem, packed=packed)
 
         def further(implementation: dispatch.Implementation) -> list[str]:
             if implementation.node is None:
-                return ["is no native kernel"]
+                return ["is no native kernel"] if native else []
             if self._owner is not None and implementation.backend != self._owner.name:
                 return [f"the plan runs on {self._owner.name}"]
             return [
-                f"can't take {role.name} with strides {value.strides}"
-                for role, value in zip(signature.roles, operands, strict=True)
-                if value is not None
-                and not dispatch.readable(role, value.shape, value.strides, implementation.layouts.get(role.name))
+                reason
+                for role in roles
+                if (value := operands.get(role.name)) is not None and not self._converts(value)
+                for reason in _unreadable(implementation, role, value)
             ]
 
         def lean(implementation: dispatch.Implementation) -> list[str]:
-            return further(implementation) or self._swells(implementation, problem, operands)
+            values = [operands.get(role.name) for role in roles]
+            return further(implementation) or self._swells(implementation, problem, values)
 
         if self.lean and packed:
             plain = dataclasses.replace(problem, packed=False)
@@ -202,12 +233,30 @@ class Plan:
                 dispatch.select(problem, self.backend, strict=True, further=lean),
                 dispatch.select(plain, self.backend, strict=True, further=further),
             ]
-            selection = min(selections, key=lambda s: s.implementation.cost(s.problem))
-        else:
-            selection = dispatch.select(problem, self.backend, strict=True, further=further)
-        self._owner = dispatch.backends()[selection.implementation.backend]
-        self._nodes.append(_Node(selection, operands, made, self.layer))
-        return made
+            return min(selections, key=lambda s: s.implementation.cost(s.problem))
+        return dispatch.select(problem, self.backend, strict=True, further=further)
+
+    def _converts(self, value: Value) -> bool:
+        """Whether a tensor can be had in another form: constants, and what every call brings."""
+        return id(value) in self._frozen or any(value is v for v, _ in (*self._inputs, *self._seen))
+
+    def _readable(
+        self, implementation: dispatch.Implementation, role: dispatch.Role, value: Value | None
+    ) -> Value | None:
+        """An operand in a form that a kernel can read: itself, or the same tensor, dense, as one more of the plan's."""
+        if value is None or not _unreadable(implementation, role, value):
+            return value
+        for known, form in self._forms:
+            if known is value:
+                return form
+        form = Value(value.shape, _dense(value.shape), value.dtype)
+        self._forms.append((value, form))
+        if id(value) in self._frozen:
+            self._values.append(form)
+            self._frozen[id(form)] = self._frozen[id(value)]
+        self._inputs += [(form, place) for v, place in self._inputs if v is value]
+        self._seen += [(form, tensor) for v, tensor in self._seen if v is value]
+        return form
 
     def finish(self, results: Sequence[Value]) -> None:
         """Plans the arena and packs the nodes. ``results`` are the values that a call returns."""
@@ -215,7 +264,8 @@ class Plan:
             raise NotImplementedError("a plan needs at least one node of a backend with a native module")
         self._results = list(results)
         self._native = self._owner.plan()
-        outside: list[Value] = [*self._inputs, *[value for value, _ in self._seen], *self._results]
+        self._alignment = max(node.selection.implementation.alignment for node in self._nodes)
+        outside: list[Value] = [v for v, _ in self._inputs] + [v for v, _ in self._seen] + self._results
         slots = {id(v): (i + 1, 0) for i, v in enumerate(outside)}
         offsets, self.arena_bytes = _plan_arena(self._nodes, {*slots, *self._frozen})
         waiting: dict[Constant, int] = {}  # how many nodes have still to see it
@@ -229,7 +279,7 @@ class Plan:
                 return self._native.ABSENT, 0
             constant = self._frozen.get(id(value.root))
             if constant is not None:  # stays where it is, so the native plan holds its address; all else is given to it
-                slot, start = self._native.FIXED, constant.keep().data_ptr()
+                slot, start = self._native.FIXED, self._fixed(constant, value.root).data_ptr()
             else:
                 slot, start = slots.get(id(value.root)) or (0, offsets[id(value.root)])
             return slot, start + value.offset * value.dtype.itemsize
@@ -252,6 +302,14 @@ class Plan:
         for constant in self.constants:
             if constant not in waiting:
                 constant.settled()
+
+    def _fixed(self, constant: Constant, value: Value) -> torch.Tensor:
+        """A frozen constant as this plan reads it."""
+        if value.strides == constant.like.stride():
+            kept = constant.keep()
+            if kept.data_ptr() % self._alignment == 0:
+                return kept
+        return self._shared.laid_out(constant, value.strides)
 
     def _constants(self, node: _Node) -> list[Constant | None]:
         """The frozen ones among a node's operands, in their places."""
@@ -286,20 +344,25 @@ class Plan:
 
     def __call__(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         """Runs the plan; takes its inputs in the order of :meth:`input`, returns the results of :meth:`finish`."""
-        if len(tensors) != len(self._inputs):
-            raise ValueError(f"the plan takes {len(self._inputs)} tensors, got {len(tensors)}")
+        if len(tensors) != self._taken:
+            raise ValueError(f"the plan takes {self._taken} tensors, got {len(tensors)}")
+        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
+            with torch.cuda.device(self.device):
+                return self(*tensors)
         given = []
-        for tensor, value in zip(tensors, self._inputs, strict=True):
+        for value, place in self._inputs:
+            tensor = tensors[place]
             if tuple(tensor.shape) != value.shape or tensor.dtype != value.dtype or tensor.device != self.device:
                 raise ValueError(
                     f"the plan was made for {value.shape} {value.dtype} on {self.device}, got "
                     f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
                 )
-            given.append(_with_strides(tensor, value.strides))
+            given.append(_as_read(tensor, value.strides, self._alignment))
+        seen = [_as_read(tensor, value.strides, self._alignment) for value, tensor in self._seen]
         results = [torch.empty_strided(v.shape, v.strides, dtype=v.dtype, device=self.device) for v in self._results]
         arena = self._shared.take(self.arena_bytes + self._native.workspace + _ALIGNMENT, self.device)
         base = -(-arena.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-        buffers = [base, *[t.data_ptr() for t in given], *[t.data_ptr() for _, t in self._seen]]
+        buffers = [base, *[t.data_ptr() for t in given], *[t.data_ptr() for t in seen]]
         buffers += [t.data_ptr() for t in results]
         assert self._owner is not None
         more = (base + self.arena_bytes, self._owner.stream(self.device), torch.get_num_threads())
@@ -330,73 +393,35 @@ class Plan:
         return len(self._nodes)
 
 
-class Shared:
-    """What the plans of one network share: the memory that calls work in, and weights as kernels packed them."""
-
-    def __init__(self) -> None:
-        self._arenas: list[torch.Tensor] = []
-        self._packed: dict[Any, list[torch.Tensor]] = {}
-
-    def take(self, bytes: int, device: torch.device) -> torch.Tensor:
-        """Memory that no other call has until it is given back; kept between calls, because fresh pages cost much."""
-        try:
-            arena = self._arenas.pop()  # atomic, as append is
-        except IndexError:
-            return torch.empty(bytes, dtype=torch.uint8, device=device)
-        return arena if arena.numel() >= bytes else torch.empty(bytes, dtype=torch.uint8, device=device)
-
-    def give(self, arena: torch.Tensor) -> None:
-        """Ends what :meth:`take` began."""
-        self._arenas.append(arena)
-
-    def packed(
-        self, kernel: str, constants: Sequence[Constant | None], packing: dispatch.Packing, weights: Sequence[int],
-        last: list[Constant],
-    ) -> tuple[torch.Tensor, bool]:  # fmt: skip
-        """What a kernel makes of constants, and whether it needs those in the places ``weights`` no more.
-
-        That is an earlier form where it is the same, as it mostly is for another shape. Of ``last``, those that it takes over
-        are settled: then a parameter goes before it is there twice.
-        """
-        values = [None if c is None else c.value() for c in constants]
-        present = [(i, c) for i, c in enumerate(constants) if i in weights and c is not None]
-        # a sum tells, without memory for an answer for each element; one that overflows keeps the weights needlessly
-        complete = packing.unpack is not None and all(bool(torch.isfinite(values[i].sum())) for i, _ in present)  # type: ignore[union-attr]
-        if complete:
-            for _, constant in present:
-                if constant in last:
-                    last.remove(constant)
-                    constant.settled()
-        made = packing.pack(values)
-        known = self._packed.setdefault((kernel, *constants), [])
-        for other in known:
-            if torch.equal(other, made):
-                return other, complete
-        if complete:
-            for place, constant in present:
-                constant.packed.append((made, _undoing(packing, made, place)))
-        known.append(made)
-        return made, complete
-
-
-def _undoing(packing: dispatch.Packing, packed: torch.Tensor, place: int) -> Callable[[torch.Tensor], None]:
-    """Writes packed weights to a tensor."""
-    unpack = packing.unpack
-    assert unpack is not None
-    return lambda out: unpack(packed, [*[None] * place, out])
-
-
 def _weights(op: str) -> list[int]:
     """The places of an operation's weights among its operands."""
     return [i for i, role in enumerate(dispatch.signature(op).roles) if role.is_constant and role.strides]
 
 
-def _with_strides(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+def _unreadable(implementation: dispatch.Implementation, role: dispatch.Role, value: Value) -> list[str]:
+    """Why a kernel can't take an operand where it lies in its memory, which begins as kernels want it."""
+    layout, offset = implementation.layouts.get(role.name), value.offset * value.dtype.itemsize
+    return [
+        reason
+        for wrong, reason in (
+            (
+                not dispatch.readable(role, value.shape, value.strides, layout),
+                f"can't take {role.name} with strides {value.strides}",
+            ),
+            (
+                offset % implementation.alignment != 0,
+                f"needs {role.name} at a multiple of {implementation.alignment} bytes, not at {offset}",
+            ),
+        )
+        if wrong
+    ]
+
+
+def _as_read(tensor: torch.Tensor, strides: tuple[int, ...], alignment: int) -> torch.Tensor:
     """The tensor, copied if its elements don't lie so."""
-    if tensor.stride() == strides:
-        return tensor
-    shape = tensor.shape
-    if all(n <= 1 or a == b for n, a, b in zip(shape, tensor.stride(), strides, strict=True)):
+    shape, own = tensor.shape, tensor.stride()
+    lies_so = own == strides or all(n <= 1 or a == b for n, a, b in zip(shape, own, strides, strict=True))
+    if lies_so and (alignment == 1 or tensor.data_ptr() % alignment == 0):
         return tensor
     return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 

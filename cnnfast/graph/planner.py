@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from cnnfast import dispatch
+from cnnfast import dispatch, settings
 from cnnfast.graph._nodes import (
     ADAPTIVE_AVG_POOL,
     ADAPTIVE_MAX_POOL,
@@ -48,10 +48,10 @@ _BAND = 4 << 20  # bytes that a convolution writes at a time where an image has 
 
 
 class Unplanned(Exception):
-    """A node that a plan can't hold after all, and why."""
+    """Nodes that a plan can't hold after all, each with the reason."""
 
-    def __init__(self, node: fx.Node, reason: str) -> None:
-        self.node, self.reason = node, reason
+    def __init__(self, reasons: Mapping[fx.Node, str]) -> None:
+        self.reasons = dict(reasons)
 
 
 # ---- what plans can hold ----------------------------------------------------------------------------------------------
@@ -69,8 +69,9 @@ def _is_channel_cat(node: fx.Node) -> bool:
 
 
 def _is_gate(node: fx.Node) -> bool:
-    """An image times a factor for each of its channels (squeeze-and-excite)."""
-    return _gated(node) is not None and value(node).dtype in (torch.float32, torch.float64)
+    """An image times a factor for each of its channels (squeeze-and-excite): a call an image, and launches cost more."""
+    few = value(node).device.type == "cpu" or shape(node)[0] == 1
+    return few and _gated(node) is not None and value(node).dtype in (torch.float32, torch.float64)
 
 
 def _gated(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -171,10 +172,11 @@ class Planner:
             self.postponed.add(node)
             return
         self.plan.layer = layer_of(node, self.constants)
+        self.plan.backend = backend_of(node)
         try:
             self.values[node] = _PLANNED[node.target](self, node)
         except NotImplementedError as error:
-            raise Unplanned(node, str(error).split("\n")[0]) from error
+            raise Unplanned({node: str(error).split("\n")[0]}) from error
 
     def _output(self, node: fx.Node) -> Sequence[int] | Value:
         """What a node writes to: its place in a concatenation, or a tensor of its own."""
@@ -182,7 +184,10 @@ class Planner:
 
     def _copy(self, x: Value, y: Value) -> None:
         """y = x."""
-        self._batch_norm(x, y, {}, "none", 0.0)
+        self.plan.node(self._copying(x), {"x": x}, {"y": y}, native=True)
+
+    def _copying(self, x: Value) -> dispatch.Problem:
+        return batch_norm_problem("fprop", x.shape, x.dtype, self.plan.device, ("none", False, 0.0))
 
     def _batch_norm(
         self, x: Value, y: Value | Sequence[int], more: Mapping[str, Value | None], act: str, eps: float
@@ -205,7 +210,31 @@ class Planner:
         layouts = tuple((name, _layout(v)) for name, v in (("x", x), ("w", w)))
         residual = inputs["r"] is not None
         args = (x.shape, w.shape, tuple(sizes), x.dtype, self.plan.device, params, layouts, residual)
-        return self.plan.node(conv_bn_act_problem(*args), inputs, {"y": y})[0]
+        problem = conv_bn_act_problem(*args)
+        dense = self._better_dense(problem, {**inputs, "y": y if isinstance(y, Value) else None})
+        for name in dense.keys() - {"y"}:
+            self._copy(inputs[name], dense[name])  # type: ignore[arg-type]
+        made = self.plan.node(problem, {**inputs, **dense}, {"y": dense.get("y", y)})[0]
+        if "y" not in dense:
+            return made
+        assert isinstance(y, Value)
+        self._copy(made, y)
+        return y
+
+    def _better_dense(self, problem: dispatch.Problem, operands: Mapping[str, Value | None]) -> dict[str, Value]:
+        """For images that lie in slices of others: dense ones, if copies and a kernel that wants these are the faster."""
+        slices = {
+            name: v
+            for name, v in operands.items()
+            if v is not None and v.base is not None and len(v.shape) == 4 and _layout(v) == "strided"
+        }
+        if not slices:
+            return {}
+        dense = {name: self.plan.empty(v.shape, v.dtype) for name, v in slices.items()}
+        seconds = self.plan.seconds(problem, {**operands, **dense})
+        for name, v in slices.items():
+            seconds += self.plan.seconds(self._copying(v), {"x": v, "y": dense[name]}, native=True)
+        return dense if seconds < self.plan.seconds(problem, operands) else {}
 
     def _norm(self, node: fx.Node) -> Value:
         a = arguments(node)
@@ -341,6 +370,11 @@ class Planner:
         x, dim = self.value(a["self"]), a["dim"]
         start = min(max(a["start"] or 0, 0), x.shape[dim])
         return x.narrow(dim, start, shape(node)[dim])
+
+
+def backend_of(node: fx.Node) -> str:
+    """What serves a node, as it was said where it was recorded; for what isn't ours, as it is said now."""
+    return str(arguments(node).get("backend", settings.state()[0]))
 
 
 def layer_of(node: fx.Node, constants: Constants) -> str:

@@ -1,14 +1,16 @@
-"""A lowered graph as a program: plans of native kernels, and between them what torch runs.
+"""A lowered graph as a program: plans of native kernels, and between them single operators, ours or torch's.
 
-Nodes are scheduled so that plans are long: first everything that kernels of ours can compute, then ATen's nodes that
-have become ready, and so on.
+Nodes are scheduled so that plans are long: first everything that kernels of ours can compute, then other nodes that have
+become ready, and so on. An operator of ours is on its own where no plan can hold it: its kernel is Triton's, or none of ours.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +21,9 @@ from cnnfast import dispatch, settings
 from cnnfast.graph._nodes import affine_maps, is_tensor, shape
 from cnnfast.graph.capture import value
 from cnnfast.graph.constants import Constant, Constants
-from cnnfast.graph.plan import Plan, Shared, Value
-from cnnfast.graph.planner import COMPUTED, VIEWS, Planner, Unplanned, layer_of
+from cnnfast.graph.plan import Plan, Value
+from cnnfast.graph.planner import COMPUTED, VIEWS, Planner, Unplanned, backend_of, layer_of
+from cnnfast.graph.shared import Shared
 
 
 @dataclasses.dataclass
@@ -53,23 +56,32 @@ class Segment:
 
 @dataclasses.dataclass
 class Call:
-    """An operator of torch's."""
+    """An operator of torch's, or one of ours on its own."""
 
     name: str
     function: Callable[..., Any]
     arguments: Callable[[list[Any]], tuple[Any, Any]]
     output: int
-    reason: str
+    reason: str  # why no plan holds it; empty where it does no work
     layer: str = ""  # of the network, for explain
+    ours: bool = False
     frees: list[int] = dataclasses.field(default_factory=list)
 
     def run(self, tensors: list[Any]) -> None:
         """Reads and writes the program's tensors."""
         args, kwargs = self.arguments(tensors)
-        start = time.perf_counter()
+        if settings._observer is None:
+            tensors[self.output] = self.function(*args, **kwargs)
+            return
+        events = settings._observer
+        before, start = len(events), time.perf_counter()
         tensors[self.output] = out = self.function(*args, **kwargs)
-        if settings._observer is not None and self.reason and isinstance(out, torch.Tensor):
-            seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        if self.ours:  # which has reported itself
+            for i, event in enumerate(events[before:], before):
+                if isinstance(event, dispatch.Event):
+                    events[i] = dataclasses.replace(event, layer=self.layer)
+        elif self.reason and isinstance(out, torch.Tensor):
             settings.note(dispatch.TorchCall.of(self.name, args, out, seconds, self.reason, self.layer))
 
 
@@ -80,6 +92,9 @@ class Program:
     steps: list[Segment | Call]
     size: int  # places
     outputs: list[tuple[bool, Any]]  # (is a place, place or value)
+    device: torch.device  # of its tensors
+    reads: list[int]  # the tensors among its inputs that anything depends on
+    waits: str  # why a GPU can't go through it without the host; empty where it can
 
     def __call__(self, *inputs: Any) -> list[Any]:
         """The outputs for these inputs, the placeholders in their order."""
@@ -97,8 +112,28 @@ class Program:
 
     @property
     def calls(self) -> list[Call]:
-        """What torch runs."""
+        """What runs between the plans."""
         return [step for step in self.steps if isinstance(step, Call)]
+
+    @property
+    def summary(self) -> str:
+        """How much of what it runs."""
+        plans = len(self.steps) - len(self.calls)
+        ours, others = ([c for c in self.calls if c.reason and c.ours == own] for own in (True, False))
+        alone = f"{len(ours)} operators of ours one by one, " if ours else ""
+        return (
+            f"{len(self.kernels)} kernels in {plans} plan{'s' * (plans != 1)}, {alone}{len(others)} operators by torch"
+        )
+
+    def lines(self) -> Iterator[str]:
+        """What it runs, step by step, and why that is in no plan."""
+        for step in self.steps:
+            if isinstance(step, Segment):
+                counts = collections.Counter(step.plan.kernels)
+                listed = ", ".join(f"{n} {name}" for name, n in counts.items())
+                yield f"plan, {step.plan.arena_bytes / 2**20:.1f} MiB: {listed}"
+            elif step.reason:
+                yield f"{'ours' if step.ours else 'torch'}: {step.name}: {step.reason}"
 
 
 def build(
@@ -114,15 +149,17 @@ def build(
         try:
             program, finish = _Builder(graph, constants, refused, shared, frozen).program()
         except Unplanned as unplanned:
-            refused[unplanned.node] = unplanned.reason
+            refused.update(unplanned.reasons)
         else:
             _check_strict(program, who)
             finish()
+            if program.device.type == "cuda":  # constants are computed on this stream, and read on any
+                torch.cuda.current_stream(program.device).synchronize()
             return program
 
 
 def _check_strict(program: Program, who: str) -> None:
-    left = [f"{call.name}: {call.reason}" for call in program.calls if call.reason and call.name[:8] != "cnnfast."]
+    left = [f"{call.name}: {call.reason}" for call in program.calls if call.reason and not call.ours]
     if settings.state()[2] and left:
         raise NotImplementedError(f"{who}: strict() is set, and torch would run\n  " + "\n  ".join(left))
 
@@ -135,16 +172,25 @@ class _Builder:
         self.shared, self.frozen = shared, frozen
         self.nodes = list(graph.nodes)
         self.places: dict[fx.Node, int] = {}
+        devices = [value(n).device for n in self.nodes if is_tensor(n)]
+        # a GPU, if any of the tensors is there
+        self.device = next((d for d in devices if d.type == "cuda"), devices[0] if devices else torch.device("cpu"))
 
-    def native(self, node: fx.Node) -> bool:
-        """Whether a plan may hold a node."""
-        if node in self.refused or not is_tensor(node):
-            return False
-        val = value(node)
-        if val.device.type != "cpu" or val.dtype not in dispatch.DTYPES or 0 in val.shape:
-            return False
+    def unplannable(self, node: fx.Node) -> str:
+        """Why no plan holds a node; empty where one may."""
+        if node in self.refused:
+            return self.refused[node]
+        if node.target is affine_maps:
+            return "computes the factors and addends of batch norms, whose parameters may change"
         rule = VIEWS.get(node.target) or COMPUTED.get(node.target)
-        return rule is not None and rule(node)
+        if rule is None or not is_tensor(node) or not rule(node):
+            return "plans don't hold this operator" if _is_ours(node) else "cnnfast has no such operation"
+        val = value(node)
+        if val.dtype not in dispatch.DTYPES or 0 in val.shape:
+            return f"dtype {val.dtype}" if 0 not in val.shape else "an empty tensor"
+        if not dispatch.runs_plans(val.device.type, backend_of(node)):
+            return f"no backend runs plans over {val.device.type} tensors here"
+        return ""
 
     # ---- scheduling
 
@@ -152,22 +198,24 @@ class _Builder:
         """Runs of nodes: (whether it is a plan, nodes)."""
         done = {n for n in self.nodes if n.op in ("placeholder", "get_attr")}
         waiting = [n for n in self.nodes if n.op == "call_function"]
-        native = {n: self.native(n) for n in waiting}
+        # where plans run that may hold them; None: in none
+        places = {n: None if self.unplannable(n) else value(n).device for n in waiting}
+        turns = [*dict.fromkeys(place for place in places.values() if place is not None), None]
         runs: list[tuple[bool, list[fx.Node]]] = []
-        kind = True
-        while waiting:
+        for place in itertools.cycle(turns):
+            if not waiting:
+                break
             run, rest = [], []
             for node in waiting:  # in the graph's order, so one walk finds everything that is ready
-                if native[node] == kind and all(i in done for i in node.all_input_nodes):
+                if places[node] == place and all(i in done for i in node.all_input_nodes):
                     run.append(node)
                     done.add(node)
                 else:
                     rest.append(node)
             if run:
                 # views alone are no work for a plan
-                plans = kind and any(n.target not in VIEWS for n in run)
-                runs.append((plans, run))
-            waiting, kind = rest, not kind
+                runs.append((place is not None and any(n.target not in VIEWS for n in run), run))
+            waiting = rest
         return runs
 
     def program(self) -> tuple[Program, Callable[[], None]]:
@@ -177,14 +225,21 @@ class _Builder:
         steps: list[Segment | Call] = []
         finishes: list[Callable[[], None]] = []
         constants: list[Constant] = []
+        refused: dict[fx.Node, str] = {}
         for plans, run in self.schedule():
             if plans:
-                segment, finish = self.segment(run)
+                try:
+                    segment, finish = self.segment(run)
+                except Unplanned as unplanned:  # what else can't be planned is seen at once
+                    refused.update(unplanned.reasons)
+                    continue
                 steps.append(segment)
                 finishes.append(finish)
                 constants += segment.plan.constants
-            else:
+            elif not refused:
                 steps += [self.call(node) for node in run]
+        if refused:
+            raise Unplanned(refused)
         output = self.nodes[-1]
         assert output.op == "output"
         outputs: list[tuple[bool, Any]] = []
@@ -202,7 +257,20 @@ class _Builder:
             for finish in finishes:
                 finish()
 
-        return Program(steps, len(self.places), outputs), finish_all
+        reads = [i for i, n in enumerate(placeholders) if n.users and is_tensor(n)]
+        return Program(steps, len(self.places), outputs, self.device, reads, self.waits()), finish_all
+
+    def waits(self) -> str:
+        """See :class:`Program`."""
+        for node in self.nodes:
+            tags = getattr(node.target, "tags", ())
+            if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
+                return f"{node.target} waits for values on the host"
+            tensors = [t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor)]
+            others = {t.device for t in tensors if t.dim() > 0 or node.op != "get_attr"} - {self.device}
+            if others:  # but constants that are numbers
+                return f"tensors on {self.device} and on {others.pop()}"
+        return ""
 
     def place(self, node: fx.Node) -> int:
         return self.places.setdefault(node, len(self.places))
@@ -211,12 +279,14 @@ class _Builder:
         """The tensor of a constant that isn't a plan's."""
         return self.constants[str(node.target)].keep()
 
-    # ---- torch's nodes
+    # ---- single operators
 
     def call(self, node: fx.Node) -> Call:
+        ours = _is_ours(node)
+        tensor = self.dense if ours else self.tensor
         leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
         holes = [(i, self.place(n)) for i, n in enumerate(leaves) if isinstance(n, fx.Node) and n.op != "get_attr"]
-        template = [self.tensor(n) if isinstance(n, fx.Node) and n.op == "get_attr" else n for n in leaves]
+        template = [tensor(n) if isinstance(n, fx.Node) and n.op == "get_attr" else n for n in leaves]
 
         def fill(tensors: list[Any]) -> tuple[Any, Any]:
             given = list(template)
@@ -225,19 +295,24 @@ class _Builder:
             return pytree.tree_unflatten(given, spec)
 
         name = getattr(node.target, "__name__", str(node.target))
-        ours = getattr(node.target, "namespace", "") == "cnnfast"
-        usual = "an operator of ours, on its own: plans hold CPU tensors" if ours else "cnnfast has no such operation"
-        if node.target is affine_maps:
-            usual = "computes the factors and addends of batch norms, whose parameters may change"
-        reason = self.refused.get(node, usual)
-        if node.target in VIEWS or name == "getitem":
-            reason = ""  # no work, and so nothing to explain
+        # views are no work, and so nothing to explain
+        reason = "" if node.target in VIEWS or name == "getitem" else self.unplannable(node)
         function: Any = node.target
-        if _reads_strides(function):
+        if ours and node.target in COMPUTED:
+            function = _on_dense_images(function)
+        elif _reads_strides(function):
             function = _with_captured_strides(function, node)
         full = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else name
         layer = layer_of(node, self.constants)
-        return Call(full if reason else name, function, fill, self.place(node), reason, layer)
+        return Call(full if reason else name, function, fill, self.place(node), reason, layer, ours)
+
+    def dense(self, node: fx.Node) -> torch.Tensor:
+        """The same for an operator of ours, which reads weights in channels_last."""
+        constant = self.constants[str(node.target)]
+        like = constant.like
+        if not self.frozen or like.dim() != 4 or like.is_contiguous(memory_format=torch.channels_last):
+            return constant.keep()
+        return self.shared.laid_out(constant, dispatch.channels_last_strides(like.shape))
 
     # ---- plans
 
@@ -246,8 +321,14 @@ class _Builder:
         device = value(run[0]).device
         planner = Planner(Plan(device, shared=self.shared, lean=True), inside, self.constants, self.frozen)
         planner.place_concatenations(run)
+        refused: dict[fx.Node, str] = {}
         for node in run:
-            planner.add(node)
+            try:
+                planner.add(node)
+            except Unplanned as unplanned:  # its readers are planned over an input in its place
+                refused.update(unplanned.reasons)
+        if refused:
+            raise Unplanned(refused)
         needed = [n for n in run if any(user not in inside for user in n.users)]
         roots: list[Value] = []
         outputs: list[tuple[int, int, _View | None]] = []
@@ -255,14 +336,14 @@ class _Builder:
         for node in needed:
             v = planner.values[node]
             if any(v.root is planner.values[i].root for i in inputs):
-                raise Unplanned(node, "a view of what it is given")
+                raise Unplanned({node: "a view of what it is given"})
             index = next((i for i, r in enumerate(roots) if r is v.root), len(roots))
             if index == len(roots):
                 roots.append(v.root)
             whole = v is v.root and v.shape == shape(node)
             view = None if whole else _View(v.shape, v.strides, v.offset)
             outputs.append((self.place(node), index, view))
-        segment = Segment(planner.plan, [self.places[n] for n in inputs], outputs)
+        segment = Segment(planner.plan, [self.place(n) for n in inputs], outputs)
         return segment, lambda: planner.plan.finish(roots)
 
 
@@ -290,6 +371,28 @@ class _Probe:
 
     def __getitem__(self, place: int) -> None:
         self.seen.append(place)
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == "cnnfast"
+
+
+def _on_dense_images(operator: Any) -> Callable[..., Any]:
+    """An operator of ours on images in channels_last, so that each isn't converted, and its result back."""
+    roles = {role.name: role for role in dispatch.signature(operator._schema.name.partition("::")[2]).roles}
+    images = [
+        role is not None and role.is_activation for a in operator._schema.arguments for role in [roles.get(a.name)]
+    ]
+
+    def dense(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.shape[1] == 1 or x.stride(1) == 1:
+            return x
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return operator(*[dense(a) if image else a for a, image in zip(args, images, strict=False)], **kwargs)
+
+    return run
 
 
 _STRIDED = ("as_strided", "as_strided_copy", "view_as_real", "view_as_complex", "view.dtype")
