@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.metadata
 import pickle
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.running import Applied, in_threads
 from torch import nn
 
 import cnnfast
@@ -39,19 +39,6 @@ def _near(out: torch.Tensor, expected: torch.Tensor, exact: torch.Tensor | None 
     bound = 1e-5 if out.dtype in (torch.float32, torch.float64) else 2e-2
     error = (out.double() - expected.double()).norm() / expected.double().norm()
     assert error <= bound, f"relative error {error:.2e}"
-
-
-class Applied(nn.Module):
-    """Layers by name, and a function of them."""
-
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.function = forward
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(self, *args)
 
 
 class Scale(nn.Module):
@@ -394,21 +381,12 @@ def test_threads() -> None:
     inputs = [torch.randn(1 + i % 3, 3, 8, 8) for i in range(12)]
     with torch.no_grad():
         expected = [model(x) for x in inputs]
-    failures: list[BaseException] = []
 
     def work(x: torch.Tensor, y: torch.Tensor) -> None:
-        try:
-            for _ in range(20):
-                _near(fused(x), y)
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(20):
+            _near(fused(x), y)
 
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert not failures
+    in_threads(work, zip(inputs, expected, strict=True))
     assert len(fused.programs) == 3
 
 

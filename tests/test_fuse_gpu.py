@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import process
+from support.running import Applied, in_threads
 from torch import nn
 
 import cnnfast
@@ -27,19 +27,6 @@ DEVICE = "cpu" if HERE else "cuda"
 # what serves: on a card both backends together, too
 BACKENDS = ["cuda"] if process.EMULATED else ["triton"] if process.INTERPRETED else ["auto", "cuda", "triton"]
 CL = torch.channels_last
-
-
-class Applied(nn.Module):
-    """Layers by name, and a function of them."""
-
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.function = forward
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(self, *args)
 
 
 def _conv(c: int, k: int, size: int = 3, **kw: Any) -> nn.Sequential:
@@ -329,23 +316,14 @@ def test_recorded_and_called_on_other_streams() -> None:
         fused = cnnfast.fuse(copy.deepcopy(model).to(DEVICE))
         inputs = [torch.randn(1 + i % 2, 3, 33, 31) for i in range(6)]
         expected = [fused(x.to(DEVICE)).cpu() for x in inputs]
-    failures: list[BaseException] = []
 
     def work(x: torch.Tensor, y: torch.Tensor) -> None:
-        try:
-            with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-                for _ in range(50):
-                    assert torch.equal(fused(x.to(DEVICE)).cpu(), y)
-        except BaseException as error:
-            failures.append(error)
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(50):
+                assert torch.equal(fused(x.to(DEVICE)).cpu(), y)
 
     with cnnfast.precision("fp32"):
-        threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    assert not failures
+        in_threads(work, zip(inputs, expected, strict=True))
     assert "CUDA graph" in fused.report()
 
 

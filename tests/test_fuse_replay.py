@@ -8,13 +8,13 @@ import gc
 import inspect
 import pickle
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from support import process
+from support.running import in_threads
 from torch import nn
 
 import cnnfast
@@ -309,22 +309,13 @@ def test_threads() -> None:
     plain = _plain()
     inputs = [torch.randn(1 + i % 2, 3, 9, 9) for i in range(6)]
     expected = [plain(x) for x in inputs]
-    failures: list[BaseException] = []
 
     def work(x: torch.Tensor, y: torch.Tensor) -> None:
-        try:
-            for _ in range(20):
-                assert torch.equal(fused(x), y)
-        except BaseException as error:
-            failures.append(error)
+        for _ in range(20):
+            assert torch.equal(fused(x), y)
 
     with torch.no_grad():
-        threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    assert not failures
+        in_threads(work, zip(inputs, expected, strict=True))
     assert gpu.counts()[0] == 2
 
 
