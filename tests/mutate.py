@@ -38,6 +38,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from mutation import cuda, triton
 from mutation.operators import ROOT, Mutant
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -181,7 +182,7 @@ class Runner:
                 code = self.tests(unit, environment, quick, folder / "log", limit)
                 if code is None:
                     return Outcome(mutant, "killed", "time limit")
-                if code < 0 or code > 1:
+                if code not in (0, 1, pytest.ExitCode.NO_TESTS_COLLECTED):
                     return Outcome(mutant, "killed", f"the process ended with {code}")
                 if code == 1:
                     lines = (folder / "log").read_text(errors="replace").splitlines()
