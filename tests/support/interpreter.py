@@ -14,8 +14,9 @@ RANGES: list[tuple[int, int]] = []  # (begin, end) of the bytes that kernels may
 
 def _check(pointers: Any, mask: Any, itemsize: int) -> None:
     """Fails where one of the masked addresses lies beyond all ranges. (Of guard bands a read would leave no trace.)"""
-    touched = np.broadcast_to(pointers, mask.shape)[mask.astype(bool)].astype(np.int64) if RANGES else ()
-    if len(touched):
+    if RANGES:
+        active = np.asarray(mask).astype(bool)
+        touched = np.broadcast_to(np.asarray(pointers), active.shape)[active].astype(np.int64)
         inside = np.zeros(touched.shape, dtype=bool)
         for begin, end in RANGES:
             inside |= (touched >= begin) & (touched + itemsize <= end)
