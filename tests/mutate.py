@@ -24,7 +24,6 @@ import dataclasses
 import itertools
 import json
 import os
-import random
 import re
 import resource
 import shutil
@@ -32,12 +31,14 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from mutation import cuda, triton
 from mutation.operators import ROOT, Mutant
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -130,7 +131,7 @@ class Runner:
         variables = {**os.environ, **environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         with log.open("w") as output:
             process = subprocess.Popen(
-                [*command, *self.files(unit)], cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=output,
+                [*command, *self.files(unit, quick)], cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             resource.prlimit(process.pid, resource.RLIMIT_CPU, (round(limit), round(limit)))
@@ -142,10 +143,12 @@ class Runner:
                 return None
         return None if code in (-signal.SIGXCPU, -signal.SIGKILL) else code
 
-    def files(self, unit: str) -> list[str]:
-        """The test files: that of all kernels, and what a kernel has of its own."""
-        own = (ROOT / "tests").glob(f"test_{self.language.NAME}_*.py")
-        named = [p for p in own if unit.startswith(p.stem.removeprefix(f"test_{self.language.NAME}_"))]
+    def files(self, unit: str, quick: bool) -> list[str]:
+        """The test files: that of all kernels, what the language's kernel has of its own, at last what its operation has."""
+        tests = [*(ROOT / "tests").glob(f"test_{self.language.NAME}_*.py")]
+        named = [p for p in tests if unit.startswith(p.stem.removeprefix(f"test_{self.language.NAME}_"))]
+        if not quick:
+            named += [p for p in (ROOT / "tests").glob("test_*.py") if unit.startswith(p.stem.removeprefix("test_"))]
         return [str(p) for p in (ROOT / "tests" / "test_kernels.py", *sorted(named))]
 
     def calibrate(self, unit: str, quick: bool, folder: Path) -> float:
@@ -179,7 +182,7 @@ class Runner:
                 code = self.tests(unit, environment, quick, folder / "log", limit)
                 if code is None:
                     return Outcome(mutant, "killed", "time limit")
-                if code < 0 or code > 1:
+                if code not in (0, 1, pytest.ExitCode.NO_TESTS_COLLECTED):
                     return Outcome(mutant, "killed", f"the process ended with {code}")
                 if code == 1:
                     lines = (folder / "log").read_text(errors="replace").splitlines()
@@ -188,7 +191,10 @@ class Runner:
 
 
 def choose(options: argparse.Namespace, log: Log) -> list[tuple[ModuleType, Mutant]]:
-    """All mutants, or a sample of them, the same for a seed, without those known to be equivalent or judged before."""
+    """All mutants, or a sample of them, without those known to be equivalent or judged before.
+
+    In the order of a hash with the seed: a sample stays the same when other lines change or more are known.
+    """
     known = equivalents()
     judged = {o.mutant.key for o in log.outcomes if not (options.again and o.verdict == "survived")}
     found = [
@@ -198,17 +204,16 @@ def choose(options: argparse.Namespace, log: Log) -> list[tuple[ModuleType, Muta
         for path in language.files()
         if options.file is None or re.search(options.file, path.name)
         for mutant in language.mutants(path)
-        if mutant.key not in known
     ]
     if not options.all:
-        found = random.Random(options.seed).sample(found, len(found))
+        found.sort(key=lambda pair: zlib.crc32(f"{options.seed}{pair[1].key}".encode()))
         if options.spread:
             path = lambda pair: (len(pair[0].units(pair[1].path)), pair[1].path)  # noqa: E731
             by_file = itertools.groupby(sorted(found, key=path), key=path)  # shared headers last, for they take longest
             rounds = itertools.zip_longest(*(list(pairs) for _, pairs in by_file))
             found = [pair for pairs in rounds for pair in pairs if pair]
         found = found[: options.count]
-    return [(language, mutant) for language, mutant in found if mutant.key not in judged]
+    return [(language, mutant) for language, mutant in found if mutant.key not in known | judged]
 
 
 def main() -> int:

@@ -53,6 +53,17 @@ def test_squares_beyond_float(implementation: dispatch.Implementation) -> None:
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
+def test_one_channel_beyond_float(implementation: dispatch.Implementation) -> None:
+    """Each of those that a block finishes together, and no other."""
+    for channel in range(8):
+        x = torch.randn(1, 8, 3, 3, generator=torch.Generator().manual_seed(0))
+        x[:, channel] *= 1e30
+        _, invstd, _ = _stats(implementation, x)
+        expected = (x.double().var((0, 2, 3), correction=0) + EPS).rsqrt()
+        torch.testing.assert_close(invstd, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
 def test_an_outlier_first(implementation: dispatch.Implementation) -> None:
     x = torch.randn(4, 3, 40, 40, generator=torch.Generator().manual_seed(0))
     x[0, :, 0, 0] = 1e6

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import conv2d
 from support import oracle, process
-from support.memory import place
+from support.memory import place, registered
 
 from cnnfast import dispatch, tuning
 from cnnfast.backends import triton
@@ -101,9 +101,10 @@ class TestProducts:
 
 
 def _launch(launcher: Any, p: Any, operands: Any, out: Any, tile: Any) -> None:
-    """Nothing beside the result is written."""
+    """Nothing beside the operands is read, nothing beside the result written."""
     moved = [t if t is None else t.to(DEVICE) for t in operands] if DEVICE == "cuda" else list(operands)
-    launcher(p, *moved, tile=tile)
+    with registered([(t, t is out.tensor) for t in moved]):
+        launcher(p, *moved, tile=tile)
     if DEVICE == "cuda":
         out.tensor.copy_(next(a for a, t in zip(moved, operands, strict=True) if t is out.tensor))
     inside = torch.zeros_like(out.buffer, dtype=torch.bool)

@@ -278,6 +278,7 @@ GROUPS = _net(
     Case("odd channels on many pixels: equal parts of both", 3, 37, 29, 31, 43, 1, 1),
     Case("many pixels without padding: x is read in place", 2, 21, 41, 40, 19, 3, 3),
     Case("1x1 stride 2 on many pixels", 2, 33, 47, 49, 35, 1, 1, (2, 2)),
+    Case("few channels on many pixels: chunks of them, with all taps", 2, 3, 24, 23, 5, 3, 3, padding=(1, 1)),
 )
 WINOGRAD = _net(  # as large as F(4x4) asks for
     Case("a map cut by tiles of 4 on both sides, odd channels", 1, 33, 27, 25, 35, 3, 3, padding=(1, 1), bias=True),

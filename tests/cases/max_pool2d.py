@@ -86,6 +86,8 @@ SHAPES = (
     Case("stride larger than the map", 1, 8, 4, 5, 2, 2, (7, 9)),
     Case("dilation", 1, 10, 9, 11, 3, 2, (1, 2), (1, 1), (2, 3)),
     Case("dilation leaves windows without elements", 1, 6, 2, 2, 2, 2, (1, 1), (1, 1), (3, 3)),
+    Case("dilation leaves rows of windows without elements", 1, 6, 2, 5, 2, 2, (1, 1), (1, 1), (3, 1)),
+    Case("dilation leaves columns of windows without elements", 1, 6, 5, 2, 2, 2, (1, 1), (1, 1), (1, 3)),
     Case("ceil: the last window would start in the padding", 1, 8, 6, 5, 2, 2, (3, 3), (1, 1), ceil_mode=True),
     Case("SPP: 9x9 stride 1, rows first", 1, 33, 13, 12, 9, 9, (1, 1), (4, 4)),
     Case("ties, rows first", 2, 35, 12, 13, 9, 7, (1, 1), (4, 3), ties=True),

@@ -39,8 +39,9 @@ class Sample:
     def __init__(self, count: int, seed: str) -> None:
         self._count, self._seed = count, seed
 
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """In the order of a hash, so that every kind of test comes early."""
+        """In the order of a hash, so that every kind of test comes early; after the selection, whose tests are counted."""
         items.sort(key=lambda item: zlib.crc32(f"{self._seed}{item.nodeid}".encode()))
         if self._count:
             del items[self._count :]

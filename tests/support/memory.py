@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from support import process
+from support import interpreter, process
 
 GUARD = 64  # elements on either side: a multiple of what any kernel wants an address to be aligned to
 
@@ -113,15 +113,19 @@ _POISON = 0xFF  # a NaN in every floating dtype
 
 
 def register(tensor: torch.Tensor, writable: bool) -> None:
-    """Lets kernels on an emulated GPU that checks touch the memory that a tensor spans, and nothing unregistered."""
-    if process.CHECKED and tensor.numel():
+    """Lets kernels on an emulated GPU that checks, or in the interpreter, touch what a tensor spans, and nothing else."""
+    if (process.CHECKED or process.INTERPRETED) and tensor.numel():
         span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        process.cuda.MODULE.register_range(tensor.data_ptr(), span * tensor.element_size(), writable)
+        begin, size = tensor.data_ptr(), span * tensor.element_size()
+        if process.CHECKED:
+            process.cuda.MODULE.register_range(begin, size, writable)
+        else:
+            interpreter.RANGES.append((begin, begin + size))
 
 
 @contextlib.contextmanager
 def registered(ranges: Sequence[tuple[torch.Tensor | None, bool]]) -> Iterator[None]:
-    """Within this context kernels on an emulated GPU that checks may touch only these tensors (writable or not)."""
+    """Within this context kernels on an emulated GPU that checks, or in the interpreter, may touch only these tensors (writable or not)."""
     for tensor, writable in ranges:
         if tensor is not None:
             register(tensor, writable)
@@ -130,6 +134,7 @@ def registered(ranges: Sequence[tuple[torch.Tensor | None, bool]]) -> Iterator[N
     finally:
         if process.CHECKED:
             process.cuda.MODULE.clear_ranges()
+        interpreter.RANGES.clear()
 
 
 @contextlib.contextmanager
