@@ -156,9 +156,17 @@ class Plan:
         return found
 
 
-def _tile(rows: int, columns: int, depth: int, m: int, p: Conv2dProblem, like: torch.Tensor) -> Config:
+def crowded(itemsize: int, wgrad: bool) -> bool:
+    """Whether a product's sums leave too few registers in the widest tiles: wgrad adds them to as many; 16 bits have such."""
+    return wgrad and itemsize == 2
+
+
+def _tile(
+    rows: int, columns: int, depth: int, m: int, p: Conv2dProblem, like: torch.Tensor, wgrad: bool = False
+) -> Config:
     """Of the products."""
-    tile = config(rows * (m + 2) ** 2, columns, depth, p.precision, like.element_size(), True, capability(like))
+    size = like.element_size()
+    tile = config(rows * (m + 2) ** 2, columns, depth, p.precision, size, True, capability(like), crowded(size, wgrad))
     block_k = tile.block_k
     while depth % block_k:
         block_k //= 2
@@ -268,7 +276,7 @@ def wgrad(
             _tiles(m, "inputs", view, x, v, first, rows, pitches[0], x_int64(p))
             _tiles(m, "gradients", view, y, z, first, rows, pitches[1], y_int64(p))
             _product(
-                p, m, z, v, d, _tile(filters, channels, rows, m, p, x), pitches[1], pitches[0], rows,
+                p, m, z, v, d, _tile(filters, channels, rows, m, p, x, True), pitches[1], pitches[0], rows,
                 (rows * pitches[1], 1, pitches[1]), (rows * pitches[0], 1, pitches[0]), first > 0,
             )  # fmt: skip
         launch(

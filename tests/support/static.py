@@ -26,8 +26,6 @@ TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 TABLE = Path(__file__).resolve().parent.parent / "triton_static.txt"
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "UTMASTG")  # what a row counts
 SPILLS = ("STL", "LDL")
-# Kinds whose every tile is in the table; of others those that need most registers, and the smallest.
-THOROUGH = ("fprop", "fprop_linear", "dgrad_stride2", "wgrad")
 
 
 @dataclass(frozen=True)
@@ -68,33 +66,31 @@ def kind(variant: Any) -> str:
 
 
 def tabled(architecture: int) -> list[Any]:
-    """The variants that have rows, without doubles.
+    """The variants that have rows.
 
-    Of matrix products every tile of the THOROUGH kinds, and of each other kind the three with most sums a thread, the first
-    and the last. Of what no tensor core multiplies the first and the last block, on newer cards than sm_80 the first in
-    bf16 (fp32 where there is no other) and the first of fp32 products. In fp16, whose code is bf16's but for conversions, only the first.
+    Matrix products in every tile; in fp16, whose code is bf16's but for conversions, in the first. Of what isn't one, whose
+    blocks all have as many elements, the first and the last block, on newer cards than sm_80 the first in bf16 (fp32 where
+    there is no other) and the first of fp32 products.
     """
-    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    groups: dict[tuple[str, str], list[Any]] = {}
     for variant in variants(architecture):
-        groups.setdefault((kind(variant), variant.name.split(".")[1]), {}).setdefault(variant.name, variant)
+        groups.setdefault((kind(variant), variant.name.split(".")[1]), []).append(variant)
     chosen = []
-    for (name, mode), named in groups.items():
-        group = list(named.values())
-        if not group[0].tensor_cores and architecture > 80:
-            group = group[:1] if mode in ("bf16", "ieee") or (name, "bf16") not in groups else []
-        elif mode == "fp16" or (mode == "fp32" and not group[0].tensor_cores):
-            group = group[:1]
-        elif name not in THOROUGH:
-            largest = sorted(group, key=_sums, reverse=True)[:3] if group[0].tensor_cores else []
-            kept = {v.name for v in (*largest, group[0], group[-1])}
-            group = [v for v in group if v.name in kept]
-        chosen += group
+    for (name, mode), group in groups.items():
+        if product(group[0]):
+            chosen += group[:1] if mode == "fp16" else group
+        elif architecture > 80:
+            chosen += group[:1] if mode in ("bf16", "ieee") or (name, "bf16") not in groups else []
+        elif mode in ("fp16", "fp32"):
+            chosen += group[:1]
+        else:
+            chosen += [group[0], *group[1:][-1:]]
     return chosen
 
 
-def _sums(variant: Any) -> float:
-    blocks = variant.constexprs
-    return blocks["BLOCK_M"] * blocks["BLOCK_N"] * (1 + blocks["BLOCK_K"] / 1024) / variant.num_warps
+def product(variant: Any) -> bool:
+    """Whether it multiplies matrices, on tensor cores or not."""
+    return variant.tensor_cores or "INPUT_PRECISION" in variant.constexprs
 
 
 # ---- examining one ---------------------------------------------------------------------------------------------------
