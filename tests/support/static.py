@@ -115,9 +115,25 @@ def _tool(*arguments: str) -> str:
     return subprocess.run([str(binary), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def wanting(variant: Any, counts: Mapping[str, int], shared: int) -> list[str]:
+    """What a variant's machine code, or its row, hasn't of what the variant is for."""
+    from cnnfast.kernels import _cards
+
+    architecture, problems = variant.capability, []
+    if variant.tensor_cores and not counts.get(TENSOR_CORE[architecture]):
+        problems.append(f"no {TENSOR_CORE[architecture]}")
+    if not variant.tensor_cores and any(counts.get(name) for name in TENSOR_CORE.values()):
+        problems.append("tensor cores in a kernel of full precision")
+    if variant.asynchronous and not counts.get("LDGSTS") and not counts.get("UTMALDG"):
+        problems.append("neither LDGSTS nor UTMALDG: loads are not asynchronous")
+    if shared > (most := _cards.LIMITS[architecture].shared_block):
+        problems.append(f"{shared} bytes of shared memory: a block can have {most}")
+    return problems
+
+
 def examine(variant: Any) -> Row:
     """Compiles a variant and reads its machine code."""
-    from cnnfast.kernels import _cards, _common
+    from cnnfast.kernels import _common
 
     architecture = variant.capability
     mark, problems = lower(variant)
@@ -133,15 +149,8 @@ def examine(variant: Any) -> Row:
     counts = {name: len(re.findall(rf"\b{name}\b", assembly)) for name in (*INSTRUCTIONS, *SPILLS)}
     if any(counts[name] for name in SPILLS):  # a frame that nothing reads is no spill
         problems.append(f"spills: {stack} bytes of stack, {counts['STL']} stores, {counts['LDL']} loads")
-    if variant.tensor_cores and not counts[TENSOR_CORE[architecture]]:
-        problems.append(f"no {TENSOR_CORE[architecture]}")
-    if not variant.tensor_cores and any(counts[name] for name in TENSOR_CORE.values()):
-        problems.append("tensor cores in a kernel of full precision")
-    if variant.asynchronous and not counts["LDGSTS"] and not counts["UTMALDG"]:
-        problems.append("neither LDGSTS nor UTMALDG: loads are not asynchronous")
-    shared, most = compiled.metadata.shared, _cards.LIMITS[architecture].shared_block
-    if shared > most:
-        problems.append(f"{shared} bytes of shared memory: a block can have {most}")
+    shared = compiled.metadata.shared
+    problems += wanting(variant, counts, shared)
     kept = {name: counts[name] for name in INSTRUCTIONS if counts[name]}
     return Row(architecture, variant.name, mark, registers, shared, kept, tuple(problems))
 
@@ -150,8 +159,8 @@ def examine(variant: Any) -> Row:
 
 HEAD = """\
 # The machine code of the Triton kernels, by `python tests/test_triton_static.py --write` (make static compares).
-# Compiled by {compiler}. No variant spills. A row: architecture, kind.mode.block, digest of the IR, registers, bytes of
-# shared memory, instructions.
+# Compiled by {compiler}. No variant spills. A row: architecture, kind.mode.block (of products MxNxK-warps x stages), digest of
+# the IR, registers, bytes of shared memory, instructions.
 """
 
 
@@ -165,6 +174,14 @@ def read(path: Path = TABLE) -> tuple[str, dict[tuple[int, str], Row]]:
     match = re.search(r"Compiled by (.*?)\. ", text)
     rows = (Row.of(line) for line in text.splitlines() if line and not line.startswith("#"))
     return match[1] if match else "", {(row.architecture, row.name): row for row in rows}
+
+
+def failures(found: Row, rows: Mapping[tuple[int, str], Row]) -> list[str]:
+    """What is wrong with a variant: in its code, or beside what the table says, where every variant has to be."""
+    kept = rows.get((found.architecture, found.name))
+    if kept == found:
+        return list(found.problems)
+    return [*found.problems, f"in the table: {kept}" if kept else "not in the table"]
 
 
 def write(rows: Iterable[Row], path: Path = TABLE) -> None:
