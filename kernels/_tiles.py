@@ -48,10 +48,9 @@ MULTIPROCESSORS = {80: CARDS["A100"].multiprocessors, 90: CARDS["H100"].multipro
 HALF_CONFIGS: dict[int, tuple[Config, ...]] = {
     80: (
         Config(128, 128, 64, 8, 3),
-        Config(128, 64, 64, 8, 3),
-        Config(64, 64, 64, 4, 3),
-        Config(128, 32, 64, 4, 4),
-        Config(64, 32, 64, 4, 4),
+        Config(128, 64, 32, 4, 4),
+        Config(64, 64, 64, 8, 3),
+        Config(64, 32, 64, 4, 3),
         Config(64, 16, 64, 4, 4),
     ),
     90: (
@@ -96,7 +95,7 @@ CAREFUL_SPLIT_CONFIGS: tuple[Config, ...] = (
 )
 CAREFUL_IEEE_CONFIGS: tuple[Config, ...] = (
     Config(64, 64, 16, 8, 3),
-    Config(64, 32, 16, 4, 3),
+    Config(64, 32, 16, 8, 3),
     Config(64, 16, 16, 4, 3),
 )
 # Tiles that only tuning and the model take: each the best of some layers, by prediction.
@@ -138,7 +137,7 @@ def untuned(
         found = CAREFUL_CONFIGS[1:] if known(arch) == 100 else CAREFUL_CONFIGS
     else:
         found = HALF_CONFIGS[table_arch(arch)] if itemsize == 2 else TF32_CONFIGS
-    return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
+    return _fitting(found, precision, itemsize, arch, residual, normed)
 
 
 def candidates(
@@ -150,8 +149,17 @@ def candidates(
         found = TUNED_HALF_CONFIGS[table_arch(arch)]
     elif vectors and INPUT_PRECISION[precision] == "tf32":
         found = TUNED_TF32_CONFIGS[table_arch(arch)]
-    fitting = (c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
+    fitting = _fitting(found, precision, itemsize, arch, residual, normed)
     return (*untuned(precision, itemsize, vectors, arch, residual, normed), *fitting)
+
+
+def _fitting(
+    found: tuple[Config, ...], precision: str, itemsize: int, arch: int, residual: bool, normed: bool
+) -> tuple[Config, ...]:
+    """Those that fit; with eight warps where fp32 is normalised on its way to tensor memory, which spilled with four."""
+    if normed and itemsize == 4 and known(arch) == 100:
+        found = tuple(replace(c, num_warps=8) for c in found)
+    return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
 
 
 def _fits(c: Config, precision: str, itemsize: int, arch: int, residual: bool, normed: bool) -> bool:
