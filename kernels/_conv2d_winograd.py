@@ -64,6 +64,7 @@ CHUNK_BYTES = 32 * 2**20  # of what is transformed, and multiplied, at a time: a
 DEPTH = 64  # a reduction is filled up to a multiple, but for one of a half
 PITCH = 16  # rows that aren't reduced over are so many together
 WARPS = 4
+OUTPUT_WARPS = {4: 4, 2: 8}  # by M: with two results a thread the direct sums beside them spilled
 # (rows, columns) of a transforming program: its P*P values and as many results are in registers, one a thread in F(4x4).
 BLOCKS = {4: (4, 32), 2: (4, 64)}
 DIRECT_BLOCK = 4  # products of a direct sum at a time
@@ -237,7 +238,7 @@ def _correlate(
                 first, tiles, rows, *view.grid(m), height, width, out_h, out_w, channels, filters, _pitch(filters),
                 *view.pad, *src_strides, *view.weight, *out_strides, *res,
                 ACT=0 if view.turned else p.act, TURNED=view.turned, M=m, INT64=int64, BY_HAND=by_hand(src.dtype),
-                BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_D=DIRECT_BLOCK, num_warps=WARPS,
+                BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_D=DIRECT_BLOCK, num_warps=OUTPUT_WARPS[m],
             )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._common import Variant
-from ._conv2d_winograd import BLOCKS, DEPTH, DIRECT_BLOCK, WARPS, crowded
+from ._conv2d_winograd import BLOCKS, DEPTH, DIRECT_BLOCK, OUTPUT_WARPS, WARPS, crowded
 from ._conv2d_winograd_kernels import (
     _multiply,
     _transform_filters,
@@ -95,8 +95,9 @@ def variants(arch: int, modes: tuple[str, ...] = ("fp32", *MODES)) -> Iterator[V
             for m in (4, 2) if mode == "fp32" else (2,):
                 rows, columns = BLOCKS[m]
                 for kind in KINDS:
+                    warps = OUTPUT_WARPS[m] if kind.fn is _transform_outputs else WARPS
                     yield _variant(
-                        kind, m, mode, arch, f"{rows}x{columns}", WARPS, 3,
+                        kind, m, mode, arch, f"{rows}x{columns}", warps, 3,
                         BLOCK_R=rows, BLOCK_C=columns, BLOCK_D=DIRECT_BLOCK,
                     )  # fmt: skip
         if mode in MODES:

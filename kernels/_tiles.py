@@ -49,7 +49,7 @@ HALF_CONFIGS: dict[int, tuple[Config, ...]] = {
     80: (
         Config(128, 128, 64, 8, 3),
         Config(128, 64, 32, 4, 4),
-        Config(64, 64, 64, 8, 3),
+        Config(64, 64, 64, 4, 2),
         Config(64, 32, 64, 4, 3),
         Config(64, 16, 64, 4, 4),
     ),
