@@ -21,6 +21,7 @@ from typing import Protocol
 KIB = 1024
 REGISTERS = 65536  # of a multiprocessor, on all of them
 MOST_REGISTERS = 255  # of a thread
+CONVERSION = 8 * KIB  # in which sums change their layout, where the pipeline is smaller
 TENSOR_MEMORY_COLUMNS = 512  # of sm_100, 128 lanes of fp32
 
 
@@ -151,7 +152,9 @@ def shared_bytes(tile: Tile, itemsize: int, arch: int, how: str = "half", normed
     held = stage * stages
     if how == "tf32x3" and asynchronous_products(arch):
         held += tile.block_n * tile.block_k * itemsize  # the split operand
-    return max(held, tile.block_m * tile.block_n * itemsize) + (KIB if asynchronous_products(arch) else 0)
+    results = tile.block_m * tile.block_n
+    held = max(held, results * itemsize, min(results * 4, CONVERSION))
+    return held + (KIB if asynchronous_products(arch) else 0)
 
 
 def _vectors(rows: int, tile: Tile, itemsize: int) -> float:
