@@ -137,7 +137,7 @@ def untuned(
         found = CAREFUL_CONFIGS[1:] if known(arch) == 100 else CAREFUL_CONFIGS
     else:
         found = HALF_CONFIGS[table_arch(arch)] if itemsize == 2 else TF32_CONFIGS
-    return _fitting(found, precision, itemsize, arch, residual, normed)
+    return _fitting(found, precision, itemsize, vectors, arch, residual, normed)
 
 
 def candidates(
@@ -149,15 +149,15 @@ def candidates(
         found = TUNED_HALF_CONFIGS[table_arch(arch)]
     elif vectors and INPUT_PRECISION[precision] == "tf32":
         found = TUNED_TF32_CONFIGS[table_arch(arch)]
-    fitting = _fitting(found, precision, itemsize, arch, residual, normed)
+    fitting = _fitting(found, precision, itemsize, vectors, arch, residual, normed)
     return (*untuned(precision, itemsize, vectors, arch, residual, normed), *fitting)
 
 
 def _fitting(
-    found: tuple[Config, ...], precision: str, itemsize: int, arch: int, residual: bool, normed: bool
+    found: tuple[Config, ...], precision: str, itemsize: int, vectors: bool, arch: int, residual: bool, normed: bool
 ) -> tuple[Config, ...]:
     """Those that fit; with eight warps where fp32 is normalised on its way to tensor memory, which spilled with four."""
-    if normed and itemsize == 4 and known(arch) == 100:
+    if normed and vectors and itemsize == 4 and known(arch) == 100:
         found = tuple(replace(c, num_warps=8) for c in found)
     return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
 
