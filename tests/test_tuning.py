@@ -160,6 +160,8 @@ def test_what_can_be_chosen_is_compiled(arch: int) -> None:
     for (c, k, r), (mode, (itemsize, precision)) in itertools.product(sizes, modes.items()):
         p = problem(32, c, 28, k, r, precision=precision)
         for direction, (residual, normed) in itertools.product(configs.DIRECTIONS, ((0, 0), (1, 0), (1, 1))):
+            if normed and direction == "dgrad":
+                continue  # which normalises nothing that it reads
             of = configs.Facts(itemsize, mode, residual=bool(residual), normed=bool(normed))
             names = {tile.name for tile in configs.configs(p, direction, of, _cards.Card(arch, 132))}
             assert names <= there[direction, mode], f"{direction} {c} > {k}, {r}x{r}: {names - there[direction, mode]}"
