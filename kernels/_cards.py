@@ -21,6 +21,7 @@ from typing import Protocol
 KIB = 1024
 REGISTERS = 65536  # of a multiprocessor, on all of them
 MOST_REGISTERS = 255  # of a thread
+CONVERSION = 8 * KIB  # in which sums change their layout, where the pipeline is smaller
 TENSOR_MEMORY_COLUMNS = 512  # of sm_100, 128 lanes of fp32
 
 
@@ -136,7 +137,7 @@ def asynchronous_products(arch: int) -> bool:
 
 def shared_bytes(tile: Tile, itemsize: int, arch: int, how: str = "half", normed: bool = False) -> int:
     """Of the pipeline, or of the result on its way to memory, which takes its place; ``normed``: of one that normalises its
-    first operand, which goes back to shared memory for the products, eight elements between its rows.
+    first operand, which goes back to shared memory for the products, eight elements between its rows, with its vectors beside it.
 
     A stage less than num_stages where products read registers: the operands of the step at hand have left shared memory,
     but for those that are split into terms.
@@ -147,11 +148,13 @@ def shared_bytes(tile: Tile, itemsize: int, arch: int, how: str = "half", normed
     kept = asynchronous_products(arch) or how == "tf32x3"
     stages = tile.num_stages if kept else max(1, tile.num_stages - 1)
     if normed:
-        return shared_bytes(tile, itemsize, arch, how) + tile.block_m * (tile.block_k + 8) * itemsize
+        return shared_bytes(tile, itemsize, arch, how) + tile.block_m * (tile.block_k + 8) * itemsize + 2 * KIB
     held = stage * stages
     if how == "tf32x3" and asynchronous_products(arch):
         held += tile.block_n * tile.block_k * itemsize  # the split operand
-    return max(held, tile.block_m * tile.block_n * itemsize) + (KIB if asynchronous_products(arch) else 0)
+    results = tile.block_m * tile.block_n
+    held = max(held, results * itemsize, min(results * 4, CONVERSION))
+    return held + (KIB if asynchronous_products(arch) else 0)
 
 
 def _vectors(rows: int, tile: Tile, itemsize: int) -> float:

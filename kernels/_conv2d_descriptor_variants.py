@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from ._common import Variant
 from ._conv2d_descriptor import _descriptor_gemm
-from ._tiles import Config, persistent
+from ._tiles import Config, cuts, persistent
 
 _EPILOGUE = ("bias", "scale", "shift", "residual")
 # name -> (whether it is dgrad, operands of its epilogue)
@@ -32,7 +31,7 @@ def _variant(name: str, mode: str, arch: int, tile: Config) -> Variant:
     }  # fmt: skip
     names = _descriptor_gemm.arg_names
     return Variant(
-        name=f"{name}.{mode}.{m}x{n}x{k}", fn=_descriptor_gemm,
+        name=f"{name}.{mode}.{tile.name}", fn=_descriptor_gemm,
         signature={a: "constexpr" if a in constants else types.get(a, "i32") for a in names}, constexprs=constants,
         aligned=tuple(a for a in (*_EPILOGUE, "columns", "depth", "res_col") if a not in constants),
         num_warps=tile.num_warps, num_stages=tile.num_stages, capability=arch, tensor_cores=True, asynchronous=True,
@@ -44,7 +43,5 @@ def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16")) -> Iterator[V
     for mode in modes:
         for name, (_, present) in KINDS.items():
             for tile in persistent(arch, "residual" in present):
-                block_k = tile.block_k
-                while block_k >= 16:
-                    yield _variant(name, mode, arch, replace(tile, block_k=block_k))
-                    block_k //= 2
+                for cut in cuts(tile, 2):
+                    yield _variant(name, mode, arch, cut)

@@ -94,7 +94,7 @@ def configs(p: Conv2dProblem, direction: str, of: Facts, card: Card) -> tuple[Co
         found += persistent(card.arch, of.residual)
     found = tuple(c for c in found if c.block_n <= width)
     if direction != "wgrad":  # whose reduction runs over pixels
-        found = tuple(fit_depth(c, wanted.depth) for c in found)
+        found = tuple(fit_depth(c, wanted.depth, of.itemsize, of.normed) for c in found)
     return tuple(sorted(dict.fromkeys(found), key=lambda c: seconds(wanted, c, card)))
 
 

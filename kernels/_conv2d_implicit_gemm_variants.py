@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ._common import Variant
-from ._tiles import INPUT_PRECISION, Config, candidates
+from ._tiles import INPUT_PRECISION, Config, candidates, cuts
 from .conv2d_implicit_gemm import (
     BGRAD_BLOCK_M,
     BGRAD_BLOCK_N,
@@ -69,6 +69,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("fprop_linear", _gather_gemm, {"LINEAR": True, "EVEN_K": True}, (*_UNIT, *_STRIDE_1, "w_src")),
     Kind("fprop_stem", _gather_gemm, {"PACKED": True}, (*_UNIT, "w_src"), unaligned=_X_ODD, vectors=False),
     Kind("fprop_odd", _gather_gemm, {"HAS_BIAS": True}, (), unaligned=(*_X_ODD, *_Y_ODD, "w_src"), vectors=False),
+    Kind("fprop_uneven", _gather_gemm, {"HAS_BIAS": True}, (*_UNIT, *_STRIDE_1, "w_src")),
     Kind("fprop_int64", _gather_gemm, {"EVEN_K": True, "INT64": True}, (*_UNIT, *_STRIDE_1, "w_src")),
     Kind("dgrad_odd", _gather_gemm, {"TRANSPOSED": True}, (), unaligned=(*_X_ODD, *_Y_ODD, "w_src"), vectors=False),
     Kind(
@@ -198,7 +199,7 @@ def _variant(kind: Kind, mode: str, arch: int, tile: Config) -> Variant:
     aligned = tuple(n for n in _ALIGNED if n in names and n not in constants and n not in kind.unaligned)
     is_gemm = kind.fn is _gather_gemm or kind.fn is _wgrad_gemm
     return Variant(
-        name=f"{kind.name}.{mode}.{tile.block_m}x{tile.block_n}x{tile.block_k}",
+        name=f"{kind.name}.{mode}.{tile.name}",
         fn=kind.fn, signature=signature, constexprs=constants, aligned=aligned,
         num_warps=tile.num_warps, num_stages=tile.num_stages, capability=arch,
         tensor_cores=is_gemm and mode != "ieee",
@@ -217,11 +218,13 @@ def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", *PRECISIONS)) 
                 yield _variant(kind, mode, arch, Config(1, 1, 1, 4, 1))
             else:
                 residual, normed = bool({"residual", "sums"} & set(kind.present)), bool(kind.flags.get("NORM_SOURCE"))
+                how = "tf32" if itemsize == 2 else mode
+                together, gathers = bool(kind.flags.get("DIAGONAL")), kind.fn is _gather_gemm
                 for tile in candidates(precision, itemsize, kind.vectors, arch, residual or normed, normed):
-                    if kind.fn is _gather_gemm and kind.flags.get("DIAGONAL"):
-                        tile = replace(tile, block_k=TOGETHER_CHANNELS[itemsize], num_warps=TOGETHER_WARPS)
-                    block_k = tile.block_k
+                    if together and tile.block_n > TOGETHER_CHANNELS[itemsize]:
+                        continue  # wider than all that share a tile
+                    if together and gathers:
+                        tile = replace(tile, block_k=TOGETHER_CHANNELS[itemsize], num_warps=TOGETHER_WARPS[how])
                     # Only the gathering kernel's blocks are cut to the channels.
-                    while block_k >= (16 if kind.fn is _gather_gemm else tile.block_k):
-                        yield _variant(kind, mode, arch, replace(tile, block_k=block_k))
-                        block_k //= 2
+                    for cut in cuts(tile, itemsize, normed) if gathers else (tile,):
+                        yield _variant(kind, mode, arch, cut)

@@ -64,6 +64,7 @@ CHUNK_BYTES = 32 * 2**20  # of what is transformed, and multiplied, at a time: a
 DEPTH = 64  # a reduction is filled up to a multiple, but for one of a half
 PITCH = 16  # rows that aren't reduced over are so many together
 WARPS = 4
+OUTPUT_WARPS = {4: 4, 2: 8}  # by M: with two results a thread the direct sums beside them spilled
 # (rows, columns) of a transforming program: its P*P values and as many results are in registers, one a thread in F(4x4).
 BLOCKS = {4: (4, 32), 2: (4, 64)}
 DIRECT_BLOCK = 4  # products of a direct sum at a time
@@ -156,9 +157,17 @@ class Plan:
         return found
 
 
-def _tile(rows: int, columns: int, depth: int, m: int, p: Conv2dProblem, like: torch.Tensor) -> Config:
+def crowded(itemsize: int, wgrad: bool) -> bool:
+    """Whether a product's sums leave too few registers in the widest tiles: wgrad adds them to as many; 16 bits have such."""
+    return wgrad and itemsize == 2
+
+
+def _tile(
+    rows: int, columns: int, depth: int, m: int, p: Conv2dProblem, like: torch.Tensor, wgrad: bool = False
+) -> Config:
     """Of the products."""
-    tile = config(rows * (m + 2) ** 2, columns, depth, p.precision, like.element_size(), True, capability(like))
+    size = like.element_size()
+    tile = config(rows * (m + 2) ** 2, columns, depth, p.precision, size, True, capability(like), crowded(size, wgrad))
     block_k = tile.block_k
     while depth % block_k:
         block_k //= 2
@@ -229,7 +238,7 @@ def _correlate(
                 first, tiles, rows, *view.grid(m), height, width, out_h, out_w, channels, filters, _pitch(filters),
                 *view.pad, *src_strides, *view.weight, *out_strides, *res,
                 ACT=0 if view.turned else p.act, TURNED=view.turned, M=m, INT64=int64, BY_HAND=by_hand(src.dtype),
-                BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_D=DIRECT_BLOCK, num_warps=WARPS,
+                BLOCK_R=block_r, BLOCK_C=block_c, BLOCK_D=DIRECT_BLOCK, num_warps=OUTPUT_WARPS[m],
             )  # fmt: skip
 
 
@@ -268,7 +277,7 @@ def wgrad(
             _tiles(m, "inputs", view, x, v, first, rows, pitches[0], x_int64(p))
             _tiles(m, "gradients", view, y, z, first, rows, pitches[1], y_int64(p))
             _product(
-                p, m, z, v, d, _tile(filters, channels, rows, m, p, x), pitches[1], pitches[0], rows,
+                p, m, z, v, d, _tile(filters, channels, rows, m, p, x, True), pitches[1], pitches[0], rows,
                 (rows * pitches[1], 1, pitches[1]), (rows * pitches[0], 1, pitches[0]), first > 0,
             )  # fmt: skip
         launch(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ._common import Variant
-from ._conv2d_winograd import BLOCKS, DIRECT_BLOCK, WARPS
+from ._conv2d_winograd import BLOCKS, DEPTH, DIRECT_BLOCK, OUTPUT_WARPS, WARPS, crowded
 from ._conv2d_winograd_kernels import (
     _multiply,
     _transform_filters,
@@ -15,7 +15,7 @@ from ._conv2d_winograd_kernels import (
     _transform_tiles,
     _transform_weights,
 )
-from ._tiles import INPUT_PRECISION, untuned
+from ._tiles import INPUT_PRECISION, fit_depth, untuned
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,18 @@ def variants(arch: int, modes: tuple[str, ...] = ("fp32", *MODES)) -> Iterator[V
             for m in (4, 2) if mode == "fp32" else (2,):
                 rows, columns = BLOCKS[m]
                 for kind in KINDS:
+                    warps = OUTPUT_WARPS[m] if kind.fn is _transform_outputs else WARPS
                     yield _variant(
-                        kind, m, mode, arch, f"{rows}x{columns}", WARPS, 3,
+                        kind, m, mode, arch, f"{rows}x{columns}", warps, 3,
                         BLOCK_R=rows, BLOCK_C=columns, BLOCK_D=DIRECT_BLOCK,
                     )  # fmt: skip
         if mode in MODES:
             for kind in PRODUCTS:
-                for tile in untuned(MODES[mode], 4 if mode.startswith("tf32") else 2, True, arch):
-                    block_k = tile.block_k
-                    while block_k >= 16:
-                        yield _variant(
-                            kind, 2, mode, arch, f"{tile.block_m}x{tile.block_n}x{block_k}", tile.num_warps, tile.num_stages,
-                            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, GROUP_M=tile.group_m,
-                        )  # fmt: skip
-                        block_k //= 2
+                wgrad, itemsize = "a_row" in kind.ones, 4 if mode.startswith("tf32") else 2
+                tiles = untuned(MODES[mode], itemsize, True, arch, crowded(itemsize, wgrad))
+                depths = (DEPTH,) if wgrad else (DEPTH, DEPTH // 2)
+                for tile in dict.fromkeys(fit_depth(tile, depth, itemsize) for tile in tiles for depth in depths):
+                    yield _variant(
+                        kind, 2, mode, arch, tile.name, tile.num_warps, tile.num_stages,
+                        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
+                    )  # fmt: skip

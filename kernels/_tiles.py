@@ -3,6 +3,11 @@
 Everything here is a pure function of sizes, so that a choice can be tested, and compiled, without a card. The lists are
 predicted from the instruction sets; ``untuned`` has those that config() takes, ``candidates`` also those that are there
 for tuning, both without what the model in _cards.py finds no room or no registers for.
+
+The lists are short, since each tile is a compilation of each kind of call: a tile stands in them if the model finds it the
+best of some layer of a network by more than a few per cent; one that differs from another by its stages alone, only if that
+changes how many blocks lie beside each other. All are compiled for all kinds of call (tests/test_triton_static.py), and
+what spilled has more warps, or fewer elements.
 """
 
 from __future__ import annotations
@@ -25,6 +30,11 @@ class Config:
     group_m: int = 8  # tiles of pixels that share a weight panel before the next panel
     persistent: int = 0  # 1: tensor descriptors and as many programs as multiprocessors, see _conv2d_descriptor.py
 
+    @property
+    def name(self) -> str:
+        """Of its compilations."""
+        return f"{self.block_m}x{self.block_n}x{self.block_k}-{self.num_warps}x{self.num_stages}"
+
     def shared_bytes(self, itemsize: int) -> int:
         """What the pipeline holds at most."""
         return (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages
@@ -38,10 +48,9 @@ MULTIPROCESSORS = {80: CARDS["A100"].multiprocessors, 90: CARDS["H100"].multipro
 HALF_CONFIGS: dict[int, tuple[Config, ...]] = {
     80: (
         Config(128, 128, 64, 8, 3),
-        Config(128, 64, 64, 4, 3),
-        Config(64, 64, 64, 4, 3),
-        Config(128, 32, 64, 4, 4),
-        Config(64, 32, 64, 4, 4),
+        Config(128, 64, 32, 4, 4),
+        Config(64, 64, 64, 4, 2),
+        Config(64, 32, 64, 4, 3),
         Config(64, 16, 64, 4, 4),
     ),
     90: (
@@ -68,7 +77,7 @@ SPLIT_CONFIGS: dict[int, tuple[Config, ...]] = {
 }
 # Full fp32 runs on the FMA pipes: small tiles, since operands come through registers.
 IEEE_CONFIGS: tuple[Config, ...] = (
-    Config(64, 64, 16, 8, 3),
+    Config(64, 64, 16, 8, 4),
     Config(64, 32, 16, 4, 3),
     Config(64, 16, 16, 4, 3),
 )
@@ -76,46 +85,32 @@ IEEE_CONFIGS: tuple[Config, ...] = (
 # address and a mask in registers: smaller tiles over more threads, or they spill.
 CAREFUL_CONFIGS: tuple[Config, ...] = (
     Config(64, 64, 32, 8, 3),
-    Config(64, 32, 32, 4, 3),
+    Config(64, 32, 32, 8, 2),
     Config(64, 16, 32, 4, 3),
 )
 CAREFUL_SPLIT_CONFIGS: tuple[Config, ...] = (
     Config(64, 64, 16, 8, 3),
     Config(64, 32, 16, 4, 3),
-    Config(128, 16, 16, 4, 3),
+    Config(128, 16, 16, 4, 2),
 )
 CAREFUL_IEEE_CONFIGS: tuple[Config, ...] = (
     Config(64, 64, 16, 8, 3),
-    Config(64, 32, 16, 4, 3),
+    Config(64, 32, 16, 8, 3),
     Config(64, 16, 16, 4, 3),
 )
-# Tiles that only tuning takes: none of them is better everywhere, each was expected to be somewhere.
+# Tiles that only tuning and the model take: each the best of some layers, by prediction.
 TUNED_HALF_CONFIGS: dict[int, tuple[Config, ...]] = {
-    80: (
-        Config(128, 256, 64, 8, 3),
-        Config(128, 128, 64, 8, 4),
-        Config(128, 128, 32, 4, 4),
-        Config(256, 64, 64, 8, 3),
-        Config(64, 64, 64, 4, 4),
-    ),
-    90: (
-        Config(256, 128, 64, 8, 3),
-        Config(128, 128, 64, 8, 3),
-        Config(128, 128, 128, 8, 2),
-        Config(256, 64, 64, 8, 3),
-        Config(128, 64, 64, 4, 3),
-    ),
+    80: (Config(128, 256, 64, 8, 3), Config(128, 128, 32, 4, 4)),
+    90: (Config(128, 128, 64, 8, 3), Config(256, 64, 64, 8, 3)),
+}
+TUNED_TF32_CONFIGS: dict[int, tuple[Config, ...]] = {
+    80: (),
+    90: (Config(256, 64, 32, 8, 3), Config(128, 64, 32, 4, 4)),
 }
 # Of 16-bit products that tensor descriptors feed, on sm_90 and sm_100; an epilogue with a residual leaves the first no registers.
 PERSISTENT_CONFIGS: tuple[Config, ...] = (
     Config(128, 256, 64, 8, 3, persistent=1),
-    Config(128, 128, 128, 8, 3, persistent=1),
     Config(128, 128, 64, 8, 4, persistent=1),
-)
-TUNED_TF32_CONFIGS: tuple[Config, ...] = (
-    Config(256, 64, 32, 8, 3),
-    Config(128, 64, 32, 4, 4),
-    Config(64, 64, 32, 4, 3),
 )
 # The interpreter pays by the program and by the operation: few, and tiles that small problems still cut.
 INTERPRETER_CONFIGS: tuple[Config, ...] = (Config(64, 64, 64, 4, 1), Config(64, 16, 64, 4, 1))
@@ -142,7 +137,7 @@ def untuned(
         found = CAREFUL_CONFIGS[1:] if known(arch) == 100 else CAREFUL_CONFIGS
     else:
         found = HALF_CONFIGS[table_arch(arch)] if itemsize == 2 else TF32_CONFIGS
-    return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
+    return _fitting(found, precision, itemsize, vectors, arch, residual, normed)
 
 
 def candidates(
@@ -153,9 +148,18 @@ def candidates(
     if vectors and itemsize == 2:
         found = TUNED_HALF_CONFIGS[table_arch(arch)]
     elif vectors and INPUT_PRECISION[precision] == "tf32":
-        found = TUNED_TF32_CONFIGS
-    fitting = (c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
+        found = TUNED_TF32_CONFIGS[table_arch(arch)]
+    fitting = _fitting(found, precision, itemsize, vectors, arch, residual, normed)
     return (*untuned(precision, itemsize, vectors, arch, residual, normed), *fitting)
+
+
+def _fitting(
+    found: tuple[Config, ...], precision: str, itemsize: int, vectors: bool, arch: int, residual: bool, normed: bool
+) -> tuple[Config, ...]:
+    """Those that fit; with eight warps where fp32 is normalised on its way to tensor memory, which spilled with four."""
+    if normed and vectors and itemsize == 4 and known(arch) == 100:
+        found = tuple(replace(c, num_warps=8) for c in found)
+    return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
 
 
 def _fits(c: Config, precision: str, itemsize: int, arch: int, residual: bool, normed: bool) -> bool:
@@ -191,7 +195,7 @@ def config(
         return INTERPRETER_CONFIGS[0] if n > 16 else INTERPRETER_CONFIGS[1]
     fitting = untuned(precision, itemsize, vectors, arch, residual, normed)
     tile = _fit_tile(m, n, fitting, MULTIPROCESSORS[table_arch(arch)])
-    return fit_depth(tile, depth)
+    return fit_depth(tile, depth, itemsize, normed)
 
 
 def _fit_tile(m: int, n: int, configs: tuple[Config, ...], programs: int) -> Config:
@@ -204,10 +208,26 @@ def _fit_tile(m: int, n: int, configs: tuple[Config, ...], programs: int) -> Con
     return next((c for c in reversed(narrow_enough) if c.block_n >= min(32, width)), narrow_enough[-1])
 
 
-def fit_depth(tile: Config, depth: int) -> Config:
+def fit_depth(tile: Config, depth: int, itemsize: int, normed: bool = False) -> Config:
     """The deepest block that pads the channels at most 30 % more than the shallowest does."""
-    shallowest = ceil_div(depth, 16) * 16
+    least = shallowest(itemsize, normed)
+    padded = ceil_div(depth, least) * least
     block_k = tile.block_k
-    while block_k > 16 and ceil_div(depth, block_k) * block_k > 1.3 * shallowest:
+    while block_k > least and ceil_div(depth, block_k) * block_k > 1.3 * padded:
         block_k //= 2
     return replace(tile, block_k=block_k)
+
+
+def shallowest(itemsize: int, normed: bool) -> int:
+    """BLOCK_K at least: 64 bytes of a row, two sectors of memory and two steps of the tensor cores.
+
+    A block that is normalised first is worth its vectors and its way back to shared memory from 32 channels on.
+    """
+    return 32 if normed else 64 // itemsize
+
+
+def cuts(tile: Config, itemsize: int, normed: bool = False) -> tuple[Config, ...]:
+    """All that fit_depth() makes of a tile."""
+    depths = (tile.block_k >> i for i in range(tile.block_k.bit_length()))
+    least = min(tile.block_k, shallowest(itemsize, normed))
+    return tuple(replace(tile, block_k=depth) for depth in depths if depth >= least)

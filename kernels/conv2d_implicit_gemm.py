@@ -57,7 +57,7 @@ from ._tiles import INPUT_PRECISION, Config, config
 
 # By the bytes of an element: groups of so few channels that several fit into this share a tile, its diagonal the weights.
 TOGETHER_CHANNELS = {2: 32, 4: 16}
-TOGETHER_WARPS = 8
+TOGETHER_WARPS = {"tf32": 8, "tf32x3": 8, "ieee": 4}  # by how products are made; more where they spilled
 PACKED_CHANNELS = 16  # below this many channels a group, fprop and dgrad flatten the reduction
 
 # Split reductions. They depend on the problem alone, never on the card, and so does the rounding.
@@ -133,7 +133,7 @@ def gather(
 ) -> tuple[int, int]:  # fmt: skip
     """Launches _gather_gemm: fprop from x to y, or transposed, dgrad from y to x; returns BLOCK_M and the tiles of pixels."""
     together = _together(p, src.element_size())
-    groups = p.G // together
+    groups, how = p.G // together, _input_precision(p, src.dtype)
     x_side = (p.H, p.W, p.C // groups, p.x_n, p.x_h, p.x_w)
     y_side = (p.P, p.Q, p.K // groups, p.y_n, p.y_h, p.y_w)
     src_h, src_w, c_src, src_n, src_row, src_col = y_side if transposed else x_side
@@ -167,7 +167,7 @@ def gather(
         return tile.block_m, ceil_div(pixels, tile.block_m)
     if together > 1:
         # a product that may be repeated holds more in registers
-        tile = replace(tile, block_k=max(tile.block_k, next_power_of_2(c_src)), num_warps=TOGETHER_WARPS)
+        tile = replace(tile, block_k=max(tile.block_k, next_power_of_2(c_src)), num_warps=TOGETHER_WARPS[how])
     gcd_h, gcd_w = math.gcd(p.stride_h, p.dilation_h), math.gcd(p.stride_w, p.dilation_w)
     # Weights know the input channels of a group alone: these begin anew with each group of a tile.
     wraps = (c_src, c_out // together) if transposed else (c_src // together, c_out)
@@ -186,7 +186,7 @@ def gather(
             PACKED=packed, EVEN_K=c_src % tile.block_k == 0 and not packed and together == 1,
             DIAGONAL=together > 1, HAS_BIAS=b is not None,
             INT64=conv2d_int64(p) or needs_int64((p.N, res[0]), (out_h, res[1]), (out_w, res[2]), (c_out * groups, 1)),
-            INPUT_PRECISION=_input_precision(p, src.dtype), BY_HAND=by_hand(src.dtype),
+            INPUT_PRECISION=how, BY_HAND=by_hand(src.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import process
+from support import process, static
 
 import cnnfast
 from cnnfast import cli, ops, settings, tuning
@@ -143,6 +143,30 @@ def test_order(card: _cards.Card, direction: str) -> None:
             assert max(t.block_n for t in tiles) <= max(16, 2 * wanted.n)
             assert configs.usual(p, direction, of, card) in tiles
             assert all(configs.parse(json.loads(json.dumps(configs.dump(t)))) == t for t in tiles)
+
+
+@plain
+@pytest.mark.parametrize("arch", static.ARCHITECTURES)
+def test_what_can_be_chosen_is_compiled(arch: int) -> None:
+    """Every tile of a problem, tuned or not, is one that make static compiles for its direction; and none is for nothing."""
+    there: dict[tuple[str, str], set[str]] = {}
+    for variant in static.variants(arch):
+        kind, mode, block = variant.name.split(".", 2)
+        if static.product(variant) and not kind.endswith("_together"):  # whose tiles nobody chooses
+            there.setdefault((kind.split("_")[0], mode), set()).add(block)
+    chosen: dict[tuple[str, str], set[str]] = {}
+    modes = {"bf16": (2, "high"), "tf32": (4, "high"), "tf32x3": (4, "fp32"), "ieee": (4, "ieee")}
+    sizes = itertools.product((3, 16, 32, 48, 80, 256), (16, 24, 40, 64, 256), (1, 3))
+    for (c, k, r), (mode, (itemsize, precision)) in itertools.product(sizes, modes.items()):
+        p = problem(32, c, 28, k, r, precision=precision)
+        for direction, (residual, normed) in itertools.product(configs.DIRECTIONS, ((0, 0), (1, 0), (1, 1))):
+            if normed and direction == "dgrad":
+                continue  # which normalises nothing that it reads
+            of = configs.Facts(itemsize, mode, residual=bool(residual), normed=bool(normed))
+            names = {tile.name for tile in configs.configs(p, direction, of, _cards.Card(arch, 132))}
+            assert names <= there[direction, mode], f"{direction} {c} > {k}, {r}x{r}: {names - there[direction, mode]}"
+            chosen.setdefault((direction, mode), set()).update(names)
+    assert {key: there[key] - names for key, names in chosen.items() if there[key] - names} == {}
 
 
 @plain
@@ -575,9 +599,10 @@ def test_bn_act_conv_is_tuned() -> None:
 
 
 @plain
-def test_normalising_tiles_have_room() -> None:
+def test_normalising_tiles_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes back to shared memory counts: a tile that fits a card without it may not with it."""
     deep = _tiles.Config(128, 128, 64, 8, 4)  # 96 KiB on an sm_86, and 18 more
+    monkeypatch.setitem(_tiles.HALF_CONFIGS, 80, (deep, *_tiles.HALF_CONFIGS[80]))
     assert _cards.shared_bytes(deep, 2, 86) <= 99 * 1024 < _cards.shared_bytes(deep, 2, 86, normed=True)
     assert deep in _tiles.candidates("high", 2, True, 86, True)
     assert deep not in _tiles.candidates("high", 2, True, 86, True, normed=True)

@@ -26,8 +26,6 @@ TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 TABLE = Path(__file__).resolve().parent.parent / "triton_static.txt"
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "UTMASTG")  # what a row counts
 SPILLS = ("STL", "LDL")
-# Kinds whose every tile is in the table; of others those that need most registers, and the smallest.
-THOROUGH = ("fprop", "fprop_linear", "dgrad_stride2", "wgrad")
 
 
 @dataclass(frozen=True)
@@ -68,33 +66,31 @@ def kind(variant: Any) -> str:
 
 
 def tabled(architecture: int) -> list[Any]:
-    """The variants that have rows, without doubles.
+    """The variants that have rows.
 
-    Of matrix products every tile of the THOROUGH kinds, and of each other kind the three with most sums a thread, the first
-    and the last. Of what no tensor core multiplies the first and the last block, on newer cards than sm_80 the first in
-    bf16 (fp32 where there is no other) and the first of fp32 products. In fp16, whose code is bf16's but for conversions, only the first.
+    Matrix products in every tile; in fp16, whose code is bf16's but for conversions, in the first. Of what isn't one, whose
+    blocks all have as many elements, the first and the last block, on newer cards than sm_80 the first in bf16 (fp32 where
+    there is no other) and the first of fp32 products.
     """
-    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    groups: dict[tuple[str, str], list[Any]] = {}
     for variant in variants(architecture):
-        groups.setdefault((kind(variant), variant.name.split(".")[1]), {}).setdefault(variant.name, variant)
+        groups.setdefault((kind(variant), variant.name.split(".")[1]), []).append(variant)
     chosen = []
-    for (name, mode), named in groups.items():
-        group = list(named.values())
-        if not group[0].tensor_cores and architecture > 80:
-            group = group[:1] if mode in ("bf16", "ieee") or (name, "bf16") not in groups else []
-        elif mode == "fp16" or (mode == "fp32" and not group[0].tensor_cores):
-            group = group[:1]
-        elif name not in THOROUGH:
-            largest = sorted(group, key=_sums, reverse=True)[:3] if group[0].tensor_cores else []
-            kept = {v.name for v in (*largest, group[0], group[-1])}
-            group = [v for v in group if v.name in kept]
-        chosen += group
+    for (name, mode), group in groups.items():
+        if product(group[0]):
+            chosen += group[:1] if mode == "fp16" else group
+        elif architecture > 80:
+            chosen += group[:1] if mode in ("bf16", "ieee") or (name, "bf16") not in groups else []
+        elif mode in ("fp16", "fp32"):
+            chosen += group[:1]
+        else:
+            chosen += [group[0], *group[1:][-1:]]
     return chosen
 
 
-def _sums(variant: Any) -> float:
-    blocks = variant.constexprs
-    return blocks["BLOCK_M"] * blocks["BLOCK_N"] * (1 + blocks["BLOCK_K"] / 1024) / variant.num_warps
+def product(variant: Any) -> bool:
+    """Whether it multiplies matrices, on tensor cores or not."""
+    return variant.tensor_cores or "INPUT_PRECISION" in variant.constexprs
 
 
 # ---- examining one ---------------------------------------------------------------------------------------------------
@@ -119,9 +115,25 @@ def _tool(*arguments: str) -> str:
     return subprocess.run([str(binary), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def wanting(variant: Any, counts: Mapping[str, int], shared: int) -> list[str]:
+    """What a variant's machine code, or its row, hasn't of what the variant is for."""
+    from cnnfast.kernels import _cards
+
+    architecture, problems = variant.capability, []
+    if variant.tensor_cores and not counts.get(TENSOR_CORE[architecture]):
+        problems.append(f"no {TENSOR_CORE[architecture]}")
+    if not variant.tensor_cores and any(counts.get(name) for name in TENSOR_CORE.values()):
+        problems.append("tensor cores in a kernel of full precision")
+    if variant.asynchronous and not counts.get("LDGSTS") and not counts.get("UTMALDG"):
+        problems.append("neither LDGSTS nor UTMALDG: loads are not asynchronous")
+    if shared > (most := _cards.LIMITS[architecture].shared_block):
+        problems.append(f"{shared} bytes of shared memory: a block can have {most}")
+    return problems
+
+
 def examine(variant: Any) -> Row:
     """Compiles a variant and reads its machine code."""
-    from cnnfast.kernels import _cards, _common
+    from cnnfast.kernels import _common
 
     architecture = variant.capability
     mark, problems = lower(variant)
@@ -137,15 +149,8 @@ def examine(variant: Any) -> Row:
     counts = {name: len(re.findall(rf"\b{name}\b", assembly)) for name in (*INSTRUCTIONS, *SPILLS)}
     if any(counts[name] for name in SPILLS):  # a frame that nothing reads is no spill
         problems.append(f"spills: {stack} bytes of stack, {counts['STL']} stores, {counts['LDL']} loads")
-    if variant.tensor_cores and not counts[TENSOR_CORE[architecture]]:
-        problems.append(f"no {TENSOR_CORE[architecture]}")
-    if not variant.tensor_cores and any(counts[name] for name in TENSOR_CORE.values()):
-        problems.append("tensor cores in a kernel of full precision")
-    if variant.asynchronous and not counts["LDGSTS"] and not counts["UTMALDG"]:
-        problems.append("neither LDGSTS nor UTMALDG: loads are not asynchronous")
-    shared, most = compiled.metadata.shared, _cards.LIMITS[architecture].shared_block
-    if shared > most:
-        problems.append(f"{shared} bytes of shared memory: a block can have {most}")
+    shared = compiled.metadata.shared
+    problems += wanting(variant, counts, shared)
     kept = {name: counts[name] for name in INSTRUCTIONS if counts[name]}
     return Row(architecture, variant.name, mark, registers, shared, kept, tuple(problems))
 
@@ -154,8 +159,8 @@ def examine(variant: Any) -> Row:
 
 HEAD = """\
 # The machine code of the Triton kernels, by `python tests/test_triton_static.py --write` (make static compares).
-# Compiled by {compiler}. No variant spills. A row: architecture, kind.mode.block, digest of the IR, registers, bytes of
-# shared memory, instructions.
+# Compiled by {compiler}. No variant spills. A row: architecture, kind.mode.block (of products MxNxK-warps x stages), digest of
+# the IR, registers, bytes of shared memory, instructions.
 """
 
 
@@ -169,6 +174,14 @@ def read(path: Path = TABLE) -> tuple[str, dict[tuple[int, str], Row]]:
     match = re.search(r"Compiled by (.*?)\. ", text)
     rows = (Row.of(line) for line in text.splitlines() if line and not line.startswith("#"))
     return match[1] if match else "", {(row.architecture, row.name): row for row in rows}
+
+
+def failures(found: Row, rows: Mapping[tuple[int, str], Row]) -> list[str]:
+    """What is wrong with a variant: in its code, or beside what the table says, where every variant has to be."""
+    kept = rows.get((found.architecture, found.name))
+    if kept == found:
+        return list(found.problems)
+    return [*found.problems, f"in the table: {kept}" if kept else "not in the table"]
 
 
 def write(rows: Iterable[Row], path: Path = TABLE) -> None:
