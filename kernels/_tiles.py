@@ -78,7 +78,7 @@ SPLIT_CONFIGS: dict[int, tuple[Config, ...]] = {
 # Full fp32 runs on the FMA pipes: small tiles, since operands come through registers.
 IEEE_CONFIGS: tuple[Config, ...] = (
     Config(64, 64, 16, 8, 4),
-    Config(64, 32, 16, 4, 3),
+    Config(64, 32, 16, 8, 3),
     Config(64, 16, 16, 4, 3),
 )
 # Where operands are loaded element by element (odd sizes or strides, flattened reductions), each element costs an
