@@ -119,6 +119,8 @@ INTERPRETER_CONFIGS: tuple[Config, ...] = (Config(64, 64, 64, 4, 1), Config(64, 
 INPUT_PRECISION = {"ieee": "ieee", "fp32": "tf32x3", "high": "tf32"}
 
 
+# A thread takes a row's sums from tensor memory, and a vector of the epilogue with as many elements.
+WIDEST_100 = 128
 # By the bytes of an element, the widest tile whose accumulators leave registers for a residual.
 RESIDUAL_BLOCK_N = {2: 128, 4: 64}
 
@@ -156,10 +158,15 @@ def candidates(
 def _fitting(
     found: tuple[Config, ...], precision: str, itemsize: int, vectors: bool, arch: int, residual: bool, normed: bool
 ) -> tuple[Config, ...]:
-    """Those that fit; with eight warps where fp32 is normalised on its way to tensor memory, which spilled with four."""
-    if normed and vectors and itemsize == 4 and known(arch) == 100:
-        found = tuple(replace(c, num_warps=8) for c in found)
+    """Those that fit."""
+    if known(arch) == 100 and vectors:
+        found = tuple(_beside_tensor_memory(c, itemsize, normed) for c in found if c.block_n <= WIDEST_100)
     return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
+
+
+def _beside_tensor_memory(c: Config, itemsize: int, normed: bool) -> Config:
+    """With eight warps where four spilled: what is normalised on its way to tensor memory, and many addresses."""
+    return replace(c, num_warps=8) if normed or (itemsize == 2 and c.block_m * c.block_k >= 128 * 64) else c
 
 
 def _fits(c: Config, precision: str, itemsize: int, arch: int, residual: bool, normed: bool) -> bool:

@@ -592,7 +592,7 @@ def test_bn_act_conv_is_tuned() -> None:
         for tile in (task.before, task.tiles[1], task.tiles[-1]):
             task.bind(tile)(operands)
             results.append(out.double())
-        assert len(task.tiles) > 3
+        assert len(set(task.tiles)) >= 3
         assert all(bool(r.isfinite().all()) and float(r.norm()) > 0 for r in results)
         for other in results[1:]:
             assert float((other - results[0]).norm()) <= 2e-2 * float(results[0].norm()), task.key
