@@ -78,7 +78,7 @@ SPLIT_CONFIGS: dict[int, tuple[Config, ...]] = {
 # Full fp32 runs on the FMA pipes: small tiles, since operands come through registers.
 IEEE_CONFIGS: tuple[Config, ...] = (
     Config(64, 64, 16, 8, 4),
-    Config(64, 32, 16, 8, 3),
+    Config(64, 32, 16, 8, 2),
     Config(64, 16, 16, 4, 3),
 )
 # Where operands are loaded element by element (odd sizes or strides, flattened reductions), each element costs an
@@ -119,8 +119,6 @@ INTERPRETER_CONFIGS: tuple[Config, ...] = (Config(64, 64, 64, 4, 1), Config(64, 
 INPUT_PRECISION = {"ieee": "ieee", "fp32": "tf32x3", "high": "tf32"}
 
 
-# A thread takes a row's sums from tensor memory, and a vector of the epilogue with as many elements.
-WIDEST_100 = 128
 # By the bytes of an element, the widest tile whose accumulators leave registers for a residual.
 RESIDUAL_BLOCK_N = {2: 128, 4: 64}
 
@@ -160,13 +158,23 @@ def _fitting(
 ) -> tuple[Config, ...]:
     """Those that fit."""
     if known(arch) == 100 and vectors:
-        found = tuple(_beside_tensor_memory(c, itemsize, normed) for c in found if c.block_n <= WIDEST_100)
+        how = "half" if itemsize == 2 else INPUT_PRECISION[precision]
+        found = tuple(_beside_tensor_memory(c, how, normed) for c in found if _tensor_memory_serves(c, how, residual))
     return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
 
 
-def _beside_tensor_memory(c: Config, itemsize: int, normed: bool) -> Config:
-    """With eight warps where four spilled: what is normalised on its way to tensor memory, and many addresses."""
-    return replace(c, num_warps=8) if normed or (itemsize == 2 and c.block_m * c.block_k >= 128 * 64) else c
+def _tensor_memory_serves(c: Config, how: str, residual: bool) -> bool:
+    """A thread takes a row of sums from tensor memory, and as many elements of the epilogue's operands: or it spills."""
+    return how == "ieee" or (c.block_n <= 128 and (how == "half" or not residual or c.block_m <= 128))
+
+
+def _beside_tensor_memory(c: Config, how: str, normed: bool) -> Config:
+    """With eight warps where four spilled, and more pixels where both halves of what is normalised are kept."""
+    if how == "ieee":
+        return c
+    if how == "tf32x3" and normed:
+        c = replace(c, block_m=max(c.block_m, 2048 // c.block_n))
+    return replace(c, num_warps=8) if how != "half" or normed or c.block_m * c.block_k >= 128 * 64 else c
 
 
 def _fits(c: Config, precision: str, itemsize: int, arch: int, residual: bool, normed: bool) -> bool:
@@ -182,6 +190,11 @@ def persistent(arch: int, residual: bool) -> tuple[Config, ...]:
     if known(arch) not in (90, 100):
         return ()
     return tuple(c for c in PERSISTENT_CONFIGS if not residual or c.block_n <= RESIDUAL_BLOCK_N[2])
+
+
+def together_warps(how: str, arch: int) -> int:
+    """Warps of a tile that groups share, by how products are made: eight where four spilled, four where eight did."""
+    return 8 if how == "tf32x3" or (how == "tf32" and known(arch) != 100) else 4
 
 
 def table_arch(arch: int) -> int:

@@ -50,14 +50,13 @@ from ._common import (
 from ._conv2d_descriptor import descriptor_product
 from ._conv2d_gather import _gather_gemm
 from ._conv2d_wgrad import _bgrad_partial, _sum_splits, _wgrad_gemm
-from ._tiles import INPUT_PRECISION, Config, config
+from ._tiles import INPUT_PRECISION, Config, config, together_warps
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants; the tiles are in _tiles.py
 
 # By the bytes of an element: groups of so few channels that several fit into this share a tile, its diagonal the weights.
 TOGETHER_CHANNELS = {2: 32, 4: 16}
-TOGETHER_WARPS = {"tf32": 8, "tf32x3": 8, "ieee": 4}  # by how products are made; more where they spilled
 PACKED_CHANNELS = 16  # below this many channels a group, fprop and dgrad flatten the reduction
 
 # Split reductions. They depend on the problem alone, never on the card, and so does the rounding.
@@ -167,7 +166,9 @@ def gather(
         return tile.block_m, ceil_div(pixels, tile.block_m)
     if together > 1:
         # a product that may be repeated holds more in registers
-        tile = replace(tile, block_k=max(tile.block_k, next_power_of_2(c_src)), num_warps=TOGETHER_WARPS[how])
+        tile = replace(
+            tile, block_k=max(tile.block_k, next_power_of_2(c_src)), num_warps=together_warps(how, capability(src))
+        )
     gcd_h, gcd_w = math.gcd(p.stride_h, p.dilation_h), math.gcd(p.stride_w, p.dilation_w)
     # Weights know the input channels of a group alone: these begin anew with each group of a tile.
     wraps = (c_src, c_out // together) if transposed else (c_src // together, c_out)
