@@ -70,6 +70,7 @@ CASES = (
     Case("transposed", 2, 16, 7, 6, x_layout="transposed"),
     Case("constant", 2, 16, 8, 6, r_layout="constant"),
     Case("misaligned", 2, 16, 7, 6, x_layout="misaligned", r_layout="misaligned_nchw"),
+    Case("only the residual is misaligned", 1, 16, 5, 6, r_layout="misaligned"),
 )
 
 OPERATORS = {"fprop": ops.add_act, "dgrad": ops.add_act_dgrad}
