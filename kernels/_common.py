@@ -164,6 +164,16 @@ def launch(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
         _recording.launches.append(Recorded(compiled, (programs, 1, 1), [*arguments, *rest]))
 
 
+def product_options(arch: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    """How a matrix product is compiled for sm_<arch>.
+
+    On sm_100 and its kin the compiler would rather spill a few registers than have fewer blocks beside each other, unless
+    it is told how many there may be: all that a thread can have.
+    """
+    limit = {"maxnreg": 255} if arch // 10 == 10 else {}
+    return {"num_warps": num_warps, "num_stages": num_stages, **limit}
+
+
 # The interpreter holds bf16 as bare 16-bit patterns: its arithmetic on them is integer arithmetic, and its rounding
 # loses the carry into the exponent. BY_HAND does both conversions on the bits; the compiler's own are exact.
 
@@ -218,6 +228,13 @@ class Variant:
     tensor_cores: bool  # HMMA is expected, on sm_90 HGMMA, on sm_100 UTCHMMA
     asynchronous: bool  # LDGSTS (cp.async) or UTMALDG (TMA) is expected
 
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's, as the launchers give them."""
+        if "BLOCK_K" in self.constexprs:
+            return product_options(self.capability, self.num_warps, self.num_stages)
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 def compile_variant(variant: Variant) -> Any:
     """Compiles for the variant's architecture; the result's ``asm`` holds ptx and cubin.
@@ -226,8 +243,8 @@ def compile_variant(variant: Variant) -> Any:
     """
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    return triton.compile(_source(variant), target=GPUTarget("cuda", variant.capability, 32), options=options)
+    target = GPUTarget("cuda", variant.capability, 32)
+    return triton.compile(_source(variant), target=target, options=variant.options)
 
 
 def _source(variant: Variant) -> Any:
@@ -253,7 +270,7 @@ def lower_variant(variant: Variant) -> str:
 
     target = GPUTarget("cuda", variant.capability, 32)
     backend = make_backend(target)
-    options = backend.parse_options({"num_warps": variant.num_warps, "num_stages": variant.num_stages})
+    options = backend.parse_options(variant.options)
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)

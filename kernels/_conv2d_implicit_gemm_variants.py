@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ._common import Variant
-from ._tiles import INPUT_PRECISION, Config, candidates, cuts, together_warps
+from ._tiles import INPUT_PRECISION, Config, candidates, cuts
 from .conv2d_implicit_gemm import (
     BGRAD_BLOCK_M,
     BGRAD_BLOCK_N,
     REDUCE_BLOCK,
     TOGETHER_CHANNELS,
+    TOGETHER_WARPS,
     _bgrad_partial,
     _gather_gemm,
     _sum_splits,
@@ -223,7 +224,7 @@ def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", *PRECISIONS)) 
                     if together and tile.block_n > TOGETHER_CHANNELS[itemsize]:
                         continue  # wider than all that share a tile
                     if together and gathers:
-                        tile = replace(tile, block_k=TOGETHER_CHANNELS[itemsize], num_warps=together_warps(how, arch))
+                        tile = replace(tile, block_k=TOGETHER_CHANNELS[itemsize], num_warps=TOGETHER_WARPS[how])
                     # Only the gathering kernel's blocks are cut to the channels.
                     for cut in cuts(tile, itemsize, normed) if gathers else (tile,):
                         yield _variant(kind, mode, arch, cut)

@@ -45,6 +45,7 @@ from ._common import (
     launch,
     needs_int64,
     on_device,
+    product_options,
     x_int64,
     y_int64,
 )
@@ -185,7 +186,7 @@ def _product(
         a, b, out, rows, columns, depth, _pitch(columns), a_strides[0], b_strides[0], *a_strides[1:], *b_strides[1:],
         ADD=add, INPUT_PRECISION=INPUT_PRECISION[p.precision] if a.dtype == torch.float32 else "tf32",
         BY_HAND=by_hand(a.dtype), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        GROUP_M=tile.group_m, **product_options(capability(a), tile.num_warps, tile.num_stages),
     )  # fmt: skip
 
 

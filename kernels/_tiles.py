@@ -78,7 +78,7 @@ SPLIT_CONFIGS: dict[int, tuple[Config, ...]] = {
 # Full fp32 runs on the FMA pipes: small tiles, since operands come through registers.
 IEEE_CONFIGS: tuple[Config, ...] = (
     Config(64, 64, 16, 8, 4),
-    Config(64, 32, 16, 8, 2),
+    Config(64, 32, 16, 8, 3),
     Config(64, 16, 16, 4, 3),
 )
 # Where operands are loaded element by element (odd sizes or strides, flattened reductions), each element costs an
@@ -157,24 +157,19 @@ def _fitting(
     found: tuple[Config, ...], precision: str, itemsize: int, vectors: bool, arch: int, residual: bool, normed: bool
 ) -> tuple[Config, ...]:
     """Those that fit."""
-    if known(arch) == 100 and vectors:
-        how = "half" if itemsize == 2 else INPUT_PRECISION[precision]
-        found = tuple(_beside_tensor_memory(c, how, normed) for c in found if _tensor_memory_serves(c, how, residual))
+    if known(arch) == 100 and vectors and (itemsize == 2 or INPUT_PRECISION[precision] != "ieee"):
+        found = tuple(_beside_tensor_memory(c, itemsize) for c in found if _takes_sums(c, itemsize, residual))
     return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
 
 
-def _tensor_memory_serves(c: Config, how: str, residual: bool) -> bool:
+def _takes_sums(c: Config, itemsize: int, residual: bool) -> bool:
     """A thread takes a row of sums from tensor memory, and as many elements of the epilogue's operands: or it spills."""
-    return how == "ieee" or (c.block_n <= 128 and (how == "half" or not residual or c.block_m <= 128))
+    return c.block_n <= 128 and (itemsize == 2 or not residual or c.block_m <= 128)
 
 
-def _beside_tensor_memory(c: Config, how: str, normed: bool) -> Config:
-    """With eight warps where four spilled, and more pixels where both halves of what is normalised are kept."""
-    if how == "ieee":
-        return c
-    if how == "tf32x3" and normed:
-        c = replace(c, block_m=max(c.block_m, 2048 // c.block_n))
-    return replace(c, num_warps=8) if how != "half" or normed or c.block_m * c.block_k >= 128 * 64 else c
+def _beside_tensor_memory(c: Config, itemsize: int) -> Config:
+    """Half of the row a thread where it is long."""
+    return replace(c, num_warps=8) if itemsize == 4 and c.block_m * c.block_n >= 128 * 64 else c
 
 
 def _fits(c: Config, precision: str, itemsize: int, arch: int, residual: bool, normed: bool) -> bool:
@@ -190,11 +185,6 @@ def persistent(arch: int, residual: bool) -> tuple[Config, ...]:
     if known(arch) not in (90, 100):
         return ()
     return tuple(c for c in PERSISTENT_CONFIGS if not residual or c.block_n <= RESIDUAL_BLOCK_N[2])
-
-
-def together_warps(how: str, arch: int) -> int:
-    """Warps of a tile that groups share, by how products are made: eight where four spilled, four where eight did."""
-    return 8 if how == "tf32x3" or (how == "tf32" and known(arch) != 100) else 4
 
 
 def table_arch(arch: int) -> int:

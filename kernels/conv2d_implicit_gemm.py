@@ -45,18 +45,20 @@ from ._common import (
     needs_int64,
     next_power_of_2,
     on_device,
+    product_options,
     y_int64,
 )
 from ._conv2d_descriptor import descriptor_product
 from ._conv2d_gather import _gather_gemm
 from ._conv2d_wgrad import _bgrad_partial, _sum_splits, _wgrad_gemm
-from ._tiles import INPUT_PRECISION, Config, config, together_warps
+from ._tiles import INPUT_PRECISION, Config, config
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants; the tiles are in _tiles.py
 
 # By the bytes of an element: groups of so few channels that several fit into this share a tile, its diagonal the weights.
 TOGETHER_CHANNELS = {2: 32, 4: 16}
+TOGETHER_WARPS = {"tf32": 8, "tf32x3": 8, "ieee": 4}  # by how products are made; more where they spilled
 PACKED_CHANNELS = 16  # below this many channels a group, fprop and dgrad flatten the reduction
 
 # Split reductions. They depend on the problem alone, never on the card, and so does the rounding.
@@ -166,9 +168,7 @@ def gather(
         return tile.block_m, ceil_div(pixels, tile.block_m)
     if together > 1:
         # a product that may be repeated holds more in registers
-        tile = replace(
-            tile, block_k=max(tile.block_k, next_power_of_2(c_src)), num_warps=together_warps(how, capability(src))
-        )
+        tile = replace(tile, block_k=max(tile.block_k, next_power_of_2(c_src)), num_warps=TOGETHER_WARPS[how])
     gcd_h, gcd_w = math.gcd(p.stride_h, p.dilation_h), math.gcd(p.stride_w, p.dilation_w)
     # Weights know the input channels of a group alone: these begin anew with each group of a tile.
     wraps = (c_src, c_out // together) if transposed else (c_src // together, c_out)
@@ -189,7 +189,7 @@ def gather(
             INT64=conv2d_int64(p) or needs_int64((p.N, res[0]), (out_h, res[1]), (out_w, res[2]), (c_out * groups, 1)),
             INPUT_PRECISION=how, BY_HAND=by_hand(src.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **product_options(capability(src), tile.num_warps, tile.num_stages),
         )  # fmt: skip
     return tile.block_m, ceil_div(pixels, tile.block_m) * phases[0] * phases[1]
 
@@ -279,7 +279,7 @@ def wgrad(
             NORM_ACT=norm.act, NORM_SOURCE=norm.present,
             INPUT_PRECISION=_input_precision(p, x.dtype), BY_HAND=by_hand(x.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **product_options(capability(x), tile.num_warps, tile.num_stages),
         )  # fmt: skip
         if splits > 1:
             total = p.K * columns

@@ -599,6 +599,13 @@ def test_bn_act_conv_is_tuned() -> None:
 
 
 @plain
+def test_registers_are_given_away_where_the_compiler_would_save_them() -> None:
+    from cnnfast.kernels._common import product_options
+
+    assert [product_options(arch, 4, 3).get("maxnreg") for arch in (80, 90, 100, 103, 120)] == [None, None, 255, 255, None]
+
+
+@plain
 def test_normalising_tiles_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """What goes back to shared memory counts: a tile that fits a card without it may not with it."""
     deep = _tiles.Config(128, 128, 64, 8, 4)  # 96 KiB on an sm_86, and 18 more

@@ -98,7 +98,7 @@ def product(variant: Any) -> bool:
 
 def digest(variant: Any, text: str) -> str:
     """Of all that the compiler gets."""
-    options = f"{variant.capability} {variant.num_warps} {variant.num_stages}\n"
+    options = f"{variant.capability} {' '.join(map(str, variant.options.values()))}\n"
     return hashlib.sha256((options + text).encode()).hexdigest()[:10]
 
 
