@@ -158,7 +158,7 @@ def _fitting(
 ) -> tuple[Config, ...]:
     """Those that fit."""
     if known(arch) == 100 and vectors and (itemsize == 2 or INPUT_PRECISION[precision] != "ieee"):
-        found = tuple(_beside_tensor_memory(c, itemsize) for c in found if _takes_sums(c, itemsize, residual))
+        found = tuple(_beside_tensor_memory(c) for c in found if _takes_sums(c, itemsize, residual))
     return tuple(c for c in found if _fits(c, precision, itemsize, arch, residual, normed))
 
 
@@ -167,9 +167,9 @@ def _takes_sums(c: Config, itemsize: int, residual: bool) -> bool:
     return c.block_n <= 128 and (itemsize == 2 or not residual or c.block_m <= 128)
 
 
-def _beside_tensor_memory(c: Config, itemsize: int) -> Config:
+def _beside_tensor_memory(c: Config) -> Config:
     """Half of the row a thread where it is long."""
-    return replace(c, num_warps=8) if itemsize == 4 and c.block_m * c.block_n >= 128 * 64 else c
+    return replace(c, num_warps=8) if c.block_m * c.block_n >= 128 * 64 else c
 
 
 def _fits(c: Config, precision: str, itemsize: int, arch: int, residual: bool, normed: bool) -> bool:

@@ -602,7 +602,13 @@ def test_bn_act_conv_is_tuned() -> None:
 def test_registers_are_given_away_where_the_compiler_would_save_them() -> None:
     from cnnfast.kernels._common import product_options
 
-    assert [product_options(arch, 4, 3).get("maxnreg") for arch in (80, 90, 100, 103, 120)] == [None, None, 255, 255, None]
+    assert [product_options(arch, 4, 3).get("maxnreg") for arch in (80, 90, 100, 103, 120)] == [
+        None,
+        None,
+        255,
+        255,
+        None,
+    ]
 
 
 @plain
