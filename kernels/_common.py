@@ -164,13 +164,14 @@ def launch(kernel: Any, programs: int, *arguments: Any, **meta: Any) -> None:
         _recording.launches.append(Recorded(compiled, (programs, 1, 1), [*arguments, *rest]))
 
 
-def product_options(arch: int, num_warps: int, num_stages: int) -> dict[str, int]:
-    """How a matrix product is compiled for sm_<arch>.
+def product_options(arch: int, block_m: int, block_n: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    """How a product of BLOCK_M x BLOCK_N sums is compiled for sm_<arch>.
 
     On sm_100 and its kin the compiler would rather spill a few registers than have fewer blocks beside each other, unless
-    it is told how many there may be: all that a thread can have.
+    it is told how many a thread may have. Where a thread has 64 sums there is no such choice, and telling it makes it
+    spend them all on loads ahead.
     """
-    limit = {"maxnreg": 255} if arch // 10 == 10 else {}
+    limit = {"maxnreg": 255} if arch // 10 == 10 and block_m * block_n < 64 * 32 * num_warps else {}
     return {"num_warps": num_warps, "num_stages": num_stages, **limit}
 
 
@@ -231,8 +232,10 @@ class Variant:
     @property
     def options(self) -> dict[str, int]:
         """The compiler's, as the launchers give them."""
-        if "BLOCK_K" in self.constexprs:
-            return product_options(self.capability, self.num_warps, self.num_stages)
+        blocks = self.constexprs
+        if "BLOCK_K" in blocks:
+            m, n = blocks["BLOCK_M"], blocks["BLOCK_N"]
+            return product_options(self.capability, m, n, self.num_warps, self.num_stages)
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ._activation import activate
-from ._common import Conv2dProblem, by_hand, capability, ceil_div, launch, narrow, on_device, product_options, widen
+from ._common import Conv2dProblem, by_hand, capability, ceil_div, launch, narrow, on_device, widen
 from ._gemm import accumulate, tile_order
 from ._tiles import Config
 
@@ -89,7 +89,7 @@ def descriptor_product(
             matrix(out, rows, columns, out_col, [tile.block_m, tile.block_n]),
             b, scale, shift, r, rows, columns, depth, p.r_w if r is not None else 0,
             ACT=act, TRANSPOSED=transposed, BY_HAND=by_hand(src.dtype), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k, GROUP_M=tile.group_m, **product_options(capability(src), tile.num_warps, tile.num_stages),
+            BLOCK_K=tile.block_k, GROUP_M=tile.group_m, **tile.options(capability(src)),
         )  # fmt: skip
 
 

@@ -45,7 +45,6 @@ from ._common import (
     launch,
     needs_int64,
     on_device,
-    product_options,
     x_int64,
     y_int64,
 )
@@ -186,7 +185,7 @@ def _product(
         a, b, out, rows, columns, depth, _pitch(columns), a_strides[0], b_strides[0], *a_strides[1:], *b_strides[1:],
         ADD=add, INPUT_PRECISION=INPUT_PRECISION[p.precision] if a.dtype == torch.float32 else "tf32",
         BY_HAND=by_hand(a.dtype), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m, **product_options(capability(a), tile.num_warps, tile.num_stages),
+        GROUP_M=tile.group_m, **tile.options(capability(a)),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ._cards import CARDS, LIMITS, MOST_REGISTERS, known, registers, resident
-from ._common import INTERPRETED, ceil_div, next_power_of_2
+from ._common import INTERPRETED, ceil_div, next_power_of_2, product_options
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Config:
     def name(self) -> str:
         """Of its compilations."""
         return f"{self.block_m}x{self.block_n}x{self.block_k}-{self.num_warps}x{self.num_stages}"
+
+    def options(self, arch: int) -> dict[str, int]:
+        """The compiler's, for sm_<arch>."""
+        return product_options(arch, self.block_m, self.block_n, self.num_warps, self.num_stages)
 
     def shared_bytes(self, itemsize: int) -> int:
         """What the pipeline holds at most."""

@@ -45,7 +45,6 @@ from ._common import (
     needs_int64,
     next_power_of_2,
     on_device,
-    product_options,
     y_int64,
 )
 from ._conv2d_descriptor import descriptor_product
@@ -189,7 +188,7 @@ def gather(
             INT64=conv2d_int64(p) or needs_int64((p.N, res[0]), (out_h, res[1]), (out_w, res[2]), (c_out * groups, 1)),
             INPUT_PRECISION=how, BY_HAND=by_hand(src.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-            **product_options(capability(src), tile.num_warps, tile.num_stages),
+            **tile.options(capability(src)),
         )  # fmt: skip
     return tile.block_m, ceil_div(pixels, tile.block_m) * phases[0] * phases[1]
 
@@ -279,7 +278,7 @@ def wgrad(
             NORM_ACT=norm.act, NORM_SOURCE=norm.present,
             INPUT_PRECISION=_input_precision(p, x.dtype), BY_HAND=by_hand(x.dtype),
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, GROUP_M=tile.group_m,
-            **product_options(capability(x), tile.num_warps, tile.num_stages),
+            **tile.options(capability(x)),
         )  # fmt: skip
         if splits > 1:
             total = p.K * columns

@@ -600,15 +600,10 @@ def test_bn_act_conv_is_tuned() -> None:
 
 @plain
 def test_registers_are_given_away_where_the_compiler_would_save_them() -> None:
-    from cnnfast.kernels._common import product_options
-
-    assert [product_options(arch, 4, 3).get("maxnreg") for arch in (80, 90, 100, 103, 120)] == [
-        None,
-        None,
-        255,
-        255,
-        None,
-    ]
+    few, many = _tiles.Config(64, 64, 32, 4, 3), _tiles.Config(128, 128, 32, 8, 3)
+    assert [few.options(arch).get("maxnreg") for arch in (80, 90, 100, 103, 120)] == [None, None, 255, 255, None]
+    assert few.options(100) == {"num_warps": 4, "num_stages": 3, "maxnreg": 255}
+    assert many.options(100) == {"num_warps": 8, "num_stages": 3}
 
 
 @plain
