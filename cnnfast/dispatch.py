@@ -185,11 +185,15 @@ def served(op: str, device: str) -> bool:
     )
 
 
-def has_kernel(op: str, dtype: str, device: str, forced: str) -> bool:
-    """Whether a backend that is asked by itself, or the forced one, has a kernel of ours for an operation and a dtype."""
+def has_kernel(op: str, dtype: str, device: str, forced: str, direction: str = "") -> bool:
+    """Whether a backend that is asked by itself, or the forced one, has a kernel of ours for an operation and a dtype.
+
+    ``direction``: for that one; else for any.
+    """
     problem = Problem(op, "", dtype, device, "", ())
     return any(
-        not backend.unavailable(problem) and any(i.op == op and dtype in i.dtypes for i in backend.implementations)
+        not backend.unavailable(problem)
+        and any(i.op == op and dtype in i.dtypes and direction in ("", i.direction) for i in backend.implementations)
         for backend in _candidates(problem, forced)[0]
         if backend.name != "aten"
     )

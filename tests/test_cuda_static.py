@@ -36,6 +36,7 @@ INSTRUCTIONS = {"HMMA": r"\bHMMA\.", "LDGSTS": r"\bLDGSTS\.", "loads of 128 bits
 # Files whose products are the tensor cores', with what their kernels have to have; those of implicit GEMM that stage their
 # operands element by element need only the first.
 TENSOR_FILES = {
+    "bn_act_conv_implicit_gemm.cu": tuple(INSTRUCTIONS),
     "conv2d_implicit_gemm.cu": tuple(INSTRUCTIONS),
     "conv2d_implicit_gemm_weights.cu": tuple(INSTRUCTIONS),
     **dict.fromkeys(

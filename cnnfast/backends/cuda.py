@@ -6,6 +6,7 @@ With ``CNNFAST_EMULATE_CUDA=1`` the emulation (built by ``make test``, never ins
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from cnnfast.backends import _gpu
 from cnnfast.backends import _winograd as _checks
 from cnnfast.backends._native import Table, addresses, implementation, load
-from cnnfast.dispatch import Backend, Implementation, Kernel, Problem
+from cnnfast.dispatch import Backend, Implementation, Kernel, Problem, reasons_against
 
 EMULATED = os.environ.get("CNNFAST_EMULATE_CUDA", "") not in ("", "0")
 
@@ -252,6 +253,38 @@ def _direct_cost(p: Problem) -> float:
     return 4e-6 + p.flops / (2e12 * min(1.0, columns / 32))
 
 
+def _bn_act_conv(p: Problem, rate: float) -> list[str]:
+    blocks, depth = p.G * -(-p.N * p.P * p.Q // 64) * -(-p.K // p.G // 64), p.R * p.S * (p.C // p.G)
+    reasons = [
+        reason
+        for wrong, reason in (
+            (p.normed, "x is to be normalised while it is read: a pass of its own does that"),
+            (p.N * p.P * p.Q == 0, "an empty result has no statistics"),
+            (blocks < 132 and depth >= 512, "few tiles, deep sums: conv2d cuts their depth into slices"),
+        )
+        if wrong
+    ]
+    reasons += _vectors(p) + _pixels(p)
+    if reasons:
+        return reasons
+    fused, apart = _bn_act_conv_cost(p, rate), _conv2d_and_stats_cost(p)
+    faster = f"predicted at {fused * 1e6:.0f} us, conv2d and a pass for the statistics at {apart * 1e6:.0f}"
+    return [faster] if apart < fused else []
+
+
+def _bn_act_conv_cost(p: Problem, rate: float) -> float:
+    # Predicted: what the tiles leave is two doubles a channel for every 64 pixels, written and read.
+    return _implicit_gemm_cost(p, rate) + 3e-6 + p.N * p.P * p.Q * p.K * 0.5 / 2e12
+
+
+def _conv2d_and_stats_cost(p: Problem) -> float:
+    """Predicted seconds of the best of conv2d's kernels here, and of a pass over the result."""
+    fprop = (i for i in BACKEND.implementations if i.op == "conv2d" and i.direction == "fprop")
+    conv = min((i.cost(p) for i in fprop if not reasons_against(i, p)), default=math.inf)
+    moved = p.N * p.K * p.P * p.Q * (4 if p.dtype == "f32" else 2)
+    return conv + 4e-6 + moved / _RATES["batch_norm", "stats"]
+
+
 # Bytes a second on an H100 (benchmarks/bandwidth.py; bf16 where dtypes differ). The matrix products' rates are predicted.
 _RATES = {
     ("batch_norm", "stats"): 2.1e12, ("batch_norm", "fprop"): 2.2e12, ("batch_norm", "backward"): 0.9e12,
@@ -272,6 +305,15 @@ _Rule = tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float], d
 def _implicit_gemm(rate: float, *unsupported: Callable[[Problem], list[str]]) -> _Rule:
     options = {"layouts": dict.fromkeys("xwy", "nhwc"), "alignment": 16}
     return "conv2d", lambda p: [r for f in unsupported for r in f(p)], lambda p: _implicit_gemm_cost(p, rate), options
+
+
+def _bn_act_conv_rule(rate: float, *unsupported: Callable[[Problem], list[str]]) -> _Rule:
+    options = {"layouts": dict.fromkeys("xwy", "nhwc"), "alignment": 16}
+
+    def against(p: Problem) -> list[str]:
+        return [r for f in unsupported for r in f(p)] + _bn_act_conv(p, rate)
+
+    return "bn_act_conv", against, lambda p: _bn_act_conv_cost(p, rate), options
 
 
 def _grouped_rule(rate: float, *unsupported: Callable[[Problem], list[str]]) -> _Rule:
@@ -320,6 +362,9 @@ RULES: dict[str, _Rule] = {
     "adaptive_avg_pool2d": ("adaptive_avg_pool2d", _pixels, _moved, {}),
     "adaptive_max_pool2d": ("adaptive_max_pool2d", _pixels, _moved, {}),
     "batch_norm": ("batch_norm", _pixels, _moved, {}),
+    "bn_act_conv_implicit_gemm": _bn_act_conv_rule(1.5e14),
+    "bn_act_conv_implicit_gemm.tf32": _bn_act_conv_rule(8e13, _if_high),
+    "bn_act_conv_implicit_gemm.tf32x3": _bn_act_conv_rule(4e13, _unless_ieee),
     "add_act": ("add_act", lambda p: [], _moved, {"layouts": dict.fromkeys("xrygt", "any")}),
 }  # fmt: skip
 

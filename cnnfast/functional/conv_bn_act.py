@@ -167,6 +167,14 @@ def trains_fused(input: Tensor | Pending, weight: Tensor, residual: Tensor | Non
     return dispatch.has_kernel("bn_act_conv", dtype, x.device.type, settings._state[0])
 
 
+def _normalises_on_loading(x: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution had rather normalise x while reading it: its gradients' kernels do that, if any does."""
+    dtype = dispatch.DTYPES[x.dtype]
+    return ops.normalises_on_loading(weight) and dispatch.has_kernel(
+        "bn_act_conv", dtype, x.device.type, settings._state[0], "wgrad"
+    )
+
+
 def conv_for_norm(
     input: Tensor | Pending, conv: tuple[Any, ...], norm: tuple[Tensor | None, ...], activation: str, momentum: float,
     eps: float,
@@ -180,7 +188,7 @@ def conv_for_norm(
         activation, momentum, eps: Of the batch norm.
     """
     weight, bias, *geometry = conv
-    if isinstance(input, Pending) and not ops.normalises_on_loading(weight):
+    if isinstance(input, Pending) and not _normalises_on_loading(input.z, weight):
         input = normalised(input)
     x, before = (input.z, input) if isinstance(input, Pending) else (input, None)
     if any_autocast():

@@ -97,7 +97,8 @@ class Plan {
       operands.resize(cnnfast::kPackedOperand, {kAbsent, 0});
       operands.push_back(*packed);
     }
-    if (operands.size() > kMaxOperands) throw py::value_error("at most 12 operands a node");
+    if (operands.size() > kMaxOperands)
+      throw py::value_error("at most " + std::to_string(kMaxOperands) + " operands a node");
     Node node{&kernel(id), "", {}};
     node.params = checked_params(*node.kernel, params);
     for (auto [slot, offset] : operands) {
@@ -190,7 +191,7 @@ PYBIND11_MODULE(CNNFAST_MODULE, m) {
              c.run(p, 4, ws, stream, threads);
            })
       .def("__call__", [](const Call& c, const std::vector<int64_t>& p, int64_t ws, int64_t stream, int threads) {
-        if (p.size() > kMaxOperands) throw py::value_error("at most 12 operands");
+        if (p.size() > kMaxOperands) throw py::value_error("at most " + std::to_string(kMaxOperands) + " operands");
         c.run(p.data(), static_cast<int>(p.size()), ws, stream, threads);
       });
   py::class_<Plan> plan(m, "Plan", "A flat list of kernels over shared buffers, run in one native call.");

@@ -11,7 +11,7 @@
 
 namespace cnnfast {
 
-constexpr int kMaxOperands = 12;
+constexpr int kMaxOperands = 16;
 
 // Where a kernel that has an entry "<stem>.<direction>.<dtype>.pack" finds the weights as that entry left them in its
 // workspace; null in a call that brings them as they come. The packed form depends on the parameters and nothing else,

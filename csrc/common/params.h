@@ -121,6 +121,15 @@ CNNFAST_PARAMS(AdaptiveMaxPool2dParams, CNNFAST_ADAPTIVE_MAX_POOL2D_FIELDS)
 // clang-format on
 CNNFAST_PARAMS(BatchNormParams, CNNFAST_BATCH_NORM_FIELDS)
 
+// y = what conv2d gives, and the statistics that batch_norm's direction stats gives of it as it is stored:
+//   ym[k] = mean of y, yv[k] = 1 / sqrt(mean of (y - ym)^2 + eps), ys[k] = sum of (y - ym)^2 / (N*P*Q - 1)
+// Operands, in order: x, w, b, y, xm, xv, xw, xb, ym, yv, ys, dw, db, t; of which fprop, the only direction here, has
+// x, w, b (null: 0), y, ym, yv, ys. The struct is conv2d's and the bits of eps, a double.
+// clang-format off
+#define CNNFAST_BN_ACT_CONV_FIELDS(F) CNNFAST_CONV2D_FIELDS(F) F(eps_bits)
+// clang-format on
+CNNFAST_PARAMS(BnActConvParams, CNNFAST_BN_ACT_CONV_FIELDS)
+
 // fprop y = act(x + r); dgrad t = g * act', which is read from the result y. Operands, in order: x, r, y, g, t.
 // clang-format off
 #define CNNFAST_ADD_ACT_FIELDS(F)                                                       \

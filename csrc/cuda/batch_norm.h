@@ -21,7 +21,8 @@ constexpr int64_t kSumBlocks = 1024, kMapBlocks = 2048;  // about so many where 
 
 enum Operand { kX, kW, kB, kM, kV, kR, kY, kS, kDw, kDb, kT, kU };
 
-inline double eps_of(const BatchNormParams& p) {
+template <class Params>
+double eps_of(const Params& p) {
   double eps;
   std::memcpy(&eps, &p.eps_bits, sizeof eps);
   return eps;

@@ -5,13 +5,12 @@
 // upsampled dy.
 #pragma once
 #include "../common/params.h"
+#include "packs.h"
 #include "primitives/cuda.h"
 
 namespace cnnfast::cuda {
 
 enum class Direction { fprop, dgrad };
-
-__host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One spatial axis of a correlation. Position i of the output lies at out_first + i * out_step; tap t of it reads the
 // input at in_first + i * in_step + t * in_tap, and the weight at tap_first + t * tap_step.

@@ -316,35 +316,50 @@ struct alignas(16) Four {
   float v[4];
 };
 
-// Moves the sums through shared memory and hands each thread four neighbouring columns of several rows:
-// take(row, sums), column `first_column<Tile>()`. A row is swizzled in vectors so that neither side has bank conflicts.
+// The sums on their way through shared memory, from where the tensor cores leave them to threads that have four
+// neighbouring columns each, from `first_column<Tile>()`, of rows kRowsAtOnce apart. A row is swizzled in vectors so
+// that neither side has bank conflicts.
+template <class Tile>
+struct Staged {
+  static constexpr unsigned kWidth = Tile::kColumns / 4, kRowsAtOnce = Tile::kThreads / kWidth;
+  Four* vectors;
+
+  static __device__ __forceinline__ unsigned at(unsigned row, unsigned vector) {
+    return row * kWidth + (vector ^ row % 4 * 2);
+  }
+  // For others to read after a barrier.
+  __device__ __forceinline__ void put(const Sums<Tile>& sums) const {
+    struct alignas(8) Two {
+      float v[2];
+    };
+    const unsigned lane = threadIdx.x % 32;
+    const unsigned to = at(warp_row<Tile>() + lane / 4, warp_column<Tile>() / 4 + lane % 4 / 2);
+#pragma unroll
+    for (int i = 0; i < Tile::kMmaRows; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < Tile::kMmaColumns; ++j)
+          *reinterpret_cast<Two*>(vectors[(to ^ j * 2) + (i * 16 + half * 8) * kWidth].v + lane % 2 * 2) =
+              Two{sums.v[i][j][half * 2], sums.v[i][j][half * 2 + 1]};
+  }
+  __device__ __forceinline__ Four get(unsigned row) const { return vectors[at(row, threadIdx.x % kWidth)]; }
+};
 template <class Tile>
 __device__ __forceinline__ int first_column() {
   return static_cast<int>(threadIdx.x) % (Tile::kColumns / 4) * 4;
 }
+// Hands each thread the columns of its rows, one after the other: take(row, sums).
 template <class Tile, class Take>
 __device__ __forceinline__ void results(const Sums<Tile>& sums, Vector* shared, Take take) {
-  struct alignas(8) Two {
-    float v[2];
-  };
-  constexpr unsigned kWidth = Tile::kColumns / 4, kRowsAtOnce = Tile::kThreads / kWidth;
-  auto at = [](unsigned row, unsigned vector) { return row * kWidth + (vector ^ row % 4 * 2); };
-  Four* staged = reinterpret_cast<Four*>(shared);
-  const unsigned t = threadIdx.x, lane = t % 32;
-  const unsigned to = at(warp_row<Tile>() + lane / 4, warp_column<Tile>() / 4 + lane % 4 / 2);
-#pragma unroll
-  for (int i = 0; i < Tile::kMmaRows; ++i)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int j = 0; j < Tile::kMmaColumns; ++j)
-        *reinterpret_cast<Two*>(staged[(to ^ j * 2) + (i * 16 + half * 8) * kWidth].v + lane % 2 * 2) =
-            Two{sums.v[i][j][half * 2], sums.v[i][j][half * 2 + 1]};
+  using Staged = Staged<Tile>;
+  const Staged staged{reinterpret_cast<Four*>(shared)};
+  staged.put(sums);
   __syncthreads();
 #pragma unroll 4
-  for (unsigned i = 0; i < Tile::kRows / kRowsAtOnce; ++i) {
-    const unsigned row = t / kWidth + i * kRowsAtOnce;
-    take(static_cast<int>(row), staged[at(row, t % kWidth)]);
+  for (unsigned i = 0; i < Tile::kRows / Staged::kRowsAtOnce; ++i) {
+    const unsigned row = threadIdx.x / Staged::kWidth + i * Staged::kRowsAtOnce;
+    take(static_cast<int>(row), staged.get(row));
   }
 }
 
