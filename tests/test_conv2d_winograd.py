@@ -226,6 +226,28 @@ def test_wgrad_of_bad_values_on_a_gpu(kernel: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(out[finite], expected[finite], rtol=rtol, atol=atol, msg=what)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "dtype"), WGRAD_OF_GPU)
+def test_wgrad_in_chains_on_a_gpu(kernel: str, dtype: torch.dtype) -> None:
+    """264 slices of more tiles than a chain of sums has; of numbers above 0, so that what one chain adds is no rounding."""
+    if process.CHECKED:
+        pytest.skip("takes minutes where each access is checked")
+    generator = torch.Generator().manual_seed(0)
+    x, g = (
+        (torch.rand(1, 2, 1048, 1040, generator=generator) / 4).to(dtype).contiguous(memory_format=CL) for _ in range(2)
+    )
+    geometry = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
+    reference = torch.ops.aten.convolution_backward(
+        g.double(), x.double(), x.new_zeros(2, 2, 3, 3).double(), None, *geometry
+    )[1]
+    device = process.device(FOUND[kernel])
+    out = _wgrad(kernel, x.to(device), g.to(device)).cpu()
+    # twice the result's rounding, as those of a million products average out, or what sums in f32 lose; a slice's last
+    # chain has 1.5 % of it
+    bound = max(torch.finfo(dtype).eps, 1e-4)
+    torch.testing.assert_close(out.double(), reference, rtol=bound, atol=0, msg=f"{kernel} {dtype}")
+
+
 @pytest.mark.parametrize("kernel", WITH_WGRAD)
 def test_wgrad_in_chunks_of_tiles(kernel: str) -> None:
     """More tiles than are transformed at a time: accuracy, and the same bits for any thread count."""
