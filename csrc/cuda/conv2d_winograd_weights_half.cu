@@ -11,9 +11,9 @@
 //
 // Mapping: a block computes 32 input x 64 output channels, all 16 products, over a slice of the tiles in steps of 16, a
 // depth of mma.m16n8k16. A warp owns two products, 32 x 64 sums of each in registers. A thread takes one tile of a
-// step: two neighbouring channels of x (4 x 4 pixels) and twice two of dy (2 x 2), which it reads into registers two
-// steps ahead, and transforms into the stage of shared memory that the step before the next has left, while other warps
-// multiply; so there is one barrier a step. Both stages hold
+// step: two neighbouring channels of x (4 x 4 pixels) and twice two of dy (2 x 2). It reads them into registers two
+// steps ahead and transforms them one step ahead, into the stage of shared memory that the last step has left, while
+// other warps still multiply: one barrier a step. Each of the two stages holds
 //
 //   V [product][tile][32 channels], Z [product][tile][64 channels]
 //
