@@ -40,10 +40,17 @@ TENSOR_FILES = {
     "conv2d_implicit_gemm.cu": tuple(INSTRUCTIONS),
     "conv2d_implicit_gemm_weights.cu": tuple(INSTRUCTIONS),
     **dict.fromkeys(
-        ("conv2d_grouped.cu", "conv2d_grouped_weights.cu", "conv2d_stem.cu", "conv2d_stem_weights.cu"), ("HMMA",)
+        (
+            "conv2d_grouped.cu",
+            "conv2d_grouped_weights.cu",
+            "conv2d_stem.cu",
+            "conv2d_stem_weights.cu",
+            "conv2d_winograd_weights_half.cu",
+        ),
+        ("HMMA",),
     ),
 }
-TENSOR_KERNELS, BY_ELEMENT = ("correlate<", "wgrad<", "winograd::"), ", true>"
+TENSOR_KERNELS, BY_ELEMENT = ("correlate<", "wgrad<", "winograd::correlate", "winograd::wgrad"), ", true>"
 # Dynamic shared memory isn't in the machine code. Of a kernel with so named parameters: the launcher's expression.
 DYNAMIC = {
     r"(implicit_gemm::(?:Half<\w+>|Tf32(?:x3)?)), (implicit_gemm::Tile<[\d, ]+>)": (
@@ -53,6 +60,7 @@ DYNAMIC = {
     r"winograd::correlate<(\d)>": ("conv2d_winograd.h", "winograd::Block<{0}>::kSharedBytes"),
     r"winograd::wgrad<(\d)>": ("conv2d_winograd_weights.cu", "winograd::WeightsBlock<{0}>::kSharedBytes"),
     r"winograd::correlate_half<": ("conv2d_winograd_half.h", "winograd::HalfBlock::kSharedBytes"),
+    r"winograd::wgrad_half<": ("conv2d_winograd_weights_half.cu", "winograd::WeightsHalfBlock::kSharedBytes"),
 }
 VARYING = (  # what filters, or a tile and its halo, need
     "conv2d_depthwise.cu", "conv2d_grouped.cu", "conv2d_grouped_weights.cu", "conv2d_stem.cu", "conv2d_stem_weights.cu",

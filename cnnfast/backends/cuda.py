@@ -137,8 +137,10 @@ _WORKSPACE = 128 * 2**20  # bytes
 def _winograd(p: Problem, m: int) -> list[str]:
     summed, computed, least = (p.C, p.K, 64) if p.direction == "fprop" else (p.K, p.C, 64)
     weights = 4 * (m + 2) ** 2 * (-(-summed // 8) * 8) * (-(-computed // 64) * 64)
+    odd, even = summed % 2 != 0, f"needs an even number of channels to sum over, not {summed}"
     if p.direction == "wgrad":
         summed, least, weights = p.N * p.P * p.Q, _checks.WGRAD_PIXELS, 36 * p.C * p.K
+        odd, even = p.C % 2 + p.K % 2 != 0, f"needs even numbers of channels, not {p.C} and {p.K}"
     return (
         _direct(p)
         + _pixels(p)
@@ -148,7 +150,7 @@ def _winograd(p: Problem, m: int) -> list[str]:
                 *_checks.shape(p),
                 (p.G != 1, f"needs one group, not {p.G}"),
                 *(_checks.accuracy(p, summed, least) if m == 4 else ()),
-                (p.dtype != "f32" and summed % 2 != 0, f"needs an even number of channels to sum over, not {summed}"),
+                (p.dtype != "f32" and odd, even),
                 (weights > _WORKSPACE, f"transformed weights of {weights} bytes, {_WORKSPACE} at most"),
                 *_checks.precision(p),
             )
@@ -230,11 +232,14 @@ def _winograd_cost(p: Problem, m: int, rate: float) -> float:
 
 
 def _winograd_weights_cost(p: Problem, m: int, rate: float) -> float:
-    # A block is 32 by 32 channels and a slice of the tiles, of 128 at least; chains of 128 (F(4x4): 32) end with transforms.
-    tiles, owners = p.N * -(-p.P // m) * -(-p.Q // m), -(-p.C // 32) * -(-p.K // 32)
+    # A block is 32 by 32 (16 bits: 64) channels and a slice of the tiles, of 128 at least. What a chain ends with takes as
+    # long as the products of so many tiles.
+    columns, chain, end = (64, 1024, 48) if p.dtype != "f32" else (32, 32, 10) if m == 4 else (32, 128, 13)
+    tiles, owners = p.N * -(-p.P // m) * -(-p.Q // m), -(-p.C // 32) * -(-p.K // columns)
     slices = max(1, min(-(-264 // max(owners, 1)), -(-tiles // 128)))
-    turns, depth = -(-owners * slices // 132), -(-tiles // slices) * (1.3 if m == 4 else 1.1) + 16
-    return 9e-6 + turns * 132 * 2 * (m + 2) ** 2 * 32 * 32 * depth / rate + 2 * slices * 36 * p.C * p.K / 2e12
+    length = -(-tiles // slices)
+    turns, depth = -(-owners * slices // 132), length + -(-length // chain) * end + 16  # 16: what is read ahead
+    return 9e-6 + turns * 132 * 2 * (m + 2) ** 2 * 32 * columns * depth / rate + 2 * slices * 36 * p.C * p.K / 2e12
 
 
 def _grouped_cost(p: Problem, rate: float) -> float:

@@ -14,24 +14,14 @@
 //   V, Z [P*P][tile][channel]
 //
 // A chain of sums ends after 128 tiles, or, as F(4 x 4)'s transforms amplify its rounding errors, after 32: it goes
-// through shared memory, half of the input channels at a time, to threads that take a pair of channels each, and what
-// G' and G make of it is added to the slice's taps in the workspace:
-//
-//   partial [slice][tap][c][k]
-//
-// A second kernel adds the slices in order. Deterministic, without atomics: the slices depend on sizes only. Where a
-// result isn't finite (Inf or NaN among the operands spreads over all taps, large values may overflow in between) it
-// sums that tap directly: infinities and NaNs come out where the direct kernel's do.
+// through shared memory, half of the input channels at a time, to threads that take a pair of channels each and add its
+// taps to the slice's (conv2d_winograd_weights.h, which adds up the slices, too).
 //
 // Layout NHWC with any pixel strides, weights with any strides; parts of tiles outside of the images are zeros.
 // Accumulator f32. Memory offsets are 64-bit, pixels of the batch are numbered in 32 bits.
 //
 // After Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016).
-#include "../common/kernel_table.h"
-#include "conv2d_axes.h"
-#include "conv2d_winograd_transform.h"
-#include "primitives/launch.h"
-#include "primitives/numeric.h"
+#include "conv2d_winograd_weights.h"
 
 namespace cnnfast::cuda {
 namespace winograd {
@@ -39,14 +29,11 @@ namespace {
 
 constexpr int kChannels = 32;  // of either operand, of a block
 constexpr int kStep = 8;       // tiles that are transformed at a time
-constexpr int kTaps = kTapsAcross * kTapsAcross;
-constexpr int kAddThreads = 256;
-constexpr int64_t kBlocksWanted = 264;
-constexpr int64_t kSliceTiles = 128;  // at least
 
 template <int M>
 struct WeightsBlock {
-  static constexpr int kPoints = M + 2, kProducts = kPoints * kPoints;
+  static constexpr int kOutputs = M, kPoints = M + 2, kProducts = kPoints * kPoints;
+  static constexpr int kRows = kChannels, kColumns = kChannels, kStep = winograd::kStep;
   static constexpr int kOwn = M == 4 ? 3 : 2;  // products of a warp
   static constexpr int kThreads = kProducts / kOwn * 32, kAtOnce = M == 4 ? 1 : 2;
   static constexpr int kChain = M == 4 ? 32 : 128;                // tiles whose products are added up in a row
@@ -72,53 +59,6 @@ struct WeightsBlock {
     for (int i = 0; i < kGradients; ++i) of_y(i);
   }
 };
-
-// How the sums are cut into blocks: (input channels, output channels, slices of the tiles).
-struct Cut {
-  int tiles_h, tiles_w, tiles;  // of an image; of the batch
-  int rows, columns;            // blocks of input, of output channels
-  int slice, slices;            // tiles of a slice
-
-  Cut(const Conv2dParams& p, int m) {
-    tiles_h = static_cast<int>(ceil_div(p.P, m)), tiles_w = static_cast<int>(ceil_div(p.Q, m));
-    tiles = static_cast<int>(p.N) * tiles_h * tiles_w;
-    rows = static_cast<int>(ceil_div(p.C, kChannels)), columns = static_cast<int>(ceil_div(p.K, kChannels));
-    const int64_t owners = std::max<int64_t>(1, int64_t{rows} * columns);
-    const int64_t wanted = std::min(ceil_div(kBlocksWanted, owners), ceil_div(tiles, kSliceTiles));
-    slice = static_cast<int>(ceil_div(ceil_div(tiles, std::max<int64_t>(1, wanted)), kStep)) * kStep;
-    slices = tiles == 0 ? 0 : static_cast<int>(ceil_div(tiles, slice));
-  }
-  dim3 blocks() const {
-    return dim3(static_cast<unsigned>(rows), static_cast<unsigned>(columns), static_cast<unsigned>(slices));
-  }
-};
-
-// Where a tile lies: offsets of its first pixels, that of x perhaps outside of the image; which of its rows and columns
-// are inside, a bit each.
-struct Place {
-  int64_t x, y;
-  unsigned x_rows, x_columns, y_rows, y_columns;
-};
-
-template <int M>
-__device__ __forceinline__ Place place_of(const Conv2dParams& p, const Cut& cut, int tile, int end) {
-  const int line = tile / cut.tiles_w, n = line / cut.tiles_h;
-  const int first_p = (line - n * cut.tiles_h) * M, first_q = (tile - line * cut.tiles_w) * M;
-  const int h = first_p - static_cast<int>(p.pad_h), w = first_q - static_cast<int>(p.pad_w);
-  Place place{n * p.x_n + h * p.x_h + w * p.x_w, n * p.y_n + first_p * p.y_h + first_q * p.y_w, 0, 0, 0, 0};
-  if (tile >= end) return place;
-#pragma unroll
-  for (int i = 0; i < kPoints<M>; ++i) {
-    place.x_rows |= static_cast<unsigned>(h + i >= 0 && h + i < p.H) << i;
-    place.x_columns |= static_cast<unsigned>(w + i >= 0 && w + i < p.W) << i;
-  }
-#pragma unroll
-  for (int i = 0; i < M; ++i) {
-    place.y_rows |= static_cast<unsigned>(first_p + i < p.P) << i;
-    place.y_columns |= static_cast<unsigned>(first_q + i < p.Q) << i;
-  }
-  return place;
-}
 
 // A tile's Size x Size pixels of one channel; zeros where there is none.
 template <int Size>
@@ -158,39 +98,13 @@ struct alignas(16) Four {
   float v[4];
 };
 
-// What a chain's products of a pair of channels are to its taps, `pitch` apart; added unless it is the first.
-template <int M>
-__device__ __forceinline__ void finish(const float* products, float* __restrict__ to, int64_t pitch, bool first) {
-  constexpr int P = kPoints<M>, R = kTapsAcross, kApart = kChannels / 2 * kChannels;
-  float rows[R][P];
-#pragma unroll
-  for (int b = 0; b < P; ++b) {
-    float column[P], g[R];
-#pragma unroll
-    for (int a = 0; a < P; ++a) column[a] = products[(a * P + b) * kApart];
-    transform_taps<M>(column, g);
-#pragma unroll
-    for (int r = 0; r < R; ++r) rows[r][b] = g[r];
-  }
-#pragma unroll
-  for (int r = 0; r < R; ++r) {
-    float g[R];
-    transform_taps<M>(rows[r], g);
-#pragma unroll
-    for (int s = 0; s < R; ++s) {
-      float& tap = to[(r * R + s) * pitch];
-      tap = first ? g[s] : tap + g[s];
-    }
-  }
-}
-
 template <int M>
 __global__ void __launch_bounds__(WeightsBlock<M>::kThreads, WeightsBlock<M>::kAtOnce)
     wgrad(const Conv2dParams p, const Cut cut, const float* __restrict__ x, const float* __restrict__ y,
           float* __restrict__ partial) {
   using B = WeightsBlock<M>;
   CNNFAST_DYNAMIC_SHARED(float, shared);
-  CNNFAST_SHARED(Place, places, [B::kChain]);
+  CNNFAST_SHARED(TilePlace, places, [B::kChain]);
   float *inputs = shared, *gradients = shared + B::kOperand;
 
   const int t = threadIdx.x, lane = t % 32, warp = t / 32;
@@ -212,11 +126,11 @@ __global__ void __launch_bounds__(WeightsBlock<M>::kThreads, WeightsBlock<M>::kA
       B::share(
           warp,
           [&] {
-            const Place& at = places[first + warp];
+            const TilePlace& at = places[first + warp];
             load<B::kPoints>(x + at.x + own_c, p.x_h, p.x_w, own_c < p.C ? at.x_rows : 0, at.x_columns, held);
           },
           [&](int i) {
-            const Place& at = places[first + B::gradient(warp, i)];
+            const TilePlace& at = places[first + B::gradient(warp, i)];
             load<M>(y + at.y + own_k, p.y_h, p.y_w, own_k < p.K ? at.y_rows : 0, at.y_columns,
                     held + B::kGradientsAt + i * M * M);
           });
@@ -274,78 +188,22 @@ __global__ void __launch_bounds__(WeightsBlock<M>::kThreads, WeightsBlock<M>::kA
       for (int item = t; item < kHalf * kChannels; item += B::kThreads) {
         const int c = c0 + half * kHalf + item / kChannels, k = k0 + item % kChannels;
         if (c < p.C && k < p.K)
-          finish<M>(shared + item, partial + (slice * kTaps * p.C + c) * p.K + k, p.C * p.K, chain == begin);
+          finish<M, kHalf * kChannels>(shared + item, partial + (slice * kTaps * p.C + c) * p.K + k, p.C * p.K,
+                                       chain == begin);
       }
       if (half == 0) __syncthreads();  // the other half overwrites the products
     }
   }
 }
 
-// One tap of a pair of channels as a direct sum.
-__device__ float direct(const Conv2dParams& p, const float* __restrict__ x, const float* __restrict__ y, int r, int s,
-                        int64_t c, int64_t k) {
-  float total = 0.0f;
-#pragma unroll 1
-  for (int64_t line = 0; line < p.N * p.P; ++line) {
-    const int64_t n = line / p.P, row = line % p.P, h = row - p.pad_h + r;
-    if (h < 0 || h >= p.H) continue;
-    float sum = 0.0f;
-#pragma unroll 1
-    for (int64_t q = 0; q < p.Q; ++q) {
-      const int64_t w = q - p.pad_w + s;
-      if (w >= 0 && w < p.W)
-        sum += y[n * p.y_n + row * p.y_h + q * p.y_w + k] * x[n * p.x_n + h * p.x_h + w * p.x_w + c];
-    }
-    total += sum;
-  }
-  return total;
-}
-
-// dw = the sum over slices, in order; a thread for each element.
-__global__ void __launch_bounds__(kAddThreads)
-    add_slices(const Conv2dParams p, const float* __restrict__ partial, const int slices, const float* __restrict__ x,
-               const float* __restrict__ y, float* __restrict__ w) {
-  const int64_t elements = kTaps * p.C * p.K;
-  for (int64_t i = int64_t{blockIdx.x} * kAddThreads + threadIdx.x; i < elements;
-       i += int64_t{gridDim.x} * kAddThreads) {
-    float sum = 0.0f;
-#pragma unroll 1
-    for (int slice = 0; slice < slices; ++slice) sum += partial[slice * elements + i];
-    const int64_t k = i % p.K, rest = i / p.K, c = rest % p.C;
-    const int tap = static_cast<int>(rest / p.C), r = tap / kTapsAcross, s = tap % kTapsAcross;
-    if (!is_finite(sum)) sum = direct(p, x, y, r, s, c, k);
-    w[k * p.w_k + c * p.w_c + r * p.w_r + s * p.w_s] = sum;
-  }
-}
-
-// ---- launch ---------------------------------------------------------------------------------------------------------
-
-template <int M>
-int64_t wgrad_workspace(const void* params) {
-  const auto& p = *static_cast<const Conv2dParams*>(params);
-  return Cut(p, M).slices * kTaps * p.C * p.K * static_cast<int64_t>(sizeof(float));
-}
-
-template <int M>
-const char* launch_wgrad(const void* params, const Launch& run) {
-  const auto& p = *static_cast<const Conv2dParams*>(params);
-  const Cut cut(p, M);
-  const float *x = static_cast<const float*>(run.operands[0]), *y = static_cast<const float*>(run.operands[3]);
-  float *w = static_cast<float*>(run.operands[1]), *partial = static_cast<float*>(run.workspace);
-  if (p.C * p.K == 0) return nullptr;
-  if (cut.slices > 0) {
-    const char* error = launch<wgrad<M>>(cut.blocks(), dim3(WeightsBlock<M>::kThreads, 1, 1),
-                                         WeightsBlock<M>::kSharedBytes, run.stream, p, cut, x, y, partial);
-    if (error) return error;
-  }
-  return launch<add_slices>(grid_for(ceil_div(kTaps * p.C * p.K, kAddThreads)), dim3(kAddThreads, 1, 1), 0, run.stream,
-                            p, static_cast<const float*>(partial), cut.slices, x, y, w);
-}
-
 }  // namespace
 }  // namespace winograd
 
-CNNFAST_KERNEL("conv2d_winograd_f2x2.wgrad.f32", Conv2dParams, winograd::launch_wgrad<2>, winograd::wgrad_workspace<2>)
-CNNFAST_KERNEL("conv2d_winograd_f4x4.wgrad.f32", Conv2dParams, winograd::launch_wgrad<4>, winograd::wgrad_workspace<4>)
+CNNFAST_KERNEL("conv2d_winograd_f2x2.wgrad.f32", Conv2dParams,
+               (winograd::launch_wgrad<float, winograd::WeightsBlock<2>, winograd::wgrad<2>>),
+               winograd::wgrad_workspace<winograd::WeightsBlock<2>>)
+CNNFAST_KERNEL("conv2d_winograd_f4x4.wgrad.f32", Conv2dParams,
+               (winograd::launch_wgrad<float, winograd::WeightsBlock<4>, winograd::wgrad<4>>),
+               winograd::wgrad_workspace<winograd::WeightsBlock<4>>)
 
 }  // namespace cnnfast::cuda
