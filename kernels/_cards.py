@@ -135,9 +135,12 @@ def asynchronous_products(arch: int) -> bool:
     return 90 <= arch < 120
 
 
-def shared_bytes(tile: Tile, itemsize: int, arch: int, how: str = "half", normed: bool = False) -> int:
+def shared_bytes(
+    tile: Tile, itemsize: int, arch: int, how: str = "half", normed: bool = False, stored: int | None = None
+) -> int:
     """Of the pipeline, or of the result on its way to memory, which takes its place; ``normed``: of one that normalises its
     first operand, which goes back to shared memory for the products, eight elements between its rows, with its vectors beside it.
+    ``stored``: bytes of a result's element where they aren't an operand's: Winograd's products leave in fp32.
 
     A stage less than num_stages where products read registers: the operands of the step at hand have left shared memory,
     but for those that are split into terms.
@@ -153,7 +156,7 @@ def shared_bytes(tile: Tile, itemsize: int, arch: int, how: str = "half", normed
     if how == "tf32x3" and asynchronous_products(arch):
         held += tile.block_n * tile.block_k * itemsize  # the split operand
     results = tile.block_m * tile.block_n
-    held = max(held, results * itemsize, min(results * 4, CONVERSION))
+    held = max(held, results * (stored or itemsize), min(results * 4, CONVERSION))
     return held + (KIB if asynchronous_products(arch) else 0)
 
 
