@@ -26,6 +26,8 @@ OPERATIONS: dict[str, ModuleType] = {module.OP: module for module in cases.MODUL
 PRECISIONS = ("fp32", "ieee", "high")
 # Of the combinations (variant, dtype, precision) of a kernel, so many a case and direction: what a budget allows.
 SHARE = 1 if process.INTERPRETED or process.CHECKED else 4 if process.EMULATED else 2
+# On the emulated GPU cases of more FLOPs than these have half as many.
+EMULATED_FLOPS = 5e6
 # What a minute buys in Triton's interpreter: cases made for kernels of the CPU are left to make test-all there.
 INTERPRETED_FLOPS, INTERPRETED_BYTES = 3e6, 1.5e5
 # Winograd's products are fewer, and F(4x4) serves none that is small.
@@ -65,12 +67,17 @@ def _combinations(op: str, direction: str, case: Any) -> Iterator[tuple[Implemen
                 or window > INTERPRETED_TAPS
             ):
                 continue
-        if process.FULL or len(fitting) <= SHARE:
+        share = SHARE
+        if process.EMULATED and share > 1 and fitting:
+            i, dtype, precision = fitting[0]
+            p = adapter.problem(case, direction, TORCH_DTYPES[dtype], precision, process.device(i))
+            share //= 1 + (p.flops > EMULATED_FLOPS)
+        if process.FULL or len(fitting) <= share:
             yield from fitting
             continue
         # one step through the list for each case: neighbours in the table differ, and all combinations get their turn
         start = process.stable_hash(case, direction, stem)
-        chosen = [fitting[(start + j * (len(fitting) // SHARE)) % len(fitting)] for j in range(SHARE)]
+        chosen = [fitting[(start + j * (len(fitting) // share)) % len(fitting)] for j in range(share)]
         # and a variant that no case has run so far takes its turn first: few cases fit some of them
         waiting = [f for f in fitting if (op, direction, f[0].name) not in TAKEN]
         if waiting and not any(f in waiting for f in chosen):
