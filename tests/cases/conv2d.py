@@ -223,6 +223,7 @@ GROUPS = _net(
     Case("3 groups of odd sizes", 1, 15, 7, 7, 21, 3, 3, padding=(1, 1), groups=3, w_layout="nhwc"),
     Case("depthwise 3x3", 2, 32, 9, 9, 32, 3, 3, padding=(1, 1), groups=32, bias=True),
     Case("depthwise 3x3 stride 2", 1, 24, 10, 10, 24, 3, 3, (2, 2), (1, 1), groups=24, w_layout="nhwc"),
+    Case("1x1 whose tiles end with a group that isn't full", 1, 8, 24, 25, 80, 1, 1),
     Case("depthwise, x misaligned", 1, 16, 5, 6, 16, 3, 3, padding=(1, 1), groups=16, x_layout="misaligned"),
     Case("depthwise, the gradient misaligned", 1, 16, 6, 5, 16, 3, 3, padding=(1, 1), groups=16, g_layout="misaligned"),
     Case(
