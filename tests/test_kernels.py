@@ -36,9 +36,14 @@ ALLOWANCE = {"conv2d_winograd_f4x4": 16, "conv2d_winograd_f2x2": 2}
 INTERPRETED_TAPS = 20
 
 
+def _problem(op: str, direction: str, case: Any, combination: tuple[Implementation, str, str]) -> dispatch.Problem:
+    implementation, dtype, precision = combination
+    device = process.device(implementation)
+    return OPERATIONS[op].problem(case, direction, TORCH_DTYPES[dtype], precision, device)
+
+
 def _combinations(op: str, direction: str, case: Any) -> Iterator[tuple[Implementation, str, str]]:
     """What to run of a case: in the full product everything that fits, else a rotating part."""
-    adapter = OPERATIONS[op]
     stems: dict[tuple[str, str], list[Implementation]] = {}
     for implementation in dispatch.implementations(op):
         if implementation.direction == direction and not process.not_here(implementation):
@@ -48,15 +53,12 @@ def _combinations(op: str, direction: str, case: Any) -> Iterator[tuple[Implemen
             (i, dtype, precision)
             for i, dtype in itertools.product(variants, sorted(TORCH_DTYPES))
             for precision in (PRECISIONS if dtype == "f32" else ("fp32",))
-            if not dispatch.reasons_against(
-                i, adapter.problem(case, direction, TORCH_DTYPES[dtype], precision, process.device(i))
-            )
+            if not dispatch.reasons_against(i, _problem(op, direction, case, (i, dtype, precision)))
         ]
         if process.INTERPRETED and not process.FULL and fitting:
             if stem[1] == "conv2d_winograd_f2x2" and process.stable_hash(case, direction, stem) % 4:
                 continue  # most of the table's filters are 3x3
-            i, dtype, precision = fitting[0]
-            p = adapter.problem(case, direction, TORCH_DTYPES[dtype], precision, process.device(i))
+            p = _problem(op, direction, case, fitting[0])
             if p.flops and dict(p.sizes)["G"] > 1 and process.stable_hash(case, direction, "groups") % 2:
                 continue  # a program or more each
             window = p.R * p.S if not p.flops and "R" in dict(p.sizes) else 0
@@ -69,8 +71,7 @@ def _combinations(op: str, direction: str, case: Any) -> Iterator[tuple[Implemen
                 continue
         share = SHARE
         if process.EMULATED and share > 1 and fitting:
-            i, dtype, precision = fitting[0]
-            p = adapter.problem(case, direction, TORCH_DTYPES[dtype], precision, process.device(i))
+            p = _problem(op, direction, case, fitting[0])
             share //= 1 + (p.flops > EMULATED_FLOPS)
         if process.FULL or len(fitting) <= share:
             yield from fitting
