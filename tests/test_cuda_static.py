@@ -17,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -149,24 +150,37 @@ def dynamic(kernels: list[str]) -> dict[str, int]:
     return {kernel: values[expression] for kernel, (_, expression) in found.items()}
 
 
+@functools.cache
+def _lock(file: str) -> threading.Lock:
+    return threading.Lock()
+
+
+@functools.cache
+def _ptx(file: str) -> str:
+    nvcc = compiler()
+    assert nvcc
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        options = ["-std=c++17", "-O3", "-DNDEBUG", "-ptx", "-arch=compute_80", "-o", ptx]
+        subprocess.run([nvcc, *options, SOURCES / file], check=True, capture_output=True)
+        return ptx.read_text()
+
+
+def ptx_of(file: str) -> str:
+    """A file's PTX, of which all machine code is made, as in the build."""
+    with _lock(file):
+        return _ptx(file)
+
+
 def examine(file: str, architecture: int) -> list[Facts]:
     """Compiles a file as the build does, for one architecture, and reads its machine code."""
     nvcc, cuobjdump = compiler(), tool("cuobjdump")
     assert nvcc
     assert cuobjdump
+    text = ptx_of(file)
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        command: list[str | Path] = [
-            nvcc,
-            "-std=c++17",
-            "-O3",
-            "-DNDEBUG",
-            "-ptx",
-            f"-arch=compute_{architecture}",
-            "-o",
-            ptx,
-        ]
-        subprocess.run([*command, SOURCES / file], check=True, capture_output=True)
+        ptx.write_text(text)
         ptxas = Path(nvcc).with_name("ptxas")
         assembled = subprocess.run(
             [ptxas, "-v", "-O3", f"-arch=sm_{architecture}", ptx, "-o", cubin],
@@ -175,7 +189,7 @@ def examine(file: str, architecture: int) -> list[Facts]:
         run = functools.partial(subprocess.run, capture_output=True, text=True, check=True)
         usage = run([cuobjdump, "--dump-resource-usage", cubin]).stdout
         assembly = run([cuobjdump, "-sass", cubin]).stdout if file in TENSOR_FILES else ""
-        entries = {e.split("(", 1)[0]: e for e in re.split(r"\.entry ", ptx.read_text())[1:]}
+        entries = {e.split("(", 1)[0]: e for e in re.split(r"\.entry ", text)[1:]}
     threads = {name: m[1] for name, entry in entries.items() if (m := re.search(r"\.maxntid (\d+)", entry))}
     complaints = [line for line in assembled.stderr.splitlines() if "warning" in line or re.search(r"\(C\d+\)", line)]
     bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", assembly, re.S))

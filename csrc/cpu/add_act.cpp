@@ -82,7 +82,7 @@ template <class S>
 const char* launch_fprop(const void* params, const Launch& l) {
   using V = Vec<Compute<S>>;
   const AddActParams& p = *static_cast<const AddActParams*>(params);
-  with_activation(static_cast<Activation>(p.act), [&](auto act) {
+  with_activation<Compute<S>>(static_cast<Activation>(p.act), [&](auto act) {
     map<S>(p, {static_cast<const S*>(l.operands[0]), p.x_n, p.x_c, p.x_h, p.x_w},
            {static_cast<const S*>(l.operands[1]), p.r_n, p.r_c, p.r_h, p.r_w},
            {static_cast<S*>(l.operands[2]), p.y_n, p.y_c, p.y_h, p.y_w}, l.threads,
@@ -95,7 +95,7 @@ template <class S>
 const char* launch_dgrad(const void* params, const Launch& l) {
   using V = Vec<Compute<S>>;
   const AddActParams& p = *static_cast<const AddActParams*>(params);
-  with_activation(static_cast<Activation>(p.act), [&](auto act) {
+  with_activation<Compute<S>>(static_cast<Activation>(p.act), [&](auto act) {
     map<S>(p, {static_cast<const S*>(l.operands[3]), p.g_n, p.g_c, p.g_h, p.g_w},
            {static_cast<const S*>(l.operands[2]), p.y_n, p.y_c, p.y_h, p.y_w},
            {static_cast<S*>(l.operands[4]), p.t_n, p.t_c, p.t_h, p.t_w}, l.threads,

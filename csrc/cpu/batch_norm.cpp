@@ -186,6 +186,19 @@ void collect(double* partial, int64_t chunks, int64_t padded, int64_t C, int64_t
   }
 }
 
+// Calls f(how results are stored, the activation). What streams to memory waits for it, not for the choice of an
+// activation; elsewhere the compiler knows the most common ones.
+template <class S, class F>
+CNNFAST_INLINE void with_results(const Rows& rows, const Pixels<S>& y, int64_t activation, const F& f) {
+  const Activation act = static_cast<Activation>(activation);
+  with_stores(rows, y, [&](auto stores) {
+    if constexpr (kSame<decltype(stores), Streamed>)
+      f(stores, act);
+    else
+      with_activation<Compute<S>>(act, [&](auto known) { f(stores, known); });
+  });
+}
+
 // ---- stats ----------------------------------------------------------------------------------------------------------
 
 // What is subtracted before summing: a channel's first element, and the mean distance of some others from it, which is
@@ -321,28 +334,25 @@ const char* launch_fprop(const void* params, const Launch& l) {
   carve(Carver(scratch));
   factors.fill(p, l, rows.len);
 
-  with_activation(static_cast<Activation>(p.act), [&](auto act) {
-    with_stores(rows, y, [&](auto stores) {
-      parallel_for(threads, tasks.count(), [&](int64_t task) {
-        const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
-        for_each_rows_back<kMapRows>(rows, y, tasks.first_row(task), tasks.last_row(task),
-                                     [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
-                                       const S *from = x.at(n, h, w), *residual = r.data ? r.at(n, h, w) : nullptr;
-                                       S* to = y.at(n, h, w);
-                                       for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
-                                         const Vec<T> mean = load(factors.mean + i), scale = load(factors.scale + i),
-                                                      bias = load(factors.bias + i);
+  with_results(rows, y, p.act, [&](auto stores, auto act) {
+    parallel_for(threads, tasks.count(), [&](int64_t task) {
+      const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
+      for_each_rows_back<kMapRows>(rows, y, tasks.first_row(task), tasks.last_row(task),
+                                   [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+                                     const S *from = x.at(n, h, w), *residual = r.data ? r.at(n, h, w) : nullptr;
+                                     S* to = y.at(n, h, w);
+                                     for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
+                                       const Vec<T> mean = load(factors.mean + i), scale = load(factors.scale + i),
+                                                    bias = load(factors.bias + i);
 #pragma GCC unroll 4
-                                         for (int j = 0; j < decltype(count)::value; ++j) {
-                                           Vec<T> z =
-                                               normalised<T>(read(from + j * x.w + i, lanes) - mean, scale, bias);
-                                           if (residual) z += read(residual + j * r.w + i, lanes);
-                                           stores.write_to(to + j * y.w + i, activate<T>(z, act), lanes);
-                                         }
-                                       });
+                                       for (int j = 0; j < decltype(count)::value; ++j) {
+                                         Vec<T> z = normalised<T>(read(from + j * x.w + i, lanes) - mean, scale, bias);
+                                         if (residual) z += read(residual + j * r.w + i, lanes);
+                                         stores.write_to(to + j * y.w + i, activate<T>(z, act), lanes);
+                                       }
                                      });
-        stores.end();
-      });
+                                   });
+      stores.end();
     });
   });
   return nullptr;
@@ -387,7 +397,7 @@ const char* launch_wgrad(const void* params, const Launch& l) {
   carve(Carver(scratch));
   factors.fill(p, l, rows.len);
 
-  with_activation(static_cast<Activation>(p.act), [&](auto act) {
+  with_activation<T>(static_cast<Activation>(p.act), [&](auto act) {
     parallel_for(threads, tasks.count(), [&](int64_t task) {
       Sums<T> sums = Sums<T>::take(partial, parts, tasks, task, padded);  // of dz, and of dz * xhat
       sums.over(rows, tasks.first_row(task), tasks.last_row(task),
@@ -450,31 +460,29 @@ const char* launch_dgrad(const void* params, const Launch& l) {
          [=](T sum, int64_t c) { return sum / count_of_pixels * factors.invstd[c]; });
   const bool training = p.training, reads_x = training || (p.act != 0 && !r.data);
 
-  with_activation(static_cast<Activation>(p.act), [&](auto act) {
-    with_stores(rows, t, [&](auto stores) {
-      parallel_for(threads, tasks.count(), [&](int64_t task) {
-        const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
-        for_each_rows_back<kMapRows>(
-            rows, t, tasks.first_row(task), tasks.last_row(task),
-            [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
-              const S *from = x.at(n, h, w), *gradient = g.at(n, h, w), *out = r.data ? r.at(n, h, w) : nullptr;
-              S* to = t.at(n, h, w);
-              for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
-                const Vec<T> mean = load(factors.mean + i), scale = load(factors.scale + i),
-                             bias = load(factors.bias + i);
-                const Vec<T> db = load(mean_gradient + i), dw = load(mean_product + i);
+  with_results(rows, t, p.act, [&](auto stores, auto act) {
+    parallel_for(threads, tasks.count(), [&](int64_t task) {
+      const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
+      for_each_rows_back<kMapRows>(
+          rows, t, tasks.first_row(task), tasks.last_row(task),
+          [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+            const S *from = x.at(n, h, w), *gradient = g.at(n, h, w), *out = r.data ? r.at(n, h, w) : nullptr;
+            S* to = t.at(n, h, w);
+            for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
+              const Vec<T> mean = load(factors.mean + i), scale = load(factors.scale + i),
+                           bias = load(factors.bias + i);
+              const Vec<T> db = load(mean_gradient + i), dw = load(mean_product + i);
 #pragma GCC unroll 4
-                for (int j = 0; j < decltype(count)::value; ++j) {
-                  const Vec<T> centred = reads_x ? read(from + j * x.w + i, lanes) - mean : Vec<T>{};
-                  Vec<T> dz = before_activation(gradient + j * g.w + i, out ? out + j * r.w + i : nullptr, centred,
-                                                scale, bias, act, lanes);
-                  if (training) dz = dz - db - centred * dw;
-                  stores.write_to(to + j * t.w + i, dz * scale, lanes);
-                }
-              });
+              for (int j = 0; j < decltype(count)::value; ++j) {
+                const Vec<T> centred = reads_x ? read(from + j * x.w + i, lanes) - mean : Vec<T>{};
+                Vec<T> dz = before_activation(gradient + j * g.w + i, out ? out + j * r.w + i : nullptr, centred, scale,
+                                              bias, act, lanes);
+                if (training) dz = dz - db - centred * dw;
+                stores.write_to(to + j * t.w + i, dz * scale, lanes);
+              }
             });
-        stores.end();
-      });
+          });
+      stores.end();
     });
   });
   return nullptr;

@@ -70,23 +70,36 @@ CNNFAST_INLINE void multiply(Vec<T>& acc, const GroupLanes<T, kIn, kOut>& x, con
   }
 }
 
-// One filter row of kSharedTaps taps, pixels of the strip `kStep` from output to output: every one of them is spread
-// once for each q.
+// Input channel q of one filter row of kSharedTaps taps: every pixel of the strip, `kStep` of them from output to
+// output, is spread once.
+template <class T, int kStep, int MR, class Spread>
+CNNFAST_INLINE void multiply_spread(Vec<T> (&acc)[MR], const T* w, int64_t tap, const Spread& spread) {
+  Vec<T> weights[kSharedTaps];
+#pragma GCC unroll 3
+  for (int s = 0; s < kSharedTaps; ++s) weights[s] = load(w + s * tap);
+#pragma GCC unroll 32
+  for (int j = 0; j < (MR - 1) * kStep + kSharedTaps; ++j) {
+    const Vec<T> value = spread(j);
+#pragma GCC unroll 3
+    for (int s = 0; s < kSharedTaps; ++s)
+      if (j >= s && (j - s) % kStep == 0 && (j - s) / kStep < MR) acc[(j - s) / kStep] += value * weights[s];
+  }
+}
+
+// Such a row, for all q.
 template <class T, int kIn, int kOut, int kStep, int MR, int q = 0>
 CNNFAST_INLINE void multiply_row(Vec<T> (&acc)[MR], const T* x, const T* w) {
-  if constexpr (q < kIn) {
-    using Lanes = GroupLanes<T, kIn, kOut>;
-    constexpr int VL = kLanes<T>;
-    Vec<T> weights[kSharedTaps];
-#pragma GCC unroll 3
-    for (int s = 0; s < kSharedTaps; ++s) weights[s] = load(w + (s * kIn + q) * VL);
-#pragma GCC unroll 32
-    for (int j = 0; j < (MR - 1) * kStep + kSharedTaps; ++j) {
-      const Vec<T> value = Lanes::template read<true>(x + j * Lanes::kVectors * VL, 0).template spread<q>();
-#pragma GCC unroll 3
-      for (int s = 0; s < kSharedTaps; ++s)
-        if (j >= s && (j - s) % kStep == 0 && (j - s) / kStep < MR) acc[(j - s) / kStep] += value * weights[s];
-    }
+  using Lanes = GroupLanes<T, kIn, kOut>;
+  constexpr int VL = kLanes<T>;
+  if constexpr (Lanes::kBroadcasts) {
+    // any lane can be broadcast from memory, so that q needn't be known to the compiler
+    for (int i = 0; i < kIn; ++i, ++x, w += VL)
+      multiply_spread<T, kStep>(acc, w, kIn * VL,
+                                [&](int j) __attribute__((always_inline)) { return broadcast(x[j * VL]); });
+  } else if constexpr (q < kIn) {
+    multiply_spread<T, kStep>(acc, w + q * VL, kIn * VL, [&](int j) __attribute__((always_inline)) {
+      return Lanes::template read<true>(x + j * Lanes::kVectors * VL, 0).template spread<q>();
+    });
     multiply_row<T, kIn, kOut, kStep, MR, q + 1>(acc, x, w);
   }
 }
@@ -112,12 +125,20 @@ void tile(const TileArgs<T>& args) {
         w += kSharedTaps * kIn * VL;
       } else {
         for (int64_t s = 0; s < args.S; ++s, x += args.column, w += kIn * VL) {
-          Vec<T> weights[kIn];
-#pragma GCC unroll 16
-          for (int q = 0; q < kIn; ++q) weights[q] = load(w + q * VL);
+          if constexpr (GroupLanes<T, kIn, kOut>::kBroadcasts) {
+            for (int q = 0; q < kIn; ++q) {
+              const Vec<T> weights = load(w + q * VL);
 #pragma GCC unroll 8
-          for (int i = 0; i < MR; ++i)
-            multiply<T, kIn, kOut>(acc[i], GroupLanes<T, kIn, kOut>::template read<true>(x + i * pixel, 0), weights);
+              for (int i = 0; i < MR; ++i) acc[i] += broadcast(x[i * pixel + q]) * weights;
+            }
+          } else {
+            Vec<T> weights[kIn];
+#pragma GCC unroll 16
+            for (int q = 0; q < kIn; ++q) weights[q] = load(w + q * VL);
+#pragma GCC unroll 8
+            for (int i = 0; i < MR; ++i)
+              multiply<T, kIn, kOut>(acc[i], GroupLanes<T, kIn, kOut>::template read<true>(x + i * pixel, 0), weights);
+          }
         }
       }
     }
@@ -128,6 +149,10 @@ void tile(const TileArgs<T>& args) {
   for (int i = 0; i < MR; ++i) store(args.out + i * args.out_step, total[i]);
 }
 
+// Of double only the tiles that serve everything: networks are not in double, and each tile is compiled.
+template <class T>
+constexpr bool kSpecialised = kSame<T, float>;
+
 template <class T>
 struct Tiles {
   TileFn<T> function[kKnownSteps + 1][kMaxRows + 1];      // by step and pixels
@@ -136,16 +161,16 @@ struct Tiles {
 
 template <class T, int kIn, int kOut, int MR>
 constexpr void add_tiles(Tiles<T>& tiles) {
-  if constexpr (MR <= kMaxSharedRows) {
+  if constexpr (MR <= kMaxRows) tiles.function[0][MR] = tile<T, kIn, kOut, 0, false, MR>;
+  if constexpr (MR <= kMaxRows && kSpecialised<T>) {
+    tiles.function[1][MR] = tile<T, kIn, kOut, 1, false, MR>;
+    tiles.function[2][MR] = tile<T, kIn, kOut, 2, false, MR>;
+  }
+  if constexpr (MR <= kMaxSharedRows && kSpecialised<T>) {
     tiles.shared[1][MR] = tile<T, kIn, kOut, 1, true, MR>;
     tiles.shared[2][MR] = tile<T, kIn, kOut, 2, true, MR>;
-    if constexpr (MR <= kMaxRows) {
-      tiles.function[0][MR] = tile<T, kIn, kOut, 0, false, MR>;
-      tiles.function[1][MR] = tile<T, kIn, kOut, 1, false, MR>;
-      tiles.function[2][MR] = tile<T, kIn, kOut, 2, false, MR>;
-    }
-    add_tiles<T, kIn, kOut, MR + 1>(tiles);
   }
+  if constexpr (MR < kMaxSharedRows) add_tiles<T, kIn, kOut, MR + 1>(tiles);
 }
 template <class T, int kIn, int kOut>
 constexpr Tiles<T> make_tiles() {
@@ -291,8 +316,9 @@ class Worker {
     args.R = v_.R, args.S = v_.S;
     args.flush_rows = max(1, kChain / max(1, v_.S * v_.C));
     const int64_t step = v_.Q == 1 || direct_ ? 0 : v_.stride_w / step_w_;
-    const bool shared = v_.S == kSharedTaps && v_.dilation_w == step_w_ && step && step <= kKnownSteps;
-    step_tiles_ = shared ? tiles_.shared[step] : tiles_.function[step <= kKnownSteps ? step : 0];
+    const bool known = kSpecialised<T> && step <= kKnownSteps;
+    const bool shared = known && step && v_.S == kSharedTaps && v_.dilation_w == step_w_;
+    step_tiles_ = shared ? tiles_.shared[step] : tiles_.function[known ? step : 0];
     const int64_t tiles = ceil_div(v_.Q, shared ? kMaxSharedRows : kMaxRows);
     args.pixel = step * pitch_;
     args.row = v_.R == 1 ? 0 : v_.dilation_h / step_h_ * columns_ * pitch_;

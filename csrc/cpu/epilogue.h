@@ -45,9 +45,9 @@ CNNFAST_INLINE Vec<T> exponential(Vec<T> v) {
   return v == v ? sum : v;
 }
 
-// Those of inference.
+// Those of inference: a call beside the rest, as inlined into every kernel they would be most of its code.
 template <class T>
-CNNFAST_INLINE Vec<T> activate_smoothly(Vec<T> v, Activation act) {
+__attribute__((noinline)) Vec<T> activate_smoothly(Vec<T> v, Activation act) {
   if (act == Activation::kSilu || act == Activation::kSigmoid) {
     const Vec<T> below = exponential<T>(-v) + T(1);
     return (act == Activation::kSilu ? v : broadcast(T(1))) / below;
@@ -82,19 +82,18 @@ CNNFAST_INLINE Vec<T> activate_gradient(Vec<T> g, Vec<T> at, Activation act) {
 }
 
 // Calls f with the activation, known to the compiler where it is one of networks' most common: beside memory-bound
-// loops the choice would count.
+// loops the choice would count. (Not for double: networks aren't in it, and f is compiled each time.)
 template <Activation value>
 struct KnownActivation {
   constexpr operator Activation() const { return value; }
 };
-template <class F>
+template <class T, class F>
 CNNFAST_INLINE void with_activation(Activation act, const F& f) {
-  if (act == Activation::kNone)
-    f(KnownActivation<Activation::kNone>{});
-  else if (act == Activation::kRelu)
-    f(KnownActivation<Activation::kRelu>{});
-  else
-    f(act);
+  if constexpr (!kSame<T, double>) {
+    if (act == Activation::kNone) return f(KnownActivation<Activation::kNone>{});
+    if (act == Activation::kRelu) return f(KnownActivation<Activation::kRelu>{});
+  }
+  f(act);
 }
 
 template <class S>

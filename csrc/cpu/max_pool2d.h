@@ -83,7 +83,7 @@ void pool_row(const Pool& p, const Operands<S>& o, int64_t n, int64_t row, Span 
     }
     const S* x = o.x + n * p.x_n + rows.begin * p.x_h + columns.begin * p.x_w;
     const S* t = tangents ? o.t + n * p.t_n + rows.begin * p.t_h + columns.begin * p.t_w : nullptr;
-    for_each_block<width>(channels.begin, channels.end, [&](auto count, int64_t c, int64_t) {
+    for_each_block<S, direction, width>(channels.begin, channels.end, [&](auto count, int64_t c, int64_t) {
       constexpr int vecs = decltype(count)::value;
       Maximum<S, width, vecs, direction> maximum;
       maximum.search(p, rows, columns, p.W, x + c, tangents ? t + c : nullptr);
@@ -299,7 +299,7 @@ bool dgrad_rows(const Pool& p, const S* x, const S* y, S* t, Span rows, int64_t 
       if (columns.empty()) continue;
       const S* from = x + taps.begin * p.x_h + columns.begin * p.x_w;
       const S* gradient = y + row * p.y_h + q * p.y_w;
-      for_each_block<width>(0, channels, [&](auto count, int64_t c, int64_t done) {
+      for_each_block<S, Direction::dgrad, width>(0, channels, [&](auto count, int64_t c, int64_t done) {
         add_window<S, width, decltype(count)::value>(p, taps, columns, pitch_bits, from + c, gradient + c, sums, c,
                                                      done);
       });
@@ -353,10 +353,7 @@ const char* run(const Pool& p, const Operands<S>& o, int threads) {
 template <class S, Direction direction, class Pool>
 const char* launch_pooling(const Pool& p, const Launch& l) {
   using E = Lane<S, direction>;
-  constexpr int small = kSmallVecBytes / sizeof(E);
-  // A vector of labels is the widest of indices: 32 bits for 16-bit types.
-  constexpr int lanes = direction == Direction::indices ? kVecBytes / sizeof(Label<E>) : kVecBytes / sizeof(E);
-  constexpr int whole = lanes < small ? small : lanes;
+  constexpr int small = kSmallVecBytes / sizeof(E), whole = whole_width<S, direction>();
   const Operands<S> o{static_cast<const S*>(l.operands[0]), static_cast<S*>(l.operands[1]),
                       static_cast<int64_t*>(l.operands[2]), static_cast<S*>(l.operands[3])};
   const int threads = useful_threads(p, l.threads);

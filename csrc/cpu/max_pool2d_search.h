@@ -93,17 +93,31 @@ CNNFAST_INLINE Lanes<E, width> fetch(const S* p) {
   }
 }
 
+// The widest vectors of a direction's lanes; labels beside them are no wider, 32 bits of 16-bit types' indices.
+template <class S, Direction direction>
+constexpr int whole_width() {
+  using E = Lane<S, direction>;
+  constexpr int lanes = kVecBytes / static_cast<int>(direction == Direction::indices ? sizeof(Label<E>) : sizeof(E));
+  constexpr int small = kSmallVecBytes / static_cast<int>(sizeof(E));
+  return lanes < small ? small : lanes;
+}
+
 // Calls f(number of vectors, first channel, how many of its first lanes are done already) for the channels from c to
-// end, at least `width` of them.
+// end, at least `width` of them. Fewer lanes than whole_width() are for channels that don't fill one such vector, which
+// have no kVecs of theirs.
 template <int n>
 struct Count {
   static constexpr int value = n;
 };
-template <int width, class F>
+template <class S, Direction direction, int width, class F>
 CNNFAST_INLINE void for_each_block(int64_t c, int64_t end, const F& f) {
-  for (; c + kVecs * width <= end; c += kVecs * width) f(Count<kVecs>{}, c, 0);
-  for (; c + width <= end; c += width) f(Count<1>{}, c, 0);
-  if (c < end) f(Count<1>{}, end - width, c - (end - width));
+  if constexpr (width == whole_width<S, direction>())
+    for (; c + kVecs * width <= end; c += kVecs * width) f(Count<kVecs>{}, c, int64_t{0});
+  while (c < end) {
+    const int64_t first = min(c, end - width);
+    f(Count<1>{}, first, c - first);
+    c = first + width;
+  }
 }
 
 // ---- the order of the elements --------------------------------------------------------------------------------------

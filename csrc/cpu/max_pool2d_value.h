@@ -96,7 +96,7 @@ template <class S, int width, int filter, int stride, class Pool>
 void walk_row(const Pool& p, const S* x, S* y, int64_t rows, const Span& channels) {
   const int64_t step = max(kLeastWalk, kWalkBytes / (channels.size() * stride * static_cast<int64_t>(sizeof(S))));
   for (int64_t q = 0; q < p.Q; q += step)
-    for_each_block<width>(channels.begin, channels.end, [&](auto count, int64_t c, int64_t) {
+    for_each_block<S, Direction::fprop, width>(channels.begin, channels.end, [&](auto count, int64_t c, int64_t) {
       walk<S, width, decltype(count)::value, filter, stride>(p, x + c, y + c, rows, q, min(q + step, p.Q));
     });
 }
@@ -117,7 +117,7 @@ void pool_values(const Pool& p, const S* x, S* y, int64_t row, const Span& chann
   }
   for (int64_t q = 0; q < p.Q; ++q, y += p.y_w) {
     const Span columns = p.columns.elements(q);
-    for_each_block<width>(channels.begin, channels.end, [&](auto count, int64_t c, int64_t) {
+    for_each_block<S, Direction::fprop, width>(channels.begin, channels.end, [&](auto count, int64_t c, int64_t) {
       Column<S, width, decltype(count)::value, Pool> all, next;
       all.find(p, x + c, columns.empty() ? 0 : rows, columns.begin);
       for (int64_t w = columns.begin + p.columns.step; w < columns.end; w += p.columns.step) {

@@ -61,19 +61,22 @@ struct Count {
   static constexpr int value = n;
 };
 
-// Calls f(how many rows, n, h, w of the first, their length) for the rows [begin, end): `most` neighbours or one.
+// Calls f(how many rows, n, h, w of the first, their length) for the rows [begin, end): `most` neighbours, where such
+// go together, or one. f stands here once for each: it is inlined, and compiled for many types.
 template <int most, class F>
-CNNFAST_INLINE void for_each_rows(const Rows& rows, int64_t begin, int64_t end, const F& f) {
-  const int64_t whole = min(end, rows.N * rows.H * rows.W);
-  for (int64_t row = begin; row < whole;) {
-    const int64_t w = row % rows.W, h = row / rows.W % rows.H, n = row / rows.W / rows.H;
-    const int64_t count = min(rows.W - w, whole - row);
+CNNFAST_INLINE void for_each_rows(const Rows& rows, int64_t begin, int64_t end, const F& f, bool together = true) {
+  const int64_t whole = rows.N * rows.H * rows.W;
+  for (int64_t row = begin; row < end;) {
+    const bool tail = row >= whole;
+    const int64_t w = tail ? rows.W : row % rows.W, h = tail ? 0 : row / rows.W % rows.H;
+    const int64_t n = tail ? 0 : row / rows.W / rows.H, len = tail ? rows.tail : rows.len;
+    const int64_t count = tail ? 1 : min(rows.W - w, min(end, whole) - row);
     int64_t i = 0;
-    for (; i + most <= count; i += most) f(Count<most>{}, n, h, w + i, rows.len);
-    for (; i < count; ++i) f(Count<1>{}, n, h, w + i, rows.len);
+    if (most > 1 && together)
+      for (; i + most <= count; i += most) f(Count<most>{}, n, h, w + i, len);
+    for (; i < count; ++i) f(Count<1>{}, n, h, w + i, len);
     row += count;
   }
-  if (end > whole) f(Count<1>{}, int64_t{0}, int64_t{0}, rows.W, rows.tail);
 }
 
 // The same with the last rows first: what was read or written before, front to back, still lies in the caches from its
@@ -83,10 +86,7 @@ CNNFAST_INLINE void for_each_rows_back(const Rows& rows, const Pixels<S>& y, int
   const bool apart = y.w * static_cast<int64_t>(sizeof(S)) % kAlias != 0;
   while (end > begin) {
     const int64_t from = max(begin, end - kRowsFirst);
-    if (most > 1 && apart)
-      for_each_rows<most>(rows, from, end, f);
-    else
-      for_each_rows<1>(rows, from, end, f);
+    for_each_rows<most>(rows, from, end, f, apart);
     end = from;
   }
 }

@@ -228,7 +228,13 @@ CNNFAST_INLINE HalfVec narrow(Vec<float> v, BFloat16) {
   return __builtin_convertvector((quiet & is_nan) | (rounded & ~is_nan), HalfVec);
 }
 
-CNNFAST_INLINE Vec<float> widen(HalfVec h, Float16) {
+// Without instructions for it a conversion is long: called, not inlined at every load and store.
+#if defined(__AVX512F__) || defined(__F16C__)
+#define CNNFAST_CONVERSION CNNFAST_INLINE
+#else
+#define CNNFAST_CONVERSION inline __attribute__((noinline))
+#endif
+CNNFAST_CONVERSION Vec<float> widen(HalfVec h, Float16) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps((__m256i)h);
 #elif defined(__F16C__)
@@ -245,7 +251,7 @@ CNNFAST_INLINE Vec<float> widen(HalfVec h, Float16) {
 #endif
 }
 
-CNNFAST_INLINE HalfVec narrow(Vec<float> v, Float16) {
+CNNFAST_CONVERSION HalfVec narrow(Vec<float> v, Float16) {
 #if defined(__AVX512F__)
   return (HalfVec)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif defined(__F16C__)
