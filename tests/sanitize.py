@@ -4,7 +4,7 @@
     python tests/sanitize.py address -k max_pool2d
     python tests/sanitize.py address --isa avx512 --kernels "conv2d_grouped*;conv2d_direct"
 
-The last builds and tests a piece; conv2d's kernels need conv2d_direct, which they call.
+The last builds and tests a piece; conv2d's kernels need conv2d_direct and conv2d_gemm_tile, which they call.
 
 Builds the module once more for each into build/sanitize (a few minutes) and runs tests/test_kernels.py on it: every
 kernel, direction, dtype and ISA; the slow ThreadSanitizer with AVX2's alone, which differ from the others by vector

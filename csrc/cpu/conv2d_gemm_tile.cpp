@@ -8,7 +8,7 @@ namespace {
 template <class T, int MR, int NV, bool kRowsApart>
 void tile(const TileArgs<T>& args) {
   constexpr int VL = kLanes<T>;
-  constexpr int kUnroll = 4;
+  constexpr int kUnroll = 4, kLineBytes = 64;
   Vec<T> acc[MR][NV];
 #pragma GCC unroll 14
   for (int i = 0; i < MR; ++i)
@@ -18,11 +18,17 @@ void tile(const TileArgs<T>& args) {
   const T* bp = args.b;
   int64_t d = args.a_row, d3 = 3 * d, d5 = 5 * d;
   const int64_t step = kRowsApart ? sizeof(T) : args.a_step;
+  const char* next = args.next;
   for (int64_t t = 0; t < args.ntaps; ++t) {
     const char* row0 = reinterpret_cast<const char*>(args.a) + args.taps[t].offset;
     const char* row5 = row0 + d5;
     int64_t n = args.taps[t].run;
     for (; n >= kUnroll; n -= kUnroll) {
+      if constexpr (kRowsApart)
+        if (next) {
+          for (int u = 0; u < kUnroll; ++u) __builtin_prefetch(next + u * kLineBytes);
+          next += kUnroll * kLineBytes;
+        }
 #pragma GCC unroll 4
       for (int u = 0; u < kUnroll; ++u) {
         tile_step<T, MR, NV, kRowsApart>(acc, kRowsApart ? bp + u * NV * VL : bp, row0, row5, d, d3, d5);

@@ -192,6 +192,7 @@ class Worker {
       T* panel_data = panels_;
       for (int64_t v = vec; v < end; panel_data += panel_elements_) {
         const Panel panel = panel_at(v);
+        new_pixels_ = v == vec && plan_.source == Source::kDirect && v_.R * v_.S == 1;
         for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
           const int64_t c = chunk * plan_.chunk, channels = min(plan_.chunk, v_.C - c);
           if (unit == 0) {
@@ -365,6 +366,7 @@ class Worker {
           for (int64_t l = 0; l < lanes; l += kLineElements<S>) __builtin_prefetch(line + l, 1);
         }
       }
+      if (new_pixels_) args.next = reinterpret_cast<const char*>(args.a + rows * row_step_);
       tile_function<T, true>(rows, panel.vecs)(args);
       if (!last || stored) continue;
       if (epilogue_) {
@@ -414,6 +416,7 @@ class Worker {
   Tap* taps_ = nullptr;
   T *panels_ = nullptr, *tile_ = nullptr, *chains_ = nullptr, *sums_ = nullptr, *strip_ = nullptr;
   bool finite_ = true;
+  bool new_pixels_ = false;  // the panel is the first to read them, where they lie beside each other in x
 };
 
 // What became of a call; the threads only ever set these.

@@ -75,6 +75,9 @@ struct TileArgs {
   T* chains;  // room for MR rows of NV vectors
   T* out;     // rows `out_row` elements apart
   int64_t out_row;
+  // kRowsApart: what is asked for on the way, a line a step, if anything: the A of the tile that comes next. What comes
+  // from memory in MR places at once is beyond what processors fetch ahead by themselves.
+  const char* next = nullptr;
 };
 
 template <class T>
