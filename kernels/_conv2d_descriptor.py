@@ -21,7 +21,7 @@ Layout: activations NHWC, weights [r][s][k][c] in any order but for contiguous c
 16-bit floats, for whose products the tensor cores take either order of an operand.
 
 After Triton's tutorial "Persistent Matmul", and NVIDIA's PTX manual, "Tensors" (cp.async.bulk.tensor, tiled mode; its im2col mode,
-which cuDNN and CUTLASS take, wraps places around rows and images, and so wastes none).
+which cuDNN and CUTLASS take and tl has not, wraps places around rows and images, and so wastes none).
 """
 
 from __future__ import annotations

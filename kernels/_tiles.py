@@ -111,10 +111,12 @@ TUNED_TF32_CONFIGS: dict[int, tuple[Config, ...]] = {
     80: (),
     90: (Config(256, 64, 32, 8, 3), Config(128, 64, 32, 4, 4)),
 }
-# Of 16-bit products that tensor descriptors feed, on sm_90 and sm_100. Few: each is compiled for each box of places.
+# Of 16-bit products that tensor descriptors feed, on sm_90 and sm_100. Few: each is compiled for each box of places. Their depth
+# isn't cut, since no mask has to fit it.
 PERSISTENT_CONFIGS: tuple[Config, ...] = (
     Config(256, 128, 64, 8, 3, persistent=1),
     Config(128, 128, 64, 8, 4, persistent=1),
+    Config(256, 64, 64, 8, 4, persistent=1),
 )
 # The interpreter pays by the program and by the operation: few, and tiles that small problems still cut.
 INTERPRETER_CONFIGS: tuple[Config, ...] = (Config(64, 64, 64, 4, 1), Config(64, 16, 64, 4, 1))

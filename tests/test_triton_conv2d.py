@@ -93,7 +93,8 @@ def _check_fprop(case: Case, tile: Any, epilogue: bool) -> None:
     x, weight, r = (torch.randn(shapes[name], generator=g).to(dtype) for name in ("x", "w", "y"))
     b, scale, shift = (torch.randn(case.K, generator=g) for _ in range(3))
     w_layout = "channels" if case.w_layout == "channels" else "nhwc"
-    given = [_placed(x, case.x_layout), _placed(weight, w_layout), _placed(r, case.x_layout)]
+    r_layout = "channels" if case.x_layout == "nhwc" else "nhwc"
+    given = [_placed(x, case.x_layout), _placed(weight, w_layout), _placed(r, r_layout)]
     out = _placed(torch.zeros(shapes["y"], dtype=dtype), case.x_layout)
     lie = dict(zip("xwry", (t.tensor.stride() for t in (*given, out)), strict=True))
     more = (scale, shift, given[2].tensor) if epilogue else (None, None, None)
@@ -170,15 +171,24 @@ class TestProducts:
 
 def _launch(launcher: Any, p: Any, operands: Any, out: Any, tile: Any) -> None:
     """Nothing beside the operands is read, nothing beside the result written."""
-    moved = [t if t is None else t.to(DEVICE) for t in operands] if DEVICE == "cuda" else list(operands)
-    with registered([(t, t is out.tensor) for t in moved]):
+    moved = [t if t is None else _moved(t) for t in operands]
+    written = next(m for m, t in zip(moved, operands, strict=True) if t is out.tensor)
+    with registered([(t, t is written) for t in moved]):
         launcher(p, *moved, tile=tile)
     if DEVICE == "cuda":
-        out.tensor.copy_(next(a for a, t in zip(moved, operands, strict=True) if t is out.tensor))
+        out.buffer.copy_(written.as_strided(out.buffer.shape, out.buffer.stride(), 0))
     inside = torch.zeros_like(out.buffer, dtype=torch.bool)
     inside.as_strided(out.tensor.shape, out.tensor.stride(), out.tensor.storage_offset()).fill_(True)
     assert bool(out.buffer[~inside].isnan().all()), "written beside the result"
     assert not bool(out.tensor.isnan().any())
+
+
+def _moved(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as it lies amid its buffer, on the device."""
+    if DEVICE == "cpu":
+        return tensor
+    buffer = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0).to(DEVICE)
+    return buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 plain = pytest.mark.skipif(process.EMULATED or process.INTERPRETED, reason="needs no kernel: the plain process runs it")
@@ -248,11 +258,12 @@ def test_the_box_that_wastes_the_fewest_places() -> None:
 def test_wasted_places_are_in_the_prediction() -> None:
     """A map of which a tile has much in vain is predicted to take as long as one that fills it."""
     h100, half = _cards.CARDS["H100"], configs.Facts(2, "bf16")
-    for n, side, direction in ((1, 7, "fprop"), (3, 9, "dgrad"), (32, 14, "fprop")):
-        p = _problem(Case("", n, 256, side, side, 256, 3, 3, padding=(1, 1)))
-        for tile in _tiles.PERSISTENT_CONFIGS:
-            covered = _conv2d_descriptor.tiles(_conv2d_descriptor.box(tile.block_m, n, side, side), n, side, side)
-            assert configs._places(p, direction, half, tile.block_m) == covered * tile.block_m
+    for n, side, direction in ((1, 9, "fprop"), (3, 9, "dgrad"), (32, 16, "fprop")):
+        p = _problem(Case("", n, 256, side, side + 1, 256, 3, 3))
+        covered = (n, side, side + 1) if direction == "dgrad" else (n, side - 2, side - 1)
+        for block_m in {t.block_m for t in _tiles.PERSISTENT_CONFIGS}:
+            number = _conv2d_descriptor.tiles(_conv2d_descriptor.box(block_m, *covered), *covered)
+            assert configs._places(p, direction, half, block_m) == number * block_m >= math.prod(covered)
     plain_product = _problem(Case("", 3, 64, 7, 7, 64, 1, 1))
     assert configs._places(plain_product, "fprop", half, 128) == 256
     small = _problem(Case("", 1, 256, 7, 7, 256, 3, 3, padding=(1, 1)))
