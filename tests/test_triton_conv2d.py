@@ -54,7 +54,7 @@ LAYERS = (
     Case("padding beyond the filter", 2, 16, 5, 6, 24, 2, 3, padding=(4, 5), w_layout="channels"),
     Case("padding on one side", 1, 8, 9, 8, 32, 3, 3, padding=(0, 2, 1, 0), x_layout="cut"),
     Case("dilation", 1, 40, 17, 9, 16, 3, 2, padding=(2, 1), dilation=(2, 3)),
-    Case("1x7", 2, 32, 6, 19, 48, 1, 7, padding=(0, 3)),
+    Case("1x7, a depth of whole blocks", 2, 64, 6, 19, 64, 1, 7, padding=(0, 3)),
     Case("7x1", 2, 48, 17, 5, 32, 7, 1, padding=(3, 0), x_layout="channels"),
     Case("5x5 leaves one place", 3, 16, 5, 5, 40, 5, 5),
 )
