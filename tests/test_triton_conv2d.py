@@ -147,8 +147,25 @@ def _turns(of: Iterable[Any]) -> list[Any]:
     ]
 
 
+def _shared() -> list[Case]:
+    """The cases of all kernels that descriptors can feed in NHWC; in make test one in sixteen by turns."""
+    dense = {
+        str(c): c for c in (dataclasses.replace(c, x_layout="nhwc", w_layout="nhwc", g_layout="") for c in conv2d.CASES)
+    }
+    of = configs.Facts(2, "bf16", residual=True)
+    return [
+        case for name, case in dense.items()
+        if (process.FULL or process.stable_hash(name, "shared") % 16 == 0) and configs._described(_problem(case), "fprop", of)
+    ]  # fmt: skip
+
+
 class TestProducts:
     pytestmark = runs
+
+    @pytest.mark.parametrize(("case", "tile"), _turns(_shared()))
+    def test_shared_case(self, case: Case, tile: Any) -> None:
+        _check_fprop(case, tile, True)
+        _check_dgrad(case, tile)
 
     @pytest.mark.parametrize(("case", "tile"), _turns(LAYERS))
     def test_fprop(self, case: Case, tile: Any) -> None:
