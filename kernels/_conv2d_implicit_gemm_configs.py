@@ -7,13 +7,13 @@ functions of the problem and the card: tested for cards that this machine need n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
 from ._cards import Card, Product, seconds
 from ._common import Conv2dProblem, ceil_div, next_power_of_2
-from ._conv2d_descriptor import SUPPORTED
+from ._conv2d_descriptor import SUPPORTED, box, describable, result_map, tiles
 from ._tiles import INPUT_PRECISION, Config, candidates, config, fit_depth, persistent
 from .conv2d_implicit_gemm import PACKED_CHANNELS, _even, _pointwise, _wgrad_splits
 
@@ -65,9 +65,12 @@ def product(p: Conv2dProblem, direction: str, of: Facts) -> Product:
     return Product(m, n, depth, taps, p.G * phases, of.itemsize, how, moved, of.normed)
 
 
+def _linear(p: Conv2dProblem, of: Facts) -> bool:
+    return _pointwise(p) and (not of.residual or _even(p, p.r_n, p.r_h, p.r_w))
+
+
 def _packed(p: Conv2dProblem, depth: int, of: Facts) -> bool:
-    linear = _pointwise(p) and (not of.residual or _even(p, p.r_n, p.r_h, p.r_w))
-    return not linear and depth < PACKED_CHANNELS
+    return not _linear(p, of) and depth < PACKED_CHANNELS
 
 
 def vectors(p: Conv2dProblem, direction: str, of: Facts) -> bool:
@@ -90,19 +93,38 @@ def configs(p: Conv2dProblem, direction: str, of: Facts, card: Card) -> tuple[Co
     wanted = product(p, direction, of)
     width = max(16, next_power_of_2(wanted.n))
     found = candidates(p.precision, of.itemsize, vectors(p, direction, of), card.arch, of.residual, of.normed)
-    if _described(p, direction, of):
-        found += persistent(card.arch, of.residual)
-    found = tuple(c for c in found if c.block_n <= width)
     if direction != "wgrad":  # whose reduction runs over pixels
         found = tuple(fit_depth(c, wanted.depth, of.itemsize, of.normed) for c in found)
-    return tuple(sorted(dict.fromkeys(found), key=lambda c: seconds(wanted, c, card)))
+    if _described(p, direction, of):
+        found += persistent(card.arch)
+    found = tuple(c for c in found if c.block_n <= width)
+
+    def predicted(c: Config) -> float:
+        covered = replace(wanted, m=_places(p, direction, of, c.block_m)) if c.persistent else wanted
+        return seconds(covered, c, card)
+
+    return tuple(sorted(dict.fromkeys(found), key=predicted))
 
 
 def _described(p: Conv2dProblem, direction: str, of: Facts) -> bool:
-    """Whether _conv2d_descriptor.py serves: a plain product of 16-bit floats whose every address and stride is aligned."""
-    plain = direction != "wgrad" and p.G == 1 and of.itemsize == 2 and not of.normed and not of.sums
-    even = not of.residual or _even(p, p.r_n, p.r_h, p.r_w)
-    return SUPPORTED and plain and even and _pointwise(p) and vectors(p, direction, of)
+    """Whether _conv2d_descriptor.py serves: stride 1, 16-bit floats, and every address and stride aligned."""
+    if direction == "wgrad" or p.G > 1 or of.itemsize != 2 or of.normed or of.sums:
+        return False
+    tensors = [
+        ((p.N, p.H, p.W, p.C), (p.x_n, p.x_h, p.x_w, p.x_c)), ((p.N, p.P, p.Q, p.K), (p.y_n, p.y_h, p.y_w, p.y_c)),
+        ((p.R, p.S, p.K, p.C), (p.w_r, p.w_s, p.w_k, p.w_c)),
+    ]  # fmt: skip
+    if of.residual:
+        tensors.append(((p.N, p.P, p.Q, p.K), (p.r_n, p.r_h, p.r_w, 1)))
+    deep = not _packed(p, p.C if direction == "fprop" else p.K, of)
+    fits = p.stride_h == p.stride_w == 1 and of.aligned and all(describable(*one) for one in tensors)
+    return SUPPORTED and deep and fits
+
+
+def _places(p: Conv2dProblem, direction: str, of: Facts, block_m: int) -> int:
+    """Those of all tiles that descriptors feed, the ones beyond the map too."""
+    covered = result_map(p, direction == "dgrad", _linear(p, of))
+    return block_m * tiles(box(block_m, *covered), *covered)
 
 
 def usual(p: Conv2dProblem, direction: str, of: Facts, card: Card) -> Config:

@@ -111,10 +111,12 @@ TUNED_TF32_CONFIGS: dict[int, tuple[Config, ...]] = {
     80: (),
     90: (Config(256, 64, 32, 8, 3), Config(128, 64, 32, 4, 4)),
 }
-# Of 16-bit products that tensor descriptors feed, on sm_90 and sm_100; an epilogue with a residual leaves the first no registers.
+# Of 16-bit products that tensor descriptors feed, on sm_90 and sm_100. Few: each is compiled for each box of places. Their depth
+# isn't cut, since no mask has to fit it.
 PERSISTENT_CONFIGS: tuple[Config, ...] = (
-    Config(128, 256, 64, 8, 3, persistent=1),
+    Config(256, 128, 64, 8, 3, persistent=1),
     Config(128, 128, 64, 8, 4, persistent=1),
+    Config(256, 64, 64, 8, 4, persistent=1),
 )
 # The interpreter pays by the program and by the operation: few, and tiles that small problems still cut.
 INTERPRETER_CONFIGS: tuple[Config, ...] = (Config(64, 64, 64, 4, 1), Config(64, 16, 64, 4, 1))
@@ -184,11 +186,9 @@ def _fits(c: Config, precision: str, itemsize: int, arch: int, residual: bool, n
     return resident(c, itemsize, arch, "half" if itemsize == 2 else INPUT_PRECISION[precision], normed) > 0
 
 
-def persistent(arch: int, residual: bool) -> tuple[Config, ...]:
+def persistent(arch: int) -> tuple[Config, ...]:
     """The tiles of a product that tensor descriptors feed; only tuning takes them."""
-    if known(arch) not in (90, 100):
-        return ()
-    return tuple(c for c in PERSISTENT_CONFIGS if not residual or c.block_n <= RESIDUAL_BLOCK_N[2])
+    return PERSISTENT_CONFIGS if known(arch) in (90, 100) else ()
 
 
 def table_arch(arch: int) -> int:

@@ -13,7 +13,7 @@ reach a phase are ``first + j * every``, so no product with an inserted zero is 
 twice. A program computes BLOCK_M pixels × BLOCK_N channels of one group (and phase), over the taps and BLOCK_K
 channels at a time; programs that share a weight panel or a pixel panel follow each other (GROUP_M). Groups of few channels share a
 tile, whose weights lie on its diagonal (DIAGONAL); few channels that can't, stems for one, flatten the reduction (PACKED),
-which then runs over (r, s, c). 1×1 at stride 1 is a plain product (LINEAR), for which there also are persistent programs
+which then runs over (r, s, c). 1×1 at stride 1 is a plain product (LINEAR). For stride 1 there also are persistent programs
 that tensor descriptors feed (_conv2d_descriptor.py).
 wgrad's reduction runs over the pixels; it is split into ``splits`` chunks where the result alone has too few tiles,
 each chunk into a workspace of its own, summed in order: bitwise deterministic, no atomics.
@@ -163,7 +163,9 @@ def gather(
             norm.present and not transposed,
         )
     if tile.persistent:
-        descriptor_product(p, src, w, b, out, tile, transposed=transposed, scale=scale, shift=shift, r=r, act=act)
+        descriptor_product(
+            p, src, w, b, out, tile, transposed=transposed, linear=linear, scale=scale, shift=shift, r=r, act=act
+        )
         return tile.block_m, ceil_div(pixels, tile.block_m)
     if together > 1:
         # a product that may be repeated holds more in registers

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 from cases import conv2d
 from support import oracle, process
-from support.memory import place, registered
+from support.memory import Guarded, place, registered
 
 from cnnfast import dispatch, tuning
 from cnnfast.backends import triton
@@ -27,90 +30,182 @@ runs = [
     pytest.mark.skipif(not (process.INTERPRETED or CARD) or bool(triton.ABSENT), reason="runs Triton kernels on sm_90"),
 ]
 DEVICE = "cpu" if process.INTERPRETED or not process.GPU else "cuda"
-# rows and columns around tiles, a depth that no block divides, several tiles a program
-SHAPES = ((3, 80, 9, 7, 144), (1, 16, 5, 5, 16), (2, 272, 16, 9, 272))
-
-
-def _problem(n: int, c: int, h: int, w: int, k: int, **fields: Any) -> Any:
-    case = conv2d.Case("", n, c, h, w, k, 1, 1)
-    strides = {
-        "x": (h * w * c, 1, w * c, c),
-        "w": (c, 1, 1, 1),
-        "y": (h * w * k, 1, w * k, k),
-        "r": (h * w * k, 1, w * k, k),
-    }
-    p = dispatch.parameters(conv2d.problem(case, "fprop", torch.bfloat16, "fp32"), strides)
-    residual = {"r_n": h * w * k, "r_h": w * k, "r_w": k}
-    return types.SimpleNamespace(**{**p, **residual, "precision": "fp32", **fields})
-
-
-@pytest.mark.parametrize(
-    "tile", _tiles.PERSISTENT_CONFIGS, ids=lambda t: f"triton.conv2d_implicit_gemm.{t.block_m}x{t.block_n}x{t.block_k}"
+Case = conv2d.Case
+# "cut": rows and columns of a larger map
+LAYERS = (
+    Case(
+        "1x1: rows and columns around tiles, a depth that no block divides, several tiles a program",
+        3,
+        80,
+        9,
+        7,
+        144,
+        1,
+        1,
+    ),
+    Case("1x1: less than a tile", 1, 16, 5, 5, 16, 1, 1),
+    Case("1x1: two tiles of channels, five blocks of depth", 2, 272, 16, 9, 272, 1, 1),
+    Case("1x1 of places that lie at no one distance", 2, 24, 6, 5, 40, 1, 1, x_layout="cut"),
+    Case("1x1 with padding", 2, 16, 4, 5, 24, 1, 1, padding=(2, 1)),
+    Case("3x3: prime map, channels off every block, several tiles a program", 3, 72, 7, 17, 136, 3, 3, padding=(1, 1)),
+    Case(
+        "3x3: an odd batch in boxes of two and four images", 5, 24, 7, 7, 40, 3, 3, padding=(1, 1), x_layout="channels"
+    ),
+    Case("padding beyond the filter", 2, 16, 5, 6, 24, 2, 3, padding=(4, 5), w_layout="channels"),
+    Case("padding on one side", 1, 8, 9, 8, 32, 3, 3, padding=(0, 2, 1, 0), x_layout="cut"),
+    Case("dilation", 1, 40, 17, 9, 16, 3, 2, padding=(2, 1), dilation=(2, 3)),
+    Case("1x7, a depth of whole blocks", 2, 64, 6, 19, 64, 1, 7, padding=(0, 3)),
+    Case("7x1", 2, 48, 17, 5, 32, 7, 1, padding=(3, 0), x_layout="channels"),
+    Case("5x5 leaves one place", 3, 16, 5, 5, 40, 5, 5),
 )
+SMALL = Case("a batch, a map and channels that no box divides", 3, 24, 3, 4, 40, 3, 2, padding=(1, 1), x_layout="cut")
+
+
+def _problem(case: Case, strides: dict[str, tuple[int, ...]] | None = None, **fields: Any) -> Any:
+    """In NHWC, weights too, or with these strides; the residual lies as the result does where none are given for it."""
+    dense = {name: torch.empty(shape, device="meta").to(memory_format=torch.channels_last).stride()
+             for name, shape in case.shapes.items() if len(shape) == 4}  # fmt: skip
+    strides = {**dense, **(strides or {})}
+    r = strides.setdefault("r", strides["y"])
+    p = dispatch.parameters(conv2d.problem(case, "fprop", torch.bfloat16, "fp32"), strides)
+    return types.SimpleNamespace(**{**p, "r_n": r[0], "r_h": r[2], "r_w": r[3], "precision": "fp32", **fields})
+
+
+def _placed(values: torch.Tensor, layout: str) -> Guarded:
+    """The values amid NaNs."""
+    if layout != "cut":
+        return place(values, layout)
+    n, c, h, w = values.shape
+    larger = torch.full((n, c, h + 3, w + 2), float("nan"), dtype=values.dtype)
+    larger[:, :, 1:-2, 1:-1] = values
+    one = place(larger, "nhwc")
+    return dataclasses.replace(one, tensor=one.tensor[:, :, 1:-2, 1:-1])
+
+
+def _convolved(case: Case, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    top, bottom, left, right = case.pads
+    return torch.nn.functional.conv2d(torch.nn.functional.pad(x, (left, right, top, bottom)), w, dilation=case.dilation)
+
+
+def _check_fprop(case: Case, tile: Any, epilogue: bool) -> None:
+    dtype = torch.float16 if epilogue else torch.bfloat16
+    shapes, g = case.shapes, torch.Generator().manual_seed(0)
+    x, weight, r = (torch.randn(shapes[name], generator=g).to(dtype) for name in ("x", "w", "y"))
+    b, scale, shift = (torch.randn(case.K, generator=g) for _ in range(3))
+    w_layout = "channels" if case.w_layout == "channels" else "nhwc"
+    r_layout = "channels" if case.x_layout == "nhwc" else "nhwc"
+    given = [_placed(x, case.x_layout), _placed(weight, w_layout), _placed(r, r_layout)]
+    out = _placed(torch.zeros(shapes["y"], dtype=dtype), case.x_layout)
+    lie = dict(zip("xwry", (t.tensor.stride() for t in (*given, out)), strict=True))
+    more = (scale, shift, given[2].tensor) if epilogue else (None, None, None)
+    operands = (given[0].tensor, given[1].tensor, b.to(dtype) if epilogue else None, out.tensor, *more)
+    _launch(kernels.fprop, _problem(case, lie, act=int(epilogue)), operands, out, tile)
+
+    def exact(like: torch.dtype, *parts: Any) -> torch.Tensor:
+        z = _convolved(case, parts[0].to(like), parts[1].to(like))
+        if not epilogue:
+            return z
+        bias, by, on_top = (v.to(like).reshape(1, -1, 1, 1) for v in (parts[2].to(dtype), *parts[3:5]))
+        return (z + bias) * by + on_top + parts[5].to(like)
+
+    parts = (x, weight, b, scale, shift, r)
+    reference, magnitude = exact(torch.double, *parts), exact(torch.double, *(t.abs() for t in parts))
+    own = exact(torch.float, *parts).to(dtype)
+    if epilogue:
+        reference, own = reference.relu(), own.relu()
+    oracle.check(f"{tile}, {case}", out.tensor.cpu(), reference, own, magnitude)
+    for one in given:
+        one.check("an operand")
+
+
+def _check_dgrad(case: Case, tile: Any) -> None:
+    shapes, g = case.shapes, torch.Generator().manual_seed(0)
+    y, weight = (torch.randn(shapes[name], generator=g).to(torch.bfloat16) for name in ("y", "w"))
+    w_layout = "channels" if case.w_layout == "channels" else "nhwc"
+    given = [_placed(y, case.x_layout), _placed(weight, w_layout)]
+    out = _placed(torch.zeros(shapes["x"], dtype=torch.bfloat16), case.x_layout)
+    lie = {"x": out.tensor.stride(), "w": given[1].tensor.stride(), "y": given[0].tensor.stride()}
+    _launch(kernels.dgrad, _problem(case, lie), (out.tensor, given[1].tensor, None, given[0].tensor), out, tile)
+
+    def exact(like: torch.dtype, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = torch.zeros(shapes["x"], dtype=like, requires_grad=True)
+        return torch.autograd.grad(_convolved(case, x, weight.to(like)), x, y.to(like))[0]
+
+    reference, own = exact(torch.double, y, weight), exact(torch.float, y, weight).to(torch.bfloat16)
+    oracle.check(f"{tile}, {case}", out.tensor.cpu(), reference, own, exact(torch.double, y.abs(), weight.abs()))
+    for one in given:
+        one.check("an operand")
+
+
+def _turns(of: Iterable[Any]) -> list[Any]:
+    """Each with every tile, or in make test with one by turns."""
+    return [
+        pytest.param(one, tile, id=f"triton.conv2d_implicit_gemm.{tile.block_m}x{tile.block_n}x{tile.block_k}-{one}")
+        for one in of
+        for turn, tile in enumerate(_tiles.PERSISTENT_CONFIGS)
+        if process.FULL or process.stable_hash(one, "descriptor") % len(_tiles.PERSISTENT_CONFIGS) == turn
+    ]
+
+
+def _shared() -> list[Case]:
+    """The cases of all kernels that descriptors can feed in NHWC; in make test one in sixteen by turns."""
+    dense = {
+        str(c): c for c in (dataclasses.replace(c, x_layout="nhwc", w_layout="nhwc", g_layout="") for c in conv2d.CASES)
+    }
+    of = configs.Facts(2, "bf16", residual=True)
+    return [
+        case for name, case in dense.items()
+        if (process.FULL or process.stable_hash(name, "shared") % 16 == 0) and configs._described(_problem(case), "fprop", of)
+    ]  # fmt: skip
+
+
 class TestProducts:
     pytestmark = runs
 
-    @pytest.mark.parametrize("epilogue", [False, True], ids=["plain", "epilogue"])
-    def test_fprop(self, tile: Any, epilogue: bool) -> None:
-        if epilogue and tile not in _tiles.persistent(90, True):
-            pytest.skip("no tile of a residual's")
-        dtype = torch.float16 if epilogue else torch.bfloat16
-        for n, c, h, w, k in SHAPES:
-            g = torch.Generator().manual_seed(0)
-            x, weight, r = (torch.randn(s, generator=g).to(dtype) for s in ((n, c, h, w), (k, c, 1, 1), (n, k, h, w)))
-            b, scale, shift = (torch.randn(k, generator=g) for _ in range(3))
-            given = [place(x, "nhwc"), place(weight, "nhwc"), place(r, "nhwc")]
-            out = place(torch.zeros(n, k, h, w), "nhwc", dtype)
-            p = _problem(n, c, h, w, k, act=int(epilogue))
-            more = (scale, shift, given[2].tensor) if epilogue else (None, None, None)
-            operands = (given[0].tensor, given[1].tensor, b.to(dtype) if epilogue else None, out.tensor, *more)
-            _launch(kernels.fprop, p, operands, out, tile)
+    @pytest.mark.parametrize(("case", "tile"), _turns(_shared()))
+    def test_shared_case(self, case: Case, tile: Any) -> None:
+        _check_fprop(case, tile, True)
+        _check_dgrad(case, tile)
 
-            def exact(like: torch.dtype, *parts: Any) -> torch.Tensor:
-                z = torch.nn.functional.conv2d(parts[0].to(like), parts[1].to(like))
-                if not epilogue:
-                    return z
-                bias, by, on_top = (v.to(like).reshape(1, -1, 1, 1) for v in (parts[2].to(dtype), *parts[3:5]))
-                z = (z + bias) * by + on_top
-                return z + parts[5].to(like)
+    @pytest.mark.parametrize(("case", "tile"), _turns(LAYERS))
+    def test_fprop(self, case: Case, tile: Any) -> None:
+        _check_fprop(case, tile, False)
 
-            parts = (x, weight, b, scale, shift, r)
-            reference, magnitude = exact(torch.double, *parts), exact(torch.double, *(t.abs() for t in parts))
-            own = exact(torch.float, *parts).to(dtype)
-            if epilogue:
-                reference, own = reference.relu(), own.relu()
-            oracle.check(f"{tile}, {n, c, h, w, k}", out.tensor.cpu(), reference, own, magnitude, depth=c)
-            for one in given:
-                one.check("an operand")
+    @pytest.mark.parametrize(("case", "tile"), _turns(LAYERS))
+    def test_fprop_with_an_epilogue(self, case: Case, tile: Any) -> None:
+        _check_fprop(case, tile, True)
 
-    def test_dgrad(self, tile: Any) -> None:
-        for n, c, h, w, k in SHAPES:
-            g = torch.Generator().manual_seed(0)
-            y, weight = (torch.randn(s, generator=g).to(torch.bfloat16) for s in ((n, k, h, w), (k, c, 1, 1)))
-            given, out = (
-                [place(y, "nhwc"), place(weight, "nhwc")],
-                place(torch.zeros(n, c, h, w), "nhwc", torch.bfloat16),
-            )
-            p = _problem(n, c, h, w, k)
-            _launch(kernels.dgrad, p, (out.tensor, given[1].tensor, None, given[0].tensor), out, tile)
-            turned = weight.transpose(0, 1)
-            exact = [torch.nn.functional.conv2d(y.to(t), turned.to(t)) for t in (torch.double, torch.float)]
-            magnitude = torch.nn.functional.conv2d(y.double().abs(), turned.double().abs())
-            what = f"{tile}, {n, c, h, w, k}"
-            oracle.check(what, out.tensor.cpu(), exact[0], exact[1].to(torch.bfloat16), magnitude, depth=k)
+    @pytest.mark.parametrize(("case", "tile"), _turns(LAYERS))
+    def test_dgrad(self, case: Case, tile: Any) -> None:
+        _check_dgrad(case, tile)
+
+    @pytest.mark.parametrize(("number", "tile"), _turns(range(len(_conv2d_descriptor.boxes(128)))))
+    def test_every_box(self, number: int, tile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_conv2d_descriptor, "box", lambda block_m, *_: _conv2d_descriptor.boxes(block_m)[number])
+        _check_fprop(SMALL, tile, True)
+        _check_dgrad(SMALL, tile)
 
 
 def _launch(launcher: Any, p: Any, operands: Any, out: Any, tile: Any) -> None:
     """Nothing beside the operands is read, nothing beside the result written."""
-    moved = [t if t is None else t.to(DEVICE) for t in operands] if DEVICE == "cuda" else list(operands)
-    with registered([(t, t is out.tensor) for t in moved]):
+    moved = [t if t is None else _moved(t) for t in operands]
+    written = next(m for m, t in zip(moved, operands, strict=True) if t is out.tensor)
+    with registered([(t, t is written) for t in moved]):
         launcher(p, *moved, tile=tile)
     if DEVICE == "cuda":
-        out.tensor.copy_(next(a for a, t in zip(moved, operands, strict=True) if t is out.tensor))
+        out.buffer.copy_(written.as_strided(out.buffer.shape, out.buffer.stride(), 0))
     inside = torch.zeros_like(out.buffer, dtype=torch.bool)
     inside.as_strided(out.tensor.shape, out.tensor.stride(), out.tensor.storage_offset()).fill_(True)
     assert bool(out.buffer[~inside].isnan().all()), "written beside the result"
     assert not bool(out.tensor.isnan().any())
+
+
+def _moved(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as it lies amid its buffer, on the device."""
+    if DEVICE == "cpu":
+        return tensor
+    buffer = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0).to(DEVICE)
+    return buffer.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 plain = pytest.mark.skipif(process.EMULATED or process.INTERPRETED, reason="needs no kernel: the plain process runs it")
@@ -118,31 +213,84 @@ plain = pytest.mark.skipif(process.EMULATED or process.INTERPRETED, reason="need
 
 @plain
 def test_only_tuning_takes_them_where_they_serve() -> None:
-    """On sm_90 and sm_100, of a plain product of aligned 16-bit floats: among the candidates, and no launcher's own choice."""
+    """On sm_90 and sm_100, of aligned 16-bit floats at stride 1: among the candidates, and no launcher's own choice."""
     half, h100 = configs.Facts(2, "bf16"), _cards.CARDS["H100"]
-    p = _problem(32, 256, 28, 28, 256)
-    for direction in ("fprop", "dgrad"):
-        assert any(t.persistent for t in configs.configs(p, direction, half, h100))
-        assert not configs.usual(p, direction, half, h100).persistent
+    plain_product = Case("", 32, 256, 28, 28, 256, 1, 1)
+    layer = Case("", 32, 256, 28, 28, 256, 3, 3, padding=(1, 1))
+    rows, pixels = (28 * 28 * 320, 1, 28 * 320, 320), (28 * 40 * 256, 1, 40 * 256, 256)
+    taken = [_problem(plain_product), _problem(layer), _problem(layer, {"x": rows, "y": pixels, "w": (9 * 264, 1, 3 * 264, 264)}),
+             _problem(layer, dilation_h=2), _problem(Case("", 32, 72, 28, 28, 200, 1, 7)),
+             _problem(plain_product, {"x": pixels})]  # fmt: skip
+    for p, direction, residual in itertools.product(taken, ("fprop", "dgrad"), (False, True)):
+        if residual and direction == "dgrad":
+            continue
+        of = configs.Facts(2, "bf16", residual=residual)
+        assert any(t.persistent for t in configs.configs(p, direction, of, h100))
+        assert not configs.usual(p, direction, of, h100).persistent
+    p, odd = _problem(layer), (28 * 28 * 260, 1, 28 * 260, 260)
     refused = [
         (p, "wgrad", half, h100), (p, "fprop", configs.Facts(4, "f32"), h100), (p, "fprop", half, _cards.CARDS["A100"]),
         (p, "fprop", configs.Facts(2, "bf16", aligned=False), h100), (p, "fprop", half, _cards.Card(120, 170)),
-        (p, "fprop", configs.Facts(2, "bf16", sums=True, residual=True), h100),
-        (_problem(32, 72, 28, 28, 256), "fprop", half, h100), (_problem(32, 64, 28, 28, 256, stride_h=2), "fprop", half, h100),
-        (_problem(32, 64, 28, 28, 256, w_c=256, w_k=1), "fprop", half, h100),
-        (_problem(32, 64, 28, 28, 256, x_h=28 * 64 + 64), "fprop", half, h100),
-        (_problem(32, 64, 28, 28, 256, r_h=0), "fprop", configs.Facts(2, "bf16", residual=True), h100),
+        (p, "fprop", configs.Facts(2, "bf16", sums=True, residual=True), h100), (p, "fprop", configs.Facts(2, "bf16", normed=True), h100),
+        (_problem(layer, stride_h=2), "fprop", half, h100), (_problem(layer, stride_w=2), "dgrad", half, h100),
+        (_problem(Case("", 32, 256, 28, 28, 256, 3, 3, groups=2)), "fprop", half, h100),
+        (_problem(Case("", 32, 68, 28, 28, 256, 3, 3)), "fprop", half, h100),
+        (_problem(Case("", 32, 256, 28, 28, 132, 3, 3)), "fprop", half, h100),
+        (_problem(Case("", 32, 8, 28, 28, 256, 3, 3)), "fprop", half, h100), (_problem(layer, {"w": (2304, 9, 3, 1)}), "fprop", half, h100),
+        (_problem(layer, {"x": odd}), "fprop", half, h100), (_problem(layer, {"y": odd}), "fprop", half, h100),
+        (_problem(layer, {"x": (256 * 784, 784, 28, 1)}), "fprop", half, h100),
+        (_problem(layer, {"x": (0, 1, 28 * 256, 256)}), "fprop", half, h100),
+        (_problem(layer, {"w": (9 * 260, 1, 3 * 260, 260)}), "fprop", half, h100),
+        (_problem(layer, {"r": (256, 1, 0, 0)}), "fprop", configs.Facts(2, "bf16", residual=True), h100),
     ]  # fmt: skip
     assert not [r for r in refused if any(t.persistent for t in configs.configs(*r))]
-    for arch, residual in itertools.product((90, 100), (False, True)):
-        for tile in _tiles.persistent(arch, residual):
+    for arch in (90, 100):
+        for tile in _tiles.persistent(arch):
             assert _cards.shared_bytes(tile, 2, arch) <= _cards.LIMITS[arch].shared_block
+
+
+@plain
+def test_the_box_that_wastes_the_fewest_places() -> None:
+    """By the map and the batch; every box is the best of some, holds all places, and no side is more than TMA's 256."""
+    best = {
+        (1, 7, 7): (1, 8, 16), (8, 7, 7): (2, 8, 8), (32, 7, 7): (16, 8, 1), (128, 7, 7): (128, 1, 1), (32, 14, 14): (32, 2, 2),
+        (8, 28, 28): (8, 4, 4), (32, 56, 56): (2, 8, 8), (1, 112, 112): (1, 8, 16), (1, 1, 32 * 784): (1, 1, 128),
+    }  # fmt: skip
+    assert {covered: _conv2d_descriptor.box(128, *covered) for covered in best} == best
+    assert set(best.values()) == set(_conv2d_descriptor.boxes(128))
+    for block_m in {t.block_m for t in _tiles.PERSISTENT_CONFIGS}:
+        for one in _conv2d_descriptor.boxes(block_m):
+            assert math.prod(one) == block_m
+            assert max(one) <= 256
+
+    def wasted(*covered: int) -> float:
+        places = 128 * _conv2d_descriptor.tiles(_conv2d_descriptor.box(128, *covered), *covered)
+        return round(100 - 100 * math.prod(covered) / places)
+
+    found = [[wasted(n, side, side) for side in (7, 14, 28, 56)] for n in (1, 32, 128)]
+    assert found == [[62, 23, 23, 12], [12, 0, 0, 0], [0, 0, 0, 0]]
+
+
+@plain
+def test_wasted_places_are_in_the_prediction() -> None:
+    """A map of which a tile has much in vain is predicted to take as long as one that fills it."""
+    h100, half = _cards.CARDS["H100"], configs.Facts(2, "bf16")
+    for n, side, direction in ((1, 9, "fprop"), (3, 9, "dgrad"), (32, 16, "fprop")):
+        p = _problem(Case("", n, 256, side, side + 1, 256, 3, 3))
+        covered = (n, side, side + 1) if direction == "dgrad" else (n, side - 2, side - 1)
+        for block_m in {t.block_m for t in _tiles.PERSISTENT_CONFIGS}:
+            number = _conv2d_descriptor.tiles(_conv2d_descriptor.box(block_m, *covered), *covered)
+            assert configs._places(p, direction, half, block_m) == number * block_m >= math.prod(covered)
+    plain_product = _problem(Case("", 3, 64, 7, 7, 64, 1, 1))
+    assert configs._places(plain_product, "fprop", half, 128) == 256
+    small = _problem(Case("", 1, 256, 7, 7, 256, 3, 3, padding=(1, 1)))
+    assert not configs.configs(small, "fprop", half, h100)[0].persistent
 
 
 @plain
 def test_absent_descriptors_are_no_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "SUPPORTED", False)
-    p = _problem(32, 64, 28, 28, 256)
+    p = _problem(Case("", 32, 64, 28, 28, 256, 3, 3))
     found = configs.configs(p, "fprop", configs.Facts(2, "bf16"), _cards.CARDS["H100"])
     assert found
     assert not any(t.persistent for t in found)

@@ -149,12 +149,12 @@ def test_order(card: _cards.Card, direction: str) -> None:
 @pytest.mark.parametrize("arch", static.ARCHITECTURES)
 def test_what_can_be_chosen_is_compiled(arch: int) -> None:
     """Every tile of a problem, tuned or not, is one that make static compiles for its direction; and none is for nothing."""
-    there: dict[tuple[str, str], set[str]] = {}
+    there: dict[tuple[str, str], set[tuple[str, bool]]] = {}
     for variant in static.variants(arch):
         kind, mode, block = variant.name.split(".", 2)
         if static.product(variant) and not kind.endswith("_together"):  # whose tiles nobody chooses
-            there.setdefault((kind.split("_")[0], mode), set()).add(block)
-    chosen: dict[tuple[str, str], set[str]] = {}
+            there.setdefault((kind.split("_")[0], mode), set()).add((block.split(".")[0], "_descriptor" in kind))
+    chosen: dict[tuple[str, str], set[tuple[str, bool]]] = {}
     modes = {"bf16": (2, "high"), "tf32": (4, "high"), "tf32x3": (4, "fp32"), "ieee": (4, "ieee")}
     sizes = itertools.product((3, 16, 32, 48, 80, 256), (16, 24, 40, 64, 256), (1, 3))
     for (c, k, r), (mode, (itemsize, precision)) in itertools.product(sizes, modes.items()):
@@ -163,7 +163,7 @@ def test_what_can_be_chosen_is_compiled(arch: int) -> None:
             if normed and direction == "dgrad":
                 continue  # which normalises nothing that it reads
             of = configs.Facts(itemsize, mode, residual=bool(residual), normed=bool(normed))
-            names = {tile.name for tile in configs.configs(p, direction, of, _cards.Card(arch, 132))}
+            names = {(t.name, bool(t.persistent)) for t in configs.configs(p, direction, of, _cards.Card(arch, 132))}
             assert names <= there[direction, mode], f"{direction} {c} > {k}, {r}x{r}: {names - there[direction, mode]}"
             chosen.setdefault((direction, mode), set()).update(names)
     assert {key: there[key] - names for key, names in chosen.items() if there[key] - names} == {}
