@@ -9,17 +9,14 @@ once, and once more what is read in two passes (batch norm in training, whose su
 which a copy moves as many: on the CPU torch's own copy_ of half as many bytes, timed in turns with ours and torch's, so that
 a row that fits the caches meets a copy that does; on a GPU one large copy.
 
-On the CPU malloc keeps what is freed (the process starts itself anew with its thresholds raised), or results of 32 MB and
-more would cost both sides their page faults, which take longer than the operation.
+On the CPU malloc keeps what is freed (memory.py, KEEP_FREED).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from memory import keep_freed
 
 import cnnfast
 from cnnfast import functional, ops
@@ -36,7 +34,6 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 EPS = 1e-5
 # of the result's norm: above any rounding, and an activation's argument near 0 that rounding put on its other side
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 4e-2, torch.float16: 2e-2}
-KEEP_FREED = {"MALLOC_MMAP_THRESHOLD_": "17179869184", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 Call = Callable[[], object]
 
 # channels and height of batch norm's layers, of resnet50
@@ -233,8 +230,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where the JSON goes, too")
     options = parser.parse_args()
     cpu = options.device == "cpu"
-    if cpu and any(name not in os.environ for name in KEEP_FREED):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**KEEP_FREED, **os.environ})
+    if cpu:
+        keep_freed()
     torch.set_num_threads(options.threads)
     machine, limit = timing.machine(), 0.0
     print(timing.describe(machine) + f"; backend {options.backend}: {machine['backends']['cpu']}" * cpu)

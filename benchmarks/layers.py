@@ -9,7 +9,8 @@
 
 Both sides without AVX-512: ``ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 CNNFAST_CPU_ISA=avx2``.
 
-fp32, channels_last input, weights as modules hold them, a bias where the network has one, two threads.
+fp32, channels_last input, weights as modules hold them, a bias where the network has one, two threads. While time is
+measured malloc keeps what is freed (memory.py, KEEP_FREED).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from memory import MMAP_THRESHOLD, fresh, reset_peak, status
+from memory import MMAP_THRESHOLD, fresh, keep_freed, reset_peak, status
 from providers import CHANNELS_LAST, NCHW, OURS, TOLERANCE, geometric_mean, providers
 from tables import render
 from workloads import NETWORKS, Layer, distinct
@@ -257,6 +258,8 @@ def main() -> None:
     )
     parser.add_argument("--child", choices=[OURS, CHANNELS_LAST], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not options.memory and not options.child:
+        keep_freed()
     torch.set_num_threads(options.threads)
     if options.child:
         memory_child(options.child, options.network[0], options.batch[0])
