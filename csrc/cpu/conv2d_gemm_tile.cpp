@@ -56,6 +56,14 @@ void tile(const TileArgs<T>& args) {
   }
   add_rows<T, MR, NV>(acc, flushed ? args.chains : nullptr, NV * VL);
   add_rows<T, MR, NV>(acc, args.init, args.init_row);
+  if constexpr (kRowsApart)
+    if (args.streams) {
+#pragma GCC unroll 14
+      for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < NV; ++j) stream(args.out + i * args.out_row + j * VL, acc[i][j]);
+      return;
+    }
   store_rows<T, MR, NV>(args.out, args.out_row, acc);
 }
 

@@ -46,6 +46,7 @@ constexpr int64_t kMacsWorthThreads = 1 << 18;     // below, one thread
 constexpr int64_t kShortSum = 256;  // sums of so few products don't hide the fetching of y's lines: that is done ahead
 template <class S>
 constexpr int64_t kLineElements = 64 / sizeof(S);
+constexpr int64_t kStreamBytes = 1 << 25;  // a result of more goes past the caches
 
 // A packed panel, or a chunk of one: the bias, then the weights.
 template <class T>
@@ -124,7 +125,9 @@ class Worker {
     void* scratch = thread_scratch(carve(Carver(nullptr)));
     if (!scratch) return false;
     carve(Carver(scratch));
+    streams_ = y_streams();
     walk();
+    if (streams_) stream_end();
     return true;
   }
   bool finite() const { return finite_; }
@@ -265,6 +268,14 @@ class Worker {
     }
   }
 
+  // Whether the result, too large to be found in a cache afterwards, goes past them: nothing of it is read first.
+  bool y_streams() const {
+    if constexpr (!kSame<S, T>) return false;
+    const auto vectors = [](int64_t stride) { return stride % VL == 0; };
+    return v_.N * v_.P * v_.Q * v_.K * v_.G * static_cast<int64_t>(sizeof(S)) >= kStreamBytes && vectors(v_.K) &&
+           vectors(v_.y_w) && vectors(v_.y_h) && vectors(v_.y_n) && reinterpret_cast<uintptr_t>(y_) % kVecBytes == 0;
+  }
+
   // Where each tap's elements start, seen from a pixel's first.
   void set_taps(int64_t channels) {
     const int64_t size = sizeof(T);
@@ -343,7 +354,7 @@ class Worker {
     args.a_step = 0;
     args.taps = taps_, args.ntaps = ntaps_, args.chains = chains_;
     args.b = data + width;
-    const bool fetch = last && v_.R * v_.S * v_.C <= kShortSum && v_.y_h == v_.Q * v_.y_w;
+    const bool fetch = last && !streams_ && v_.R * v_.S * v_.C <= kShortSum && v_.y_h == v_.Q * v_.y_w;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t i = count * t / tiles, rows = count * (t + 1) / tiles - i;
       args.a = a + i * row_step_;
@@ -358,6 +369,7 @@ class Worker {
       if constexpr (kSame<S, T>) {
         stored = last && linear && lanes == width && !epilogue_;
         if (stored) args.out = y, args.out_row = v_.y_w;
+        args.streams = stored && streams_;
       }
       if (fetch && i + rows < count) {
         const int64_t next = count * (t + 2) / tiles - i - rows;
@@ -416,6 +428,7 @@ class Worker {
   Tap* taps_ = nullptr;
   T *panels_ = nullptr, *tile_ = nullptr, *chains_ = nullptr, *sums_ = nullptr, *strip_ = nullptr;
   bool finite_ = true;
+  bool streams_ = false;
   bool new_pixels_ = false;  // the panel is the first to read them, where they lie beside each other in x
 };
 

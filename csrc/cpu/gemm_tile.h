@@ -78,6 +78,7 @@ struct TileArgs {
   // kRowsApart: what is asked for on the way, a line a step, if anything: the A of the tile that comes next. What comes
   // from memory in MR places at once is beyond what processors fetch ahead by themselves.
   const char* next = nullptr;
+  bool streams = false;  // kRowsApart: past the caches to `out`, whose rows are aligned vectors
 };
 
 template <class T>
