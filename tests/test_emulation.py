@@ -136,7 +136,12 @@ def test_dynamic_shared_memory(plain: Library) -> None:
     assert out[0] == 19999
     message = plain.probe("dynamic_shared", out=out, size=60000)
     assert message is not None
-    assert "dynamic shared memory" in message
+    assert "too much dynamic shared memory" in message
+    # without a bound a kernel may never have more than at first
+    assert plain.probe("growing_shared", out=out, size=90) is None
+    message = plain.probe("growing_shared", out=out, size=101)
+    assert message is not None
+    assert "more dynamic shared memory than the kernel asked for" in message
 
 
 @pytest.mark.parametrize(

@@ -344,6 +344,16 @@ def test_predicted(name: str, tmp_path: Path, wide: None) -> None:
     found.plot(tmp_path / "predicted.png")
 
 
+@needs_cpu
+@pytest.mark.skipif(not dispatch.backends()["cuda"].implementations, reason="no native CUDA module on this machine")
+def test_a_depthwise_layer_on_a_card() -> None:
+    """Is one kernel with batch norm and activation, as a module's call and in a fused network."""
+    conv = torch.nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False)
+    model, x = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(32), torch.nn.ReLU6()).eval(), torch.randn(1, 32, 14, 14)
+    found = cnnfast.explain(cnnfast.fuse(model), x, device="h100")
+    assert [row.kernel for row in found] == ["cuda.conv2d_depthwise"]
+
+
 # ---- every network by name -------------------------------------------------------------------------------------------
 
 

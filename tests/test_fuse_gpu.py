@@ -155,6 +155,26 @@ def test_networks(name: str, backend: str) -> None:
             assert "no backend runs plans" in fused.report()
 
 
+def _inverted(m: Any, x: Any) -> Any:
+    y = F.relu6(m.a(x))
+    return (m.b(y) + y).relu()
+
+
+@on_a_gpu
+@pytest.mark.skipif(process.INTERPRETED, reason="the CUDA backend's")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_depthwise_layers_are_one_kernel_each(dtype: torch.dtype) -> None:
+    """With batch norm, activation and residual in its epilogue."""
+    torch.manual_seed(0)
+    model = Applied(_inverted, a=_conv(24, 24, stride=2, groups=24), b=_conv(24, 24, 5, groups=24)).eval().to(dtype)
+    x = torch.randn(2, 24, 13, 11, dtype=dtype)
+    with _on("cuda"):
+        fused = cnnfast.fuse(copy.deepcopy(model).to(DEVICE), x.to(DEVICE))
+        _check(fused(x.to(DEVICE)), model, x)
+        assert set(fused.programs[0].kernels) == {"cuda.conv2d_depthwise"}, fused.report()
+        assert len(fused.programs[0].kernels) == 2
+
+
 @on_a_gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_other_batches_layouts_and_dtypes(backend: str) -> None:

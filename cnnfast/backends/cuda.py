@@ -381,6 +381,7 @@ EPILOGUES = dict.fromkeys(
         "conv2d_stem",
         "conv2d_winograd_f4x4",
         "conv2d_winograd_f2x2",
+        "conv2d_depthwise",
         "conv2d_direct",
     ),
     ("conv_bn_act",),

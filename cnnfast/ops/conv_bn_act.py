@@ -4,8 +4,8 @@
 
 Batch norm in evaluation is such a map, scale = weight / sqrt(var + eps), shift = bias - mean * scale; b, scale, shift
 and r may each be absent. scale and shift are of the accumulator's dtype (float64 for float64, else float32): beside
-16-bit activations nothing of them is lost. On the CPU and in Triton the kernels of conv2d serve, with an epilogue on their
-stores; where no kernel serves, conv2d and batch_norm do, one after the other.
+16-bit activations nothing of them is lost. The kernels of conv2d serve, with an epilogue on their stores; where none
+does, conv2d and batch_norm do, one after the other.
 
 Derivatives are conv2d's, and of the epilogue itself: dz = g * act'(y), db' = scale * dz for the convolution,
 dscale = sum of dz * conv2d(x, w, b), which is computed again.

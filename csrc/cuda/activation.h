@@ -13,7 +13,7 @@ template <class Acc>
 struct Activate {
   Acc low, high, slope;
 
-  __device__ __forceinline__ explicit Activate(Activation act)
+  __host__ __device__ __forceinline__ explicit Activate(Activation act)
       : low(act == Activation::kNone ? Acc(NAN) : Acc(0)),
         high(act == Activation::kRelu6 ? Acc(6) : Acc(NAN)),
         slope(act == Activation::kLeakyRelu ? Acc(kLeakySlope) : Acc(0)) {}

@@ -9,13 +9,15 @@
 //
 // Mapping: neighbouring threads take neighbouring channels, 16 bytes of them, and four neighbouring columns of the
 // result; a block is 32 packs of channels at most by the column groups that 256 threads have room for (pixels.h). Its
-// channels' filters lie in shared memory, by taps. For filters 3, 5 and 7 wide a thread reads each column of its row of
-// the image once and keeps it in registers for all taps. Layout: activations NHWC, any pixel strides, weights any;
-// where sizes, strides or addresses don't allow packs a thread takes one channel. Accumulator f32 (f64 for f64), one
-// rounding at the end. Memory offsets are 64-bit.
+// channels' filters lie in shared memory, by taps, beside what the epilogue (conv_bn_act) has for them; whether there
+// is a residual is a uniform branch. For filters 3, 5 and 7 wide a thread reads each column of its row of the image
+// once and keeps it in registers for all taps. Layout: activations NHWC, any pixel strides, weights any; where sizes,
+// strides or addresses don't allow packs a thread takes one channel. Accumulator f32 (f64 for f64), one rounding at the
+// end. Memory offsets are 64-bit.
 #include <type_traits>
 
 #include "../common/kernel_table.h"
+#include "epilogue.h"
 #include "pixels.h"
 #include "primitives/cuda.h"
 #include "primitives/launch.h"
@@ -29,16 +31,17 @@ constexpr int kThreads = 256;
 // stride then is, and there is no dilation; else 0.
 template <int width, int filter, int stride>
 constexpr int kColumns = width == 8 && filter * stride > 3 ? 2 : 4;
-constexpr int64_t kSharedBytes = 48 * 1024;  // of filters
+constexpr size_t kSharedBytes = 48 * 1024;  // of filters
+constexpr int kLanes = 32;                  // packs of channels a block, at most
 constexpr int64_t kBlocks = 1024;
 constexpr int64_t kMostGroups = 8;  // of columns, a thread
 
 // A correlation from the image `in` (H x W) to `out` (P x Q), whose columns are taken in groups. `flipped`: the
-// filter's last tap comes first.
+// filter's last tap comes first. `r`: the residual.
 struct Correlation {
   int H, W, P, Q, R, S;
   int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  Strides in, out;
+  Strides in, out, r;
   int64_t w_c, w_r, w_s;
   bool flipped;
   int groups = 0;
@@ -112,32 +115,59 @@ struct Group {
   }
 };
 
-template <class T, int width, int columns>
-__device__ __forceinline__ void store(const Correlation& c, const Group& group, int64_t pack,
-                                      const Accumulator<T> (&sums)[columns][width], const T* __restrict__ bias,
-                                      T* __restrict__ out) {
+// What the epilogue has for each channel of a tile; where an operand is absent, what changes nothing.
+template <class T, int width>
+struct Vectors {
+  using Acc = Accumulator<T>;
+  Pack<Acc, width> bias[kLanes], scale[kLanes], shift[kLanes];
+
+  __device__ __forceinline__ void stage(const Shares& shares, int64_t first_pack, int64_t packs,
+                                        const T* __restrict__ of_bias, const Epilogue<T>& epilogue) {
+    const int64_t first = first_pack * width;
+    for (int i = threadIdx.x; i < shares.lanes * width && first + i < packs * width; i += kThreads) {
+      bias[i / width].v[i % width] = of_bias ? Numeric<T>::widen(of_bias[first + i]) : Acc(0);
+      scale[i / width].v[i % width] = epilogue.scale ? epilogue.scale[first + i] : Acc(1);
+      shift[i / width].v[i % width] = epilogue.shift ? epilogue.shift[first + i] : Acc(0);
+    }
+  }
+};
+
+// end(i): the results of column i.
+template <class T, int width, int columns, class End>
+__device__ __forceinline__ void store(const Correlation& c, const Group& group, int64_t pack, T* __restrict__ out,
+                                      const End& end) {
   T* to = out + group.n * c.out.n + group.row * c.out.h + group.column * c.out.w;
-  const Pack<T, width> shift = vector_of<T, width>(bias, pack, Numeric<T>::narrow(0));
 #pragma unroll
   for (int i = 0; i < columns; ++i) {
     if (group.column + i >= c.Q) break;
-    Pack<T, width> result;
-#pragma unroll
-    for (int e = 0; e < width; ++e) result.v[e] = Numeric<T>::narrow(sums[i][e] + Numeric<T>::widen(shift.v[e]));
-    pack_of<T, width>(to + i * c.out.w, pack) = result;
+    pack_of<T, width>(to + i * c.out.w, pack) = end(i);
   }
 }
 
+template <class T, int width>
+__device__ __forceinline__ Pack<T, width> narrow(const Accumulator<T> (&sum)[width]) {
+  Pack<T, width> result;
+#pragma unroll
+  for (int e = 0; e < width; ++e) result.v[e] = Numeric<T>::narrow(sum[e]);
+  return result;
+}
+
+// act comes from the launcher: its bounds are constants of the launch, not registers.
 template <class T, int width, int filter, int stride>
 __global__ void __launch_bounds__(kThreads, 2)
     correlate(const Correlation c, const Shares shares, const int64_t packs, const int count, const T* __restrict__ in,
-              const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ out) {
+              const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ out, const Epilogue<T> epilogue,
+              const Activate<Accumulator<T>> act) {
   constexpr int columns = kColumns<width, filter, stride>;
+  using Acc = Accumulator<T>;
+  using VectorsOfTile = Vectors<T, width>;
   CNNFAST_DYNAMIC_SHARED(T, filters);
+  CNNFAST_SHARED(VectorsOfTile, vectors, );
   for (int64_t item = blockIdx.x; item < shares.count(); item += gridDim.x) {
     const Share share(shares, item, threadIdx.x, packs, count);
     const int lane = static_cast<int>(threadIdx.x) - share.row * shares.lanes;
     stage_filters<T, width>(c, shares, share.pack - lane, packs, weight, filters);
+    vectors.stage(shares, share.pack - lane, packs, bias, epilogue);
     __syncthreads();
     const Pack<T, width>* taps = reinterpret_cast<const Pack<T, width>*>(filters) + lane;
     for (int i = share.first; share.present && i < share.end; i += shares.rows) {
@@ -150,15 +180,30 @@ __global__ void __launch_bounds__(kThreads, 2)
         Row<T, width, filter, stride>::add(c, image + h * c.in.h, taps + r * c.S * shares.lanes, shares.lanes,
                                            group.column, sums);
       }
-      store<T, width, columns>(c, group, share.pack, sums, bias, out);
+      const Pack<Acc, width>&first = vectors.bias[lane], &scale = vectors.scale[lane], &shift = vectors.shift[lane];
+      const int64_t residual = group.n * c.r.n + group.row * c.r.h + group.column * c.r.w + share.pack * width;
+      store<T, width, columns>(c, group, share.pack, out, [&](int i) {
+        Acc z[width];
+#pragma unroll
+        for (int e = 0; e < width; ++e) z[e] = scale.v[e] * (sums[i][e] + first.v[e]) + shift.v[e];
+        if (epilogue.residual) {
+          const Pack<T, width> plus = load<T, width>(epilogue.residual + residual + i * c.r.w);
+#pragma unroll
+          for (int e = 0; e < width; ++e) z[e] += Numeric<T>::widen(plus.v[e]);
+        }
+#pragma unroll
+        for (int e = 0; e < width; ++e) z[e] = act(z[e]);
+        return narrow<T, width>(z);
+      });
     }
     __syncthreads();  // the next tile overwrites the filters
   }
 }
 
-// dgrad with stride: `in` is dy, `out` dx; stride_w: where it is known to the compiler, else 0.
+// dgrad with stride: `in` is dy, `out` dx; stride_w: where it is known to the compiler, else 0. Registers for three
+// blocks at once are enough.
 template <class T, int width, int known_stride>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     spread(const Correlation c, const Shares shares, const int64_t packs, const int count, const T* __restrict__ in,
            const T* __restrict__ weight, T* __restrict__ out) {
   constexpr int columns = kColumns<width, 0, 0>;
@@ -189,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
       }
-      store<T, width, columns>(c, group, share.pack, sums, nullptr, out);
+      store<T, width, columns>(c, group, share.pack, out, [&](int i) { return narrow<T, width>(sums[i]); });
     }
     __syncthreads();  // the next tile overwrites the filters
   }
@@ -203,12 +248,12 @@ int to_int(int64_t n) { return static_cast<int>(n); }
 template <class T, int width>
 Shares shares_of(int64_t count, int64_t packs, int taps) {
   const int64_t most = kSharedBytes / (taps * width * static_cast<int64_t>(sizeof(T)));
-  return Shares(count, packs, kThreads, 1, kMostGroups, kBlocks, std::min<int64_t>(most, 32));
+  return Shares(count, packs, kThreads, 1, kMostGroups, kBlocks, std::min<int64_t>(most, kLanes));
 }
 
 template <class T, int width>
 const char* launch_of(Correlation c, int64_t images, int64_t channels, bool strided, const T* in, const T* weight,
-                      const T* bias, T* out, void* stream) {
+                      const T* bias, T* out, const Epilogue<T>& epilogue, void* stream) {
   using std::integral_constant;
   const auto run = [&](auto filter, auto stride) {
     c.groups = to_int(ceil_div(c.Q, kColumns<width, filter.value, stride.value>));
@@ -220,10 +265,11 @@ const char* launch_of(Correlation c, int64_t images, int64_t channels, bool stri
     const size_t bytes = static_cast<size_t>(c.R) * c.S * shares.lanes * width * sizeof(T);
     if constexpr (filter.value == 0)
       if (strided)
-        return launch<spread<T, width, stride.value>>(grid, block, bytes, stream, c, shares, packs, count, in, weight,
-                                                      out);
-    return launch<correlate<T, width, filter.value, filter.value ? stride.value : 0>>(
-        grid, block, bytes, stream, c, shares, packs, count, in, weight, bias, out);
+        return launch<spread<T, width, stride.value>, kSharedBytes>(grid, block, bytes, stream, c, shares, packs, count,
+                                                                    in, weight, out);
+    return launch<correlate<T, width, filter.value, filter.value ? stride.value : 0>, kSharedBytes>(
+        grid, block, bytes, stream, c, shares, packs, count, in, weight, bias, out, epilogue,
+        Activate<Accumulator<T>>(epilogue.act));
   };
   if (strided && c.stride_w == 2) return run(integral_constant<int, 0>{}, integral_constant<int, 2>{});
   if constexpr (width > 1 && sizeof(T) < sizeof(double)) {
@@ -239,12 +285,13 @@ const char* launch_of(Correlation c, int64_t images, int64_t channels, bool stri
 
 template <class T>
 const char* launch_packed(const Correlation& c, const Conv2dParams& p, bool strided, const T* in, const T* weight,
-                          const T* bias, T* out, void* stream) {
+                          const T* bias, T* out, const Epilogue<T>& epilogue, void* stream) {
   constexpr int width = kPackWidth<T>;
   const bool packed = p.C % width == 0 && takes_packs(in, c.in.all(), width, sizeof(T)) &&
-                      takes_packs(out, c.out.all(), width, sizeof(T));
-  return packed ? launch_of<T, width>(c, p.N, p.C, strided, in, weight, bias, out, stream)
-                : launch_of<T, 1>(c, p.N, p.C, strided, in, weight, bias, out, stream);
+                      takes_packs(out, c.out.all(), width, sizeof(T)) &&
+                      takes_packs(epilogue.residual, c.r.all(), width, sizeof(T));
+  return packed ? launch_of<T, width>(c, p.N, p.C, strided, in, weight, bias, out, epilogue, stream)
+                : launch_of<T, 1>(c, p.N, p.C, strided, in, weight, bias, out, epilogue, stream);
 }
 
 template <class T>
@@ -264,12 +311,14 @@ const char* launch_fprop(const void* params, const Launch& run) {
                       to_int(p.dilation_w),
                       {p.x_n, p.x_h, p.x_w},
                       {p.y_n, p.y_h, p.y_w},
+                      {p.r_n, p.r_h, p.r_w},
                       p.w_k,
                       p.w_r,
                       p.w_s,
                       false};
   return launch_packed<T>(c, p, false, static_cast<const T*>(run.operands[0]), static_cast<const T*>(run.operands[1]),
-                          static_cast<const T*>(run.operands[2]), static_cast<T*>(run.operands[3]), run.stream);
+                          static_cast<const T*>(run.operands[2]), static_cast<T*>(run.operands[3]), Epilogue<T>(p, run),
+                          run.stream);
 }
 
 template <class T>
@@ -290,12 +339,13 @@ const char* launch_dgrad(const void* params, const Launch& run) {
                       to_int(p.dilation_w),
                       {p.y_n, p.y_h, p.y_w},
                       {p.x_n, p.x_h, p.x_w},
+                      {p.r_n, p.r_h, p.r_w},
                       p.w_k,
                       p.w_r,
                       p.w_s,
                       !strided};
   return launch_packed<T>(c, p, strided, static_cast<const T*>(run.operands[3]), static_cast<const T*>(run.operands[1]),
-                          nullptr, static_cast<T*>(run.operands[0]), run.stream);
+                          nullptr, static_cast<T*>(run.operands[0]), Epilogue<T>(p, run), run.stream);
 }
 
 }  // namespace

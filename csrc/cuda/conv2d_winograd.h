@@ -32,6 +32,7 @@
 #pragma once
 #include "../common/kernel_table.h"
 #include "conv2d_axes.h"
+#include "conv2d_winograd_tiles.h"
 #include "conv2d_winograd_transform.h"
 #include "epilogue.h"
 #include "primitives/async_copy.h"
@@ -141,12 +142,6 @@ __global__ void __launch_bounds__(kTransformThreads)
   }
 }
 
-// A tile of outputs: its image and first pixel.
-struct Place {
-  int n, p, q;
-  bool present;
-};
-
 // Where a tile's inputs lie: the offset of the first pixel, perhaps outside of the image; which of their rows and
 // columns are inside, a bit each.
 struct Source {
@@ -157,13 +152,7 @@ struct Source {
 template <int P>
 __device__ __forceinline__ Source source_of(const View& v, const Place& at) {
   const int h = at.p - v.pad_h, w = at.q - v.pad_w;
-  Source source{at.n * v.in_n + h * v.in_h + w * v.in_w, 0, 0};
-#pragma unroll
-  for (int a = 0; a < P; ++a) {
-    source.rows |= static_cast<unsigned>(at.present && h + a >= 0 && h + a < v.H) << a;
-    source.columns |= static_cast<unsigned>(w + a >= 0 && w + a < v.W) << a;
-  }
-  return source;
+  return {at.n * v.in_n + h * v.in_h + w * v.in_w, at.present ? inside<P>(h, v.H) : 0, inside<P>(w, v.W)};
 }
 
 // The inputs of one tile and channel.
@@ -297,8 +286,7 @@ __global__ void __launch_bounds__(Block<M>::kThreads, 1)
   const int column_tile = static_cast<int>(blockIdx.x % tiling.column_tiles);
   const int tile0 = static_cast<int>(blockIdx.x / tiling.column_tiles) * kTiles;
   if (t < kTiles) {
-    const int tile = tile0 + t, line = tile / tiling.tiles_w, n = line / tiling.tiles_h;
-    places[t] = {n, (line - n * tiling.tiles_h) * M, (tile - line * tiling.tiles_w) * M, tile < tiling.tiles};
+    places[t] = place_of<M>(tiling.tiles_h, tiling.tiles_w, tile0 + t, tiling.tiles);
     sources[t] = source_of<B::kPoints>(v, places[t]);
   }
   __syncthreads();

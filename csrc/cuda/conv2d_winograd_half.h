@@ -88,16 +88,8 @@ struct HalfInputs {
   int channels;
   Two<T> d[P][P];
 
-  __device__ __forceinline__ HalfInputs(const View& v, const Place& at, int channel, const T* in)
-      : rows(0), columns(0), channels(v.C - channel) {
-    const int h = at.p - v.pad_h, w = at.q - v.pad_w;
-#pragma unroll
-    for (int a = 0; a < P; ++a) {
-      rows |= static_cast<unsigned>(at.present && h + a >= 0 && h + a < v.H) << a;
-      columns |= static_cast<unsigned>(w + a >= 0 && w + a < v.W) << a;
-    }
-    from = in + at.n * v.in_n + h * v.in_h + w * v.in_w + channel;
-  }
+  __device__ __forceinline__ HalfInputs(const View& v, const Source& source, int channel, const T* in)
+      : from(in + source.at + channel), rows(source.rows), columns(source.columns), channels(v.C - channel) {}
   __device__ __forceinline__ void load(const View& v) {
     const unsigned inside = channels > 0 ? rows : 0;
     const T zero = Numeric<T>::narrow(0.0f);
@@ -154,14 +146,13 @@ __global__ void __launch_bounds__(HalfBlock::kThreads, 1)
   const int column_tile = static_cast<int>(blockIdx.x % tiling.column_tiles);
   const int tile0 = static_cast<int>(blockIdx.x / tiling.column_tiles) * kTiles;
   if (t < kTiles) {
-    const int tile = tile0 + t, line = tile / tiling.tiles_w, n = line / tiling.tiles_h;
-    places[t] = {n, (line - n * tiling.tiles_h) * 2, (tile - line * tiling.tiles_w) * 2, tile < tiling.tiles};
+    places[t] = place_of<2>(tiling.tiles_h, tiling.tiles_w, tile0 + t, tiling.tiles);
   }
   __syncthreads();
 
   constexpr int kPairs = B::kChannels / 2;
   const int pair = t % kPairs, own_tile = t / kPairs;  // neighbouring threads read neighbouring channels
-  HalfInputs<T> input(v, places[own_tile], pair * 2, in);
+  HalfInputs<T> input(v, source_of<B::kPoints>(v, places[own_tile]), pair * 2, in);
   input.load(v);
   const uint32_t* next = u + int64_t{column_tile} * tiling.steps * B::kWeights + t * 4;
   const auto stage_weights = [&](int step) {
@@ -201,32 +192,18 @@ __global__ void __launch_bounds__(HalfBlock::kThreads, 1)
     __syncthreads();  // everybody has read the inputs
   }
 
-  // Half of the products at a time; columns are swizzled by eights so that neither side has bank conflicts.
   const Activate<float> act(epilogue.act);
   float* products = reinterpret_cast<float*>(shared);
-  constexpr int kHalf = kTiles / 2;
 #pragma unroll
   for (int half = 0; half < kMmaRows; ++half) {
-    struct alignas(8) Pair {
-      float v[2];
-    };
-#pragma unroll
-    for (int f = 0; f < B::kOwn; ++f)
-#pragma unroll
-      for (int j = 0; j < kMmaColumns; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int row = i * 8 + lane / 4, column = (j ^ lane / 4) * 8 + lane % 4 * 2;
-          *reinterpret_cast<Pair*>(products + ((warp * B::kOwn + f) * kHalf + row) * B::kColumns + column) =
-              Pair{{sums[f][half][j][i * 2], sums[f][half][j][i * 2 + 1]}};
-        }
+    HalfOfProducts<B>::store(sums, half, products);
     __syncthreads();
 #pragma unroll 1
-    for (int item = t; item < kHalf * B::kColumns; item += B::kThreads) {
+    for (int item = t; item < HalfOfProducts<B>::kProduct; item += B::kThreads) {
       const int row = item / B::kColumns, column = item % B::kColumns, k = column_tile * B::kColumns + column;
-      const Place at = places[half * kHalf + row];
+      const Place at = places[half * HalfOfProducts<B>::kRows + row];
       if (!at.present || k >= v.K) continue;
-      finish<2>(v, at, k, products + row * B::kColumns + (column ^ row % 8 * 8), kHalf * B::kColumns, true, true, in,
+      finish<2>(v, at, k, HalfOfProducts<B>::at(products, row, column), HalfOfProducts<B>::kProduct, true, true, in,
                 weight, bias, out, epilogue, act);
     }
     __syncthreads();  // the other half overwrites the products

@@ -13,6 +13,7 @@
 #pragma once
 #include "../common/kernel_table.h"
 #include "conv2d_axes.h"
+#include "conv2d_winograd_tiles.h"
 #include "conv2d_winograd_transform.h"
 #include "primitives/launch.h"
 #include "primitives/numeric.h"
@@ -59,21 +60,12 @@ struct TilePlace {
 
 template <int M>
 __device__ __forceinline__ TilePlace place_of(const Conv2dParams& p, const Cut& cut, int tile, int end) {
-  const int line = tile / cut.tiles_w, n = line / cut.tiles_h;
-  const int first_p = (line - n * cut.tiles_h) * M, first_q = (tile - line * cut.tiles_w) * M;
-  const int h = first_p - static_cast<int>(p.pad_h), w = first_q - static_cast<int>(p.pad_w);
-  TilePlace place{n * p.x_n + h * p.x_h + w * p.x_w, n * p.y_n + first_p * p.y_h + first_q * p.y_w, 0, 0, 0, 0};
-  if (tile >= end) return place;
-#pragma unroll
-  for (int i = 0; i < kPoints<M>; ++i) {
-    place.x_rows |= static_cast<unsigned>(h + i >= 0 && h + i < p.H) << i;
-    place.x_columns |= static_cast<unsigned>(w + i >= 0 && w + i < p.W) << i;
-  }
-#pragma unroll
-  for (int i = 0; i < M; ++i) {
-    place.y_rows |= static_cast<unsigned>(first_p + i < p.P) << i;
-    place.y_columns |= static_cast<unsigned>(first_q + i < p.Q) << i;
-  }
+  const Place at = place_of<M>(cut.tiles_h, cut.tiles_w, tile, end);
+  const int h = at.p - static_cast<int>(p.pad_h), w = at.q - static_cast<int>(p.pad_w);
+  TilePlace place{at.n * p.x_n + h * p.x_h + w * p.x_w, at.n * p.y_n + at.p * p.y_h + at.q * p.y_w, 0, 0, 0, 0};
+  if (!at.present) return place;
+  place.x_rows = inside<kPoints<M>>(h, p.H), place.x_columns = inside<kPoints<M>>(w, p.W);
+  place.y_rows = inside<M>(at.p, p.P), place.y_columns = inside<M>(at.q, p.Q);
   return place;
 }
 

@@ -191,32 +191,19 @@ __global__ void __launch_bounds__(WeightsHalfBlock::kThreads, 1)
     }
     __syncthreads();  // everybody has read the last step
 
-    // Half of the products at a time; columns are swizzled by eights so that neither side has bank conflicts.
     float* products = reinterpret_cast<float*>(shared);
-    constexpr int kHalf = B::kRows / 2;
 #pragma unroll
     for (int half = 0; half < kMmaRows; ++half) {
-      struct alignas(8) Pair {
-        float v[2];
-      };
-#pragma unroll
-      for (int f = 0; f < B::kOwn; ++f)
-#pragma unroll
-        for (int j = 0; j < kMmaColumns; ++j)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int row = i * 8 + lane / 4, column = (j ^ lane / 4) * 8 + lane % 4 * 2;
-            *reinterpret_cast<Pair*>(products + ((warp * B::kOwn + f) * kHalf + row) * B::kColumns + column) =
-                Pair{{sums[f][half][j][i * 2], sums[f][half][j][i * 2 + 1]}};
-          }
+      HalfOfProducts<B>::store(sums, half, products);
       __syncthreads();
 #pragma unroll 1
-      for (int item = t; item < kHalf * B::kColumns; item += B::kThreads) {
+      for (int item = t; item < HalfOfProducts<B>::kProduct; item += B::kThreads) {
         const int row = item / B::kColumns, column = item % B::kColumns;
-        const int c = c0 + half * kHalf + row, k = k0 + column;
+        const int c = c0 + half * HalfOfProducts<B>::kRows + row, k = k0 + column;
         if (c < p.C && k < p.K)
-          finish<2, kHalf * B::kColumns>(products + row * B::kColumns + (column ^ row % 8 * 8),
-                                         partial + (slice * kTaps * p.C + c) * p.K + k, p.C * p.K, chain == begin);
+          finish<2, HalfOfProducts<B>::kProduct>(HalfOfProducts<B>::at(products, row, column),
+                                                 partial + (slice * kTaps * p.C + c) * p.K + k, p.C * p.K,
+                                                 chain == begin);
       }
       if (half == 0) __syncthreads();  // the other half overwrites the products
     }

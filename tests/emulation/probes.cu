@@ -177,8 +177,12 @@ CNNFAST_TEST_API const char* run_probe(const char* name_, const void* in0, const
     else if (name == "early_exit")
       launch<early_exit>(one, two_warps, 0, nullptr, integers);
     else if (name == "dynamic_shared")
-      launch<dynamic_shared>(one, two_warps, size * sizeof(int), nullptr, integers, size);
-    else if (name == "strided_words")
+      launch<dynamic_shared, 1 << 20>(one, two_warps, size * sizeof(int), nullptr, integers, size);
+    else if (name == "growing_shared") {
+      launch<dynamic_shared>(one, two_warps, 100 * sizeof(int), nullptr, integers, 100);
+      if (const char* error = launch<dynamic_shared>(one, two_warps, size * sizeof(int), nullptr, integers, size))
+        throw std::runtime_error(error);
+    } else if (name == "strided_words")
       launch<strided_words>(one, warp, 0, nullptr, static_cast<float*>(out), size);
     else if (name == "strided_vectors")
       launch<strided_vectors>(one, warp, 0, nullptr, static_cast<Words*>(out), size);

@@ -61,7 +61,10 @@ inline int64_t shared_bytes_of_a_processor() {
 
 template <auto kernel, size_t most_shared = 0, class... Args>
 const char* launch(dim3 grid, dim3 block, size_t shared_bytes, void*, const Args&... arguments) {
-  if (most_shared && shared_bytes > most_shared) return "more dynamic shared memory than the kernel asked for";
+  static std::atomic<size_t> prepared{most_shared};  // on a device the first launch that has any asks for it
+  size_t unprepared = 0;
+  prepared.compare_exchange_strong(unprepared, shared_bytes);
+  if (shared_bytes > prepared) return "more dynamic shared memory than the kernel asked for";
   auto body = [&]() __attribute__((no_sanitize_thread)) { kernel(arguments...); };
   emulation::launch(
       __PRETTY_FUNCTION__, grid, block, shared_bytes,
