@@ -69,6 +69,30 @@ def test_large_results(name: str, isa: str) -> None:
         assert int(wrong.sum()) <= (4 if "act" in name else 0)
 
 
+# 2 * 64 * 257 * 257 floats are 34 MB; 132098 pixels are no multiple of any tile's
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("taps", [1, 3])
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_large_results_of_convolutions(isa: str, taps: int, dtype: torch.dtype) -> None:
+    """Past the caches where the result's pixels are whole vectors, as they come where they aren't; both directions."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 257, 257, dtype=dtype).to(memory_format=CL)
+    w, b = torch.randn(64, 8, taps, taps, dtype=dtype), torch.randn(64, dtype=dtype)
+    padding = taps // 2
+    with cnnfast.backend(f"cpu.conv2d_implicit_gemm.{isa}"):
+        found = functional.conv2d(x, w, b, padding=padding)
+        narrow = functional.conv2d(x, w[:63], b[:63], padding=padding)
+        back = functional.conv_transpose2d(x, w.transpose(0, 1), b, padding=padding)
+    eps = torch.finfo(dtype).eps
+    for result, expected in (
+        (found, F.conv2d(x.double(), w.double(), b.double(), padding=padding)),
+        (narrow, F.conv2d(x.double(), w[:63].double(), b[:63].double(), padding=padding)),
+        (back, F.conv_transpose2d(x.double(), w.transpose(0, 1).double(), b.double(), padding=padding)),
+    ):
+        # a sum of 8 * taps**2 products and a bias: each below 25, so many roundings at most
+        assert (result - expected).abs().max() <= (8 * taps**2 + 1) * 25 * eps * (1 if dtype == torch.float32 else 2)
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_thread_count_changes_nothing(name: str) -> None:
     """1, 2, 3 or 7 threads: results equal bit by bit."""
