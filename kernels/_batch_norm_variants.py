@@ -11,7 +11,6 @@ from .batch_norm import (
     COLLECT_SPLITS,
     COLLECT_WARPS,
     FEW_PIXELS_CHANNELS,
-    MIN_CHANNELS,
     NUM_WARPS,
     _add_sums,
     _apply,
@@ -96,13 +95,9 @@ def _collect(fn: Any, arch: int, splits: int) -> Variant:
 def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
     """Every kind of call with every block that can be selected for sm_<arch>."""
     for fn in (_merge_stats, _add_sums):
-        splits = COLLECT_SPLITS
-        while splits >= 1:
+        for splits in reversed(COLLECT_SPLITS):
             yield _collect(fn, arch, splits)
-            splits //= 2
     for mode in modes:
         for kind in KINDS:
-            channels = FEW_PIXELS_CHANNELS
-            while channels >= MIN_CHANNELS:
+            for channels in reversed(FEW_PIXELS_CHANNELS):
                 yield _variant(kind, mode, arch, channels)
-                channels //= 2
