@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ._common import CHANNELS, Variant
+from ._common import CHANNELS, VECTORS, Variant
 from .add_act import ELEMENTS, MIXED_BLOCK, NUM_WARPS, _map
 
 _ALIGNED = ("a", "b", "out", "columns", *(f"{name}_{i}" for name in ("a", "b", "out") for i in range(3)))
@@ -30,7 +30,7 @@ def _variant(kind: str, mode: str, arch: int, gradient: bool, act: int, block: i
         fn=_map,
         signature={name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names},
         constexprs={name: constants[name] for name in names if name in constants},
-        aligned=() if odd else _ALIGNED,
+        aligned=() if odd or block < VECTORS else _ALIGNED,
         num_warps=NUM_WARPS, num_stages=3, capability=arch, tensor_cores=False, asynchronous=False,
     )  # fmt: skip
 

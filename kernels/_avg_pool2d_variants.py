@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ._common import CHANNELS, Variant
+from ._common import CHANNELS, VECTORS, Variant
 from ._windows import NUM_WARPS, SIDE_BY_SIDE, _gather, block_pixels, unrolled
 
 _STRIDES = tuple(f"{role}_{axis}" for role in ("src", "labels", "out") for axis in ("n", "row", "col"))
@@ -29,7 +29,7 @@ def gather_variant(
         fn=_gather,
         signature={n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names},
         constexprs={n: constants[n] for n in names if n in constants},
-        aligned=() if odd else tuple(n for n in _ALIGNED if n not in constants),
+        aligned=() if odd or channels < VECTORS else tuple(n for n in _ALIGNED if n not in constants),
         num_warps=NUM_WARPS, num_stages=3, capability=arch, tensor_cores=False, asynchronous=False,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ._common import Variant
+from ._common import VECTORS, Variant
 from .batch_norm import (
     COLLECT_SPLITS,
     COLLECT_WARPS,
@@ -57,11 +57,11 @@ _ALIGNED = ("x", "r", "y", "grad", "u", "out", "workspace", "channels", *_VECTOR
 
 
 def _variant(kind: Kind, mode: str, arch: int, channels: int) -> Variant:
-    names = kind.fn.arg_names
+    names, vectors = kind.fn.arg_names, not kind.odd and channels >= VECTORS
     constants: dict[str, Any] = {"ACT": kind.act, "TRAINING": kind.training, "DENSE": not kind.odd, "INT64": kind.odd}
     constants |= {
         "BY_HAND": False,
-        "BLOCK_M": tile_elements(4 if mode == "fp32" else 2, not kind.odd) // channels,
+        "BLOCK_M": tile_elements(4 if mode == "fp32" else 2, vectors) // channels,
         "BLOCK_C": channels,
     }
     constants |= dict.fromkeys(kind.absent)
@@ -73,7 +73,7 @@ def _variant(kind: Kind, mode: str, arch: int, channels: int) -> Variant:
         fn=kind.fn,
         signature={name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names},
         constexprs=constants,
-        aligned=() if kind.odd else tuple(n for n in _ALIGNED if n in names and n not in constants),
+        aligned=tuple(n for n in _ALIGNED if vectors and n in names and n not in constants),
         num_warps=NUM_WARPS, num_stages=3, capability=arch, tensor_cores=False, asynchronous=False,
     )  # fmt: skip
 

@@ -70,6 +70,7 @@ def next_power_of_2(n: int) -> int:
 # of 16 bits are one, 64 are a line of 128 bytes. Blocks between these read no fewer sectors, and every one has to be compiled
 # for every kind of call. The narrowest is for images, whose neighbouring pixels share a sector.
 CHANNELS = (4, 16, 64)
+VECTORS = 16  # channels that have vectors: fewer are not divisible by 16, which the compiler asks for
 
 
 def block_channels(channels: int, blocks: tuple[int, ...] = CHANNELS) -> int:
