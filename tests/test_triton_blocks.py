@@ -30,7 +30,7 @@ from cnnfast.kernels import (
 pytestmark = pytest.mark.skipif(
     process.EMULATED or process.INTERPRETED, reason="looks at launches only, whose blocks the interpreter has larger"
 )
-MODES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MODES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 NAMES = ("TAPS", "BLOCK_M", "BLOCK_T", "BLOCK_PHASE", "BLOCK_N", "BLOCK_S", "BLOCK_C")
 COLLECT = ("_merge_stats", "_add_sums")  # of fp64 and fp32, whatever is normed
 CHANNELS = (1, 3, 4, 8, 16, 24, 32, 48, 64, 80, 195, 2048)
@@ -93,15 +93,14 @@ def mapped(p: Any, x: torch.Tensor) -> None:
 
 def test_what_is_launched_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: set[tuple[Any, ...]] = set()
-    dtypes = {dtype: mode for mode, dtype in MODES.items()}
 
     def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int, **constants: Any) -> None:
         assert programs > 0
-        launched.add(blocks(kernel, dtypes.get(arguments[0].dtype, ""), constants, num_warps))
+        launched.add(blocks(kernel, MODES.get(arguments[0].dtype, ""), constants, num_warps))
 
     for module in (_windows, _maximum, max_pool2d, add_act, batch_norm):
         monkeypatch.setattr(module, "launch", launch)
-    for dtype in dtypes:
+    for dtype in MODES:
         x = torch.empty(0, dtype=dtype)
         for far, window, stride in itertools.product((False, True), WINDOWS, (1, 2, 3)):
             for p in (*problems(far, 2, 20, window, stride), *problems(far, 2, 21, window, stride)):
