@@ -17,7 +17,8 @@ def gather_variant(
     **flags: bool,
 ) -> Variant:  # fmt: skip
     """A call of the gathering kernel; odd: channels and strides that no vector fits, offsets of 64 bits."""
-    block_m = block_pixels(taps, block_t, channels, odd)
+    vectors = not odd and channels >= VECTORS
+    block_m = block_pixels(taps, block_t, channels, vectors)
     constants: dict[str, Any] = dict.fromkeys(("GRADIENT", "ADAPTIVE"), False) | flags
     constants |= {"TAPS": taps, "INT64": odd, "BY_HAND": False}
     constants |= {"BLOCK_M": block_m, "BLOCK_T": block_t, "BLOCK_C": channels}
@@ -29,7 +30,7 @@ def gather_variant(
         fn=_gather,
         signature={n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names},
         constexprs={n: constants[n] for n in names if n in constants},
-        aligned=() if odd or channels < VECTORS else tuple(n for n in _ALIGNED if n not in constants),
+        aligned=tuple(n for n in _ALIGNED if vectors and n not in constants),
         num_warps=NUM_WARPS, num_stages=3, capability=arch, tensor_cores=False, asynchronous=False,
     )  # fmt: skip
 

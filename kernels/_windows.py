@@ -33,7 +33,7 @@ NUM_WARPS = 4
 ELEMENTS = 16384 if INTERPRETED else 1024
 UNROLLED = (1, 4, 9)  # up to so many addends have all their loads in flight; with labels, which double them, up to 4
 SIDE_BY_SIDE = 16  # BLOCK_T where there are more
-FEW = 8  # unrolled addends; more of them take half as many results again where offsets are wide
+FEW = 8  # unrolled addends; more of them take half as many results again where no vector fits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,9 +226,9 @@ def unrolled(labels: bool) -> tuple[int, ...]:
     return tuple(count for count in UNROLLED if count <= 4 or not labels)
 
 
-def block_pixels(taps: int, block_t: int, channels: int, wide: bool) -> int:
-    """BLOCK_M; wide offsets take twice the registers, and each unrolled addend has one."""
-    return max(1, ELEMENTS // (1 if not wide else 4 if taps > FEW else 2) // block_t // channels)
+def block_pixels(taps: int, block_t: int, channels: int, vectors: bool) -> int:
+    """BLOCK_M; without vectors each element has an address in registers, and one for each unrolled addend."""
+    return max(1, ELEMENTS // (1 if vectors else 4 if taps > FEW else 2) // block_t // channels)
 
 
 def gather(
@@ -262,7 +262,8 @@ def gather(
     taps = next((taps for taps in unrolled(labels is not None) if taps >= count), 0)
     block_t, block_c = 1 if taps else SIDE_BY_SIDE, block_channels(channels)
     wide = any(needs_int64(*zip(*extent, strict=True), (channels, 1)) for extent in extents)
-    block_m = block_pixels(taps, block_t, block_c, wide)
+    divisible = (channels, *src_strides, *out_strides, src.data_ptr(), out.data_ptr())
+    block_m = block_pixels(taps, block_t, block_c, vectors=not wide and all(n % 16 == 0 for n in divisible))
     with on_device(out):
         launch(
             _gather, ceil_div(pixels, block_m) * ceil_div(channels, block_c),
