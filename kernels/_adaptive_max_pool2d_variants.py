@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ._avg_pool2d_variants import gather_variants
-from ._common import Variant
+from ._common import CHANNELS, Variant
 from ._max_pool2d_variants import variant
 from ._maximum import UNROLLED
-from ._windows import MAX_CHANNELS, MIN_CHANNELS
 
 
 def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
@@ -17,8 +16,6 @@ def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> It
         for kind in ("fprop", "indices", "jvp", "labels"):
             for odd in (False, True):
                 for taps in (*reversed(UNROLLED), 0):
-                    channels = MAX_CHANNELS
-                    while channels >= MIN_CHANNELS:
+                    for channels in reversed(CHANNELS):
                         yield variant(kind, mode, arch, taps, channels, 1, odd, "adaptive_max_pool2d", adaptive=True)
-                        channels //= 2
     yield from gather_variants("adaptive_max_pool2d_gather", arch, modes, ADAPTIVE=True, GRADIENT=True, labels=True)

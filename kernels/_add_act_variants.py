@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ._common import Variant
-from .add_act import ELEMENTS, MIXED_BLOCK, NUM_WARPS, ROW_BLOCKS, _map
+from ._common import CHANNELS, VECTORS, Variant
+from .add_act import ELEMENTS, MIXED_BLOCK, NUM_WARPS, _map
 
 _ALIGNED = ("a", "b", "out", "columns", *(f"{name}_{i}" for name in ("a", "b", "out") for i in range(3)))
 _ROW = {f"{name}_3": 1 for name in ("a", "b", "out")}
@@ -30,14 +30,14 @@ def _variant(kind: str, mode: str, arch: int, gradient: bool, act: int, block: i
         fn=_map,
         signature={name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names},
         constexprs={name: constants[name] for name in names if name in constants},
-        aligned=() if odd else _ALIGNED,
+        aligned=() if odd or block < VECTORS else _ALIGNED,
         num_warps=NUM_WARPS, num_stages=3, capability=arch, tensor_cores=False, asynchronous=False,
     )  # fmt: skip
 
 
 def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
     """Every kind of call with every block that can be selected for sm_<arch>."""
-    blocks = {"run": (ELEMENTS,), "rows": ROW_BLOCKS, "odd": ROW_BLOCKS, "mixed": (MIXED_BLOCK,)}
+    blocks = {"run": (ELEMENTS,), "rows": CHANNELS, "odd": CHANNELS, "mixed": (MIXED_BLOCK,)}
     for mode in modes:
         for kind in KINDS:
             for gradient in (False, True):

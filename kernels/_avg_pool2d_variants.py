@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ._common import Variant
-from ._windows import BLOCKS_T, MAX_CHANNELS, MIN_CHANNELS, NUM_WARPS, _gather, block_pixels, unrolled
+from ._common import CHANNELS, VECTORS, Variant
+from ._windows import NUM_WARPS, SIDE_BY_SIDE, _gather, block_pixels, unrolled
 
 _STRIDES = tuple(f"{role}_{axis}" for role in ("src", "labels", "out") for axis in ("n", "row", "col"))
 _ALIGNED = ("src", "labels", "out", "channels", *_STRIDES)
@@ -17,8 +17,9 @@ def gather_variant(
     **flags: bool,
 ) -> Variant:  # fmt: skip
     """A call of the gathering kernel; odd: channels and strides that no vector fits, offsets of 64 bits."""
-    block_m = block_pixels(taps, block_t, channels, odd)
-    constants: dict[str, Any] = dict.fromkeys(("GRADIENT", "ADAPTIVE", "PADDING", "OVERRIDE"), False) | flags
+    vectors = not odd and channels >= VECTORS
+    block_m = block_pixels(taps, block_t, channels, vectors)
+    constants: dict[str, Any] = dict.fromkeys(("GRADIENT", "ADAPTIVE"), False) | flags
     constants |= {"TAPS": taps, "INT64": odd, "BY_HAND": False}
     constants |= {"BLOCK_M": block_m, "BLOCK_T": block_t, "BLOCK_C": channels}
     constants |= {} if labels else {"labels": None}
@@ -29,7 +30,7 @@ def gather_variant(
         fn=_gather,
         signature={n: "constexpr" if n in constants else pointers.get(n, "i32") for n in names},
         constexprs={n: constants[n] for n in names if n in constants},
-        aligned=() if odd else tuple(n for n in _ALIGNED if n not in constants),
+        aligned=tuple(n for n in _ALIGNED if vectors and n not in constants),
         num_warps=NUM_WARPS, num_stages=3, capability=arch, tensor_cores=False, asynchronous=False,
     )  # fmt: skip
 
@@ -39,16 +40,12 @@ def gather_variants(name: str, arch: int, modes: tuple[str, ...], **flags: bool)
     for mode in modes:
         for odd in (False, True):
             counts = reversed(unrolled(flags.get("labels", False)))
-            for taps, block_t in (*((taps, 1) for taps in counts), *((0, t) for t in reversed(BLOCKS_T))):
-                channels = MAX_CHANNELS
-                while channels >= MIN_CHANNELS:
+            for taps, block_t in (*((taps, 1) for taps in counts), (0, SIDE_BY_SIDE)):
+                for channels in reversed(CHANNELS):
                     yield gather_variant(name, mode, arch, taps, block_t, channels, odd=odd, **flags)
-                    channels //= 2
 
 
 def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
     """Every kind of call with every block that can be selected for sm_<arch>."""
-    for kind, gradient in (("fprop", False), ("dgrad", True)):
-        yield from gather_variants(f"avg_pool2d_{kind}", arch, modes, GRADIENT=gradient, PADDING=True)
-        yield from gather_variants(f"avg_pool2d_{kind}_inside", arch, modes, GRADIENT=gradient)
-        yield from gather_variants(f"avg_pool2d_{kind}_override", arch, modes, GRADIENT=gradient, OVERRIDE=True)
+    yield from gather_variants("avg_pool2d_fprop", arch, modes)
+    yield from gather_variants("avg_pool2d_dgrad", arch, modes, GRADIENT=True)

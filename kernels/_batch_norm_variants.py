@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ._common import Variant
+from ._common import VECTORS, Variant
 from .batch_norm import (
     COLLECT_SPLITS,
     COLLECT_WARPS,
     FEW_PIXELS_CHANNELS,
-    MIN_CHANNELS,
     NUM_WARPS,
     _add_sums,
     _apply,
@@ -58,11 +57,11 @@ _ALIGNED = ("x", "r", "y", "grad", "u", "out", "workspace", "channels", *_VECTOR
 
 
 def _variant(kind: Kind, mode: str, arch: int, channels: int) -> Variant:
-    names = kind.fn.arg_names
+    names, vectors = kind.fn.arg_names, not kind.odd and channels >= VECTORS
     constants: dict[str, Any] = {"ACT": kind.act, "TRAINING": kind.training, "DENSE": not kind.odd, "INT64": kind.odd}
     constants |= {
         "BY_HAND": False,
-        "BLOCK_M": tile_elements(4 if mode == "fp32" else 2, not kind.odd) // channels,
+        "BLOCK_M": tile_elements(4 if mode == "fp32" else 2, vectors) // channels,
         "BLOCK_C": channels,
     }
     constants |= dict.fromkeys(kind.absent)
@@ -74,7 +73,7 @@ def _variant(kind: Kind, mode: str, arch: int, channels: int) -> Variant:
         fn=kind.fn,
         signature={name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names},
         constexprs=constants,
-        aligned=() if kind.odd else tuple(n for n in _ALIGNED if n in names and n not in constants),
+        aligned=tuple(n for n in _ALIGNED if vectors and n in names and n not in constants),
         num_warps=NUM_WARPS, num_stages=3, capability=arch, tensor_cores=False, asynchronous=False,
     )  # fmt: skip
 
@@ -96,13 +95,9 @@ def _collect(fn: Any, arch: int, splits: int) -> Variant:
 def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> Iterator[Variant]:
     """Every kind of call with every block that can be selected for sm_<arch>."""
     for fn in (_merge_stats, _add_sums):
-        splits = COLLECT_SPLITS
-        while splits >= 1:
+        for splits in reversed(COLLECT_SPLITS):
             yield _collect(fn, arch, splits)
-            splits //= 2
     for mode in modes:
         for kind in KINDS:
-            channels = FEW_PIXELS_CHANNELS
-            while channels >= MIN_CHANNELS:
+            for channels in reversed(FEW_PIXELS_CHANNELS):
                 yield _variant(kind, mode, arch, channels)
-                channels //= 2

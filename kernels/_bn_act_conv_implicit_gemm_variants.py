@@ -12,8 +12,7 @@ from .batch_norm import COLLECT_SPLITS, COLLECT_WARPS, collect_block
 def variants(arch: int, modes: tuple[str, ...] = ()) -> Iterator[Variant]:
     """Both with every block that can be selected for sm_<arch>."""
     for fn in (_merge_tiles, _add_tiles):
-        tiles = COLLECT_SPLITS
-        while tiles >= 1:
+        for tiles in reversed(COLLECT_SPLITS):
             block_s, block_c = collect_block(tiles)
             constants = {"BLOCK_S": block_s, "BLOCK_C": block_c}
             pointers = {"tile_sums": "*fp32", "workspace": "*fp64" if fn is _merge_tiles else "*fp32"}
@@ -24,4 +23,3 @@ def variants(arch: int, modes: tuple[str, ...] = ()) -> Iterator[Variant]:
                 constexprs=constants, aligned=("tile_sums", "workspace", "channels"),
                 num_warps=COLLECT_WARPS, num_stages=3, capability=arch, tensor_cores=False, asynchronous=False,
             )  # fmt: skip
-            tiles //= 2

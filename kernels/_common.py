@@ -66,6 +66,21 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+# Channels a program where memory bounds. What a pixel's channels in a block have to fill is sectors of 32 bytes: 16 channels
+# of 16 bits are one, 64 are a line of 128 bytes. Blocks between these read no fewer sectors, and every one has to be compiled
+# for every kind of call. The narrowest is for images, whose neighbouring pixels share a sector.
+CHANNELS = (4, 16, 64)
+VECTORS = 16  # channels that have vectors: fewer are not divisible by 16, which the compiler asks for
+
+
+def block_channels(channels: int, blocks: tuple[int, ...] = CHANNELS) -> int:
+    """The widest block that isn't wider than the channels rounded up to a power of two, else the narrowest.
+
+    So 32 channels are two blocks of 16, not half of one of 64: as many sectors, no idle threads.
+    """
+    return max((block for block in blocks if block <= next_power_of_2(channels)), default=blocks[0])
+
+
 def needs_int64(*extents: tuple[int, int]) -> bool:
     """Whether an offset passes 2^31: each extent is (count, stride); a tensor's largest offset is their sum.
 

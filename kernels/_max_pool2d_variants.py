@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ._common import Variant
+from ._common import CHANNELS, VECTORS, Variant
 from ._maximum import ELEMENTS, NUM_WARPS, UNROLLED, _search, warps
-from ._windows import MAX_CHANNELS, MIN_CHANNELS
 from .max_pool2d import BLOCKS_PHASE, _pool_gradient, block_cells
 
 # The operands that a call has not.
@@ -39,7 +38,7 @@ def variant(
         fn=fn,
         signature={name: "constexpr" if name in constants else pointers.get(name, "i32") for name in fn.arg_names},
         constexprs=constants,
-        aligned=() if odd else tuple(n for n in _ALIGNED if n in fn.arg_names and n not in constants),
+        aligned=() if odd or channels < VECTORS else tuple(n for n in _ALIGNED if n in fn.arg_names and n not in constants),
         num_warps=warps(4 if mode == "fp32" else 2, adaptive, "index" not in absent) if fn is _search else NUM_WARPS,
         num_stages=3, capability=arch, tensor_cores=False, asynchronous=False,
     )  # fmt: skip
@@ -54,7 +53,5 @@ def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> It
             for odd in (False, True):
                 for taps in (*reversed(UNROLLED), 0):
                     for phases in reversed(BLOCKS_PHASE) if fn is _pool_gradient else (1,):
-                        channels = MAX_CHANNELS
-                        while channels >= MIN_CHANNELS:
+                        for channels in reversed(CHANNELS):
                             yield variant(kind, mode, arch, taps, channels, phases, odd)
-                            channels //= 2

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED, by_hand, ceil_div, launch, narrow, needs_int64, on_device, widen
-from ._windows import block_c, elements
+from ._common import INTERPRETED, block_channels, by_hand, ceil_div, launch, narrow, needs_int64, on_device, widen
+from ._windows import elements
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -198,7 +198,7 @@ def search(
     pixels = p.N * p.P * p.Q
     if pixels == 0 or p.C == 0:
         return
-    channels = block_c(p.C)
+    channels = block_channels(p.C)
     block_m = ELEMENTS // channels
     with on_device(x):
         launch(

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import INTERPRETED, by_hand, ceil_div, launch, narrow, needs_int64, next_power_of_2, on_device, widen
+from ._common import INTERPRETED, block_channels, by_hand, ceil_div, launch, narrow, needs_int64, on_device, widen
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -31,9 +31,9 @@ from ._common import INTERPRETED, by_hand, ceil_div, launch, narrow, needs_int64
 NUM_WARPS = 4
 # Results × addends × channels a program; the interpreter pays by the program and by the operation.
 ELEMENTS = 16384 if INTERPRETED else 1024
-MIN_CHANNELS, MAX_CHANNELS = 4, 64  # BLOCK_C
-UNROLLED = (1, 2, 4, 9)  # so many addends have all their loads in flight; with labels, which double them, up to 4
-FEW, BLOCKS_T = 8, (4, 16)  # BLOCK_T: the first for at most so many addends
+UNROLLED = (1, 4, 9)  # up to so many addends have all their loads in flight; with labels, which double them, up to 4
+SIDE_BY_SIDE = 16  # BLOCK_T where there are more
+FEW = 8  # unrolled addends; more of them take half as many results again where no vector fits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,22 +65,36 @@ def windows(element, size, outputs, taps, stride, pad, ADAPTIVE: tl.constexpr):
 
 
 @triton.jit
-def _divisor(window, size, outputs, taps, stride, pad, ADAPTIVE: tl.constexpr, PADDING: tl.constexpr):
-    """The elements of a window, and with PADDING those in the padding, but never those beyond it."""
-    begin, end = elements(window, size, outputs, taps, stride, pad, ADAPTIVE)
-    if PADDING:
+def _divisor(window, size, outputs, taps, stride, pad, counted, ADAPTIVE: tl.constexpr):
+    """The elements of a window, and those in as much of the padding as is counted, but never those beyond it."""
+    if ADAPTIVE:
+        begin, end = elements(window, size, outputs, taps, stride, pad, ADAPTIVE)
+    else:
         begin = window * stride - pad
-        end = tl.minimum(begin + taps, size + pad)
+        end = tl.minimum(begin + taps, size + counted)
+        begin = tl.maximum(begin, -counted)
     return (end - begin).to(tl.float32)
+
+
+@triton.jit
+def _divisors(
+    i, j, size_h, size_w, outputs_h, outputs_w, taps_h, taps_w, stride_h, stride_w, pad_h, pad_w, counted_h, counted_w,
+    override, ADAPTIVE: tl.constexpr,
+):  # fmt: skip
+    """What the sums of windows (i, j) are divided by."""
+    divisor = _divisor(i, size_h, outputs_h, taps_h, stride_h, pad_h, counted_h, ADAPTIVE)
+    divisor *= _divisor(j, size_w, outputs_w, taps_w, stride_w, pad_w, counted_w, ADAPTIVE)
+    if not ADAPTIVE:
+        divisor = tl.where(override != 0, override.to(tl.float32), divisor)
+    return divisor
 
 
 @triton.jit
 def _addend(
     t, src, labels, base, labels_base, number, channel, in_m, in_c, most_h, most_w, begin_h, end_h, begin_w, end_w,
-    out_h, out_w, src_h, src_w, taps_h, taps_w, stride_h, stride_w, pad_h, pad_w, override,
+    out_h, out_w, src_h, src_w, taps_h, taps_w, stride_h, stride_w, pad_h, pad_w, counted_h, counted_w, override,
     src_row, src_col, labels_row, labels_col,
-    GRADIENT: tl.constexpr, ADAPTIVE: tl.constexpr, PADDING: tl.constexpr, OVERRIDE: tl.constexpr,
-    BY_HAND: tl.constexpr,
+    GRADIENT: tl.constexpr, ADAPTIVE: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
     """The addends number t of some results, 0 where there are fewer."""
     r = t // most_w
@@ -96,23 +110,21 @@ def _addend(
         label = tl.load(labels + at, mask=mask, other=-1)
         value = tl.where(label == number[:, None, None], value, 0.0)
     elif GRADIENT:
-        if OVERRIDE:
-            divisor = tl.zeros(a.shape, dtype=tl.float32) + override
-        else:
-            divisor = _divisor(a, out_h, src_h, taps_h, stride_h, pad_h, ADAPTIVE, PADDING)
-            divisor *= _divisor(b, out_w, src_w, taps_w, stride_w, pad_w, ADAPTIVE, PADDING)
+        divisor = _divisors(
+            a, b, out_h, out_w, src_h, src_w, taps_h, taps_w, stride_h, stride_w, pad_h, pad_w, counted_h, counted_w,
+            override, ADAPTIVE,
+        )  # fmt: skip
         value *= (1.0 / tl.where(valid, divisor, 1.0))[:, :, None]
     return value
 
 
 @triton.jit(do_not_specialize=["batch", "out_h", "out_w", "src_h", "src_w", "taps_h", "taps_w", "stride_h", "stride_w",
-                               "pad_h", "pad_w", "override", "most_h", "most_w"])  # fmt: skip
+                               "pad_h", "pad_w", "counted_h", "counted_w", "override", "most_h", "most_w"])  # fmt: skip
 def _gather(
     src, labels, out, batch, channels, out_h, out_w, src_h, src_w, taps_h, taps_w, stride_h, stride_w, pad_h, pad_w,
-    override, most_h, most_w, src_n, src_row, src_col, labels_n, labels_row, labels_col, out_n, out_row, out_col,
-    GRADIENT: tl.constexpr, ADAPTIVE: tl.constexpr, PADDING: tl.constexpr, OVERRIDE: tl.constexpr,
-    TAPS: tl.constexpr, INT64: tl.constexpr, BY_HAND: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    counted_h, counted_w, override, most_h, most_w, src_n, src_row, src_col, labels_n, labels_row, labels_col,
+    out_n, out_row, out_col, GRADIENT: tl.constexpr, ADAPTIVE: tl.constexpr, TAPS: tl.constexpr,
+    INT64: tl.constexpr, BY_HAND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     if INT64:
         src_n = tl.cast(src_n, tl.int64)
@@ -147,24 +159,23 @@ def _gather(
             acc += _addend(
                 t + tl.arange(0, BLOCK_T), src, labels, image * src_n, image * labels_n, number, channel, in_m, in_c,
                 most_h, most_w, begin_h, end_h, begin_w, end_w, out_h, out_w, src_h, src_w, taps_h, taps_w,
-                stride_h, stride_w, pad_h, pad_w, override, src_row, src_col, labels_row, labels_col,
-                GRADIENT, ADAPTIVE, PADDING, OVERRIDE, BY_HAND,
+                stride_h, stride_w, pad_h, pad_w, counted_h, counted_w, override,
+                src_row, src_col, labels_row, labels_col, GRADIENT, ADAPTIVE, BY_HAND,
             )  # fmt: skip
     else:
         for t in range(0, most_h * most_w, BLOCK_T):
             acc += _addend(
                 t + tl.arange(0, BLOCK_T), src, labels, image * src_n, image * labels_n, number, channel, in_m, in_c,
                 most_h, most_w, begin_h, end_h, begin_w, end_w, out_h, out_w, src_h, src_w, taps_h, taps_w,
-                stride_h, stride_w, pad_h, pad_w, override, src_row, src_col, labels_row, labels_col,
-                GRADIENT, ADAPTIVE, PADDING, OVERRIDE, BY_HAND,
+                stride_h, stride_w, pad_h, pad_w, counted_h, counted_w, override,
+                src_row, src_col, labels_row, labels_col, GRADIENT, ADAPTIVE, BY_HAND,
             )  # fmt: skip
     total = tl.sum(acc, axis=1)
     if not GRADIENT:
-        if OVERRIDE:
-            divisor = tl.zeros((BLOCK_M,), dtype=tl.float32) + override
-        else:
-            divisor = _divisor(i, src_h, out_h, taps_h, stride_h, pad_h, ADAPTIVE, PADDING)
-            divisor *= _divisor(j, src_w, out_w, taps_w, stride_w, pad_w, ADAPTIVE, PADDING)
+        divisor = _divisors(
+            i, j, src_h, src_w, out_h, out_w, taps_h, taps_w, stride_h, stride_w, pad_h, pad_w, counted_h, counted_w,
+            override, ADAPTIVE,
+        )  # fmt: skip
         # total / divisor but for an ulp's fraction: a division by the reciprocal, whose remainder, exact in one fused
         # operation, corrects it. An infinity has no remainder. (Exact division calls a subroutine, and spills.)
         divisor = tl.where(in_m, divisor, 1.0)[:, None]
@@ -211,18 +222,13 @@ def fixed_axis(size: int, outputs: int, taps: int, stride: int, pad: int) -> Axi
 
 
 def unrolled(labels: bool) -> tuple[int, ...]:
-    """How many addends are unrolled."""
+    """How many addends can be unrolled; those that a result hasn't are masked."""
     return tuple(count for count in UNROLLED if count <= 4 or not labels)
 
 
-def block_c(channels: int) -> int:
-    """Channels a program."""
-    return max(MIN_CHANNELS, min(MAX_CHANNELS, next_power_of_2(channels)))
-
-
-def block_pixels(taps: int, block_t: int, channels: int, wide: bool) -> int:
-    """BLOCK_M; wide offsets take twice the registers, and each unrolled addend has one."""
-    return max(1, ELEMENTS // (1 if not wide else 4 if taps > FEW else 2) // block_t // channels)
+def block_pixels(taps: int, block_t: int, channels: int, vectors: bool) -> int:
+    """BLOCK_M; without vectors each element has an address in registers, and one for each unrolled addend."""
+    return max(1, ELEMENTS // (1 if vectors else 4 if taps > FEW else 2) // block_t // channels)
 
 
 def gather(
@@ -253,16 +259,17 @@ def gather(
     sources = (batch, src_h + most_h, src_w + most_w)  # addends that an element has fewer of lie beyond the end
     extents = ((sources, src_strides), (sources, label_strides), ((batch, out_h, out_w), out_strides))
     count = most_h * most_w
-    taps = count if count in unrolled(labels is not None) else 0
-    block_t = 1 if taps else BLOCKS_T[count > FEW]
+    taps = next((taps for taps in unrolled(labels is not None) if taps >= count), 0)
+    block_t, block_c = 1 if taps else SIDE_BY_SIDE, block_channels(channels)
     wide = any(needs_int64(*zip(*extent, strict=True), (channels, 1)) for extent in extents)
-    block_m = block_pixels(taps, block_t, block_c(channels), wide)
+    divisible = (channels, *src_strides, *out_strides, src.data_ptr(), out.data_ptr())
+    block_m = block_pixels(taps, block_t, block_c, vectors=not wide and all(n % 16 == 0 for n in divisible))
     with on_device(out):
         launch(
-            _gather, ceil_div(pixels, block_m) * ceil_div(channels, block_c(channels)),
+            _gather, ceil_div(pixels, block_m) * ceil_div(channels, block_c),
             src, labels, out, batch, channels, out_h, out_w, src_h, src_w, h.taps, w.taps, h.stride, w.stride,
-            h.pad, w.pad, override, most_h, most_w, *src_strides, *label_strides, *out_strides,
-            GRADIENT=gradient, ADAPTIVE=h.taps == 0, PADDING=padding, OVERRIDE=override != 0, TAPS=taps,
-            INT64=wide, BY_HAND=by_hand(out.dtype), BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_C=block_c(channels),
-            num_warps=NUM_WARPS,
+            h.pad, w.pad, h.pad * padding, w.pad * padding, override, most_h, most_w,
+            *src_strides, *label_strides, *out_strides,
+            GRADIENT=gradient, ADAPTIVE=h.taps == 0, TAPS=taps, INT64=wide, BY_HAND=by_hand(out.dtype),
+            BLOCK_M=block_m, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=NUM_WARPS,
         )  # fmt: skip

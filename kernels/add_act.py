@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from ._activation import activate, activate_gradient
-from ._common import INTERPRETED, by_hand, ceil_div, launch, narrow, needs_int64, next_power_of_2, on_device, widen
+from ._common import INTERPRETED, block_channels, by_hand, ceil_div, launch, narrow, needs_int64, on_device, widen
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -29,8 +29,7 @@ from ._common import INTERPRETED, by_hand, ceil_div, launch, narrow, needs_int64
 NUM_WARPS = 4
 # A program: 16 bytes of 16-bit elements a thread; the interpreter pays by the program.
 ELEMENTS = 8192 if INTERPRETED else 1024
-ROW_BLOCKS = (4, 8, 16, 32, 64)  # BLOCK_N where there are rows
-MIXED_BLOCK = 32  # the same where operands run over different dimensions: a tile whose sides are alike
+MIXED_BLOCK = 32  # BLOCK_N where operands run over different dimensions: a tile whose sides are alike
 
 
 class AddActProblem(Protocol):
@@ -120,7 +119,7 @@ def _launch(p: AddActProblem, names: str, a: torch.Tensor, b: torch.Tensor, out:
         sizes = [sizes[axis] for axis in order]
         strides = [[s[axis] for axis in order] for s in strides]
         alike = all(s[3] in (0, 1) for s in strides)
-        block_n = min(max(next_power_of_2(sizes[3]), ROW_BLOCKS[0]), ROW_BLOCKS[-1]) if alike else MIXED_BLOCK
+        block_n = block_channels(sizes[3]) if alike else MIXED_BLOCK
     rows, block_m = total // sizes[3], ELEMENTS // block_n
     with on_device(out):
         launch(

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 
 from ._batch_norm import _add_sums, _apply, _input_gradient, _merge_stats, _stats, _sums
-from ._common import by_hand, ceil_div, launch, needs_int64, next_power_of_2, on_device, pixel_stride
+from ._common import CHANNELS, block_channels, by_hand, ceil_div, launch, needs_int64, on_device, pixel_stride
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -35,12 +35,12 @@ from ._common import by_hand, ceil_div, launch, needs_int64, next_power_of_2, on
 NUM_WARPS = 8
 TILE_BYTES = 8192  # pixels × channels of an operand: two loads of 16 bytes a thread
 ODD_ELEMENTS = 1024  # pixels × channels where no vector fits: each element then costs an address in registers
-MIN_CHANNELS, MAX_CHANNELS = 4, 64  # BLOCK_C
-FEW_PIXELS_CHANNELS = 256  # BLOCK_C at most where the pixels don't fill a tile
+FEW_PIXELS = 16  # which fill a quarter of a tile of 64 channels
+FEW_PIXELS_CHANNELS = (*CHANNELS, 256)  # BLOCK_C where there are no more
 # Programs of a sum. They depend on the problem alone, never on the card, and so does the rounding.
 SPLIT_PROGRAMS = 512
 SPLIT_ELEMENTS = 4096  # pixels × channels of a chunk, or a multiple
-COLLECT_SPLITS, COLLECT_ELEMENTS, COLLECT_WARPS = 64, 1024, 4  # chunks side by side; chunks × channels; warps
+COLLECT_SPLITS, COLLECT_ELEMENTS, COLLECT_WARPS = (4, 16, 64), 1024, 4  # chunks side by side; chunks × channels; warps
 
 
 class BatchNormProblem(Protocol):
@@ -65,8 +65,7 @@ def _pixels(p: BatchNormProblem) -> int:
 
 def block_c(p: BatchNormProblem) -> int:
     """Channels a program."""
-    most = max(MAX_CHANNELS, min(FEW_PIXELS_CHANNELS, SPLIT_ELEMENTS // next_power_of_2(_pixels(p))))
-    return max(MIN_CHANNELS, min(most, next_power_of_2(p.C)))
+    return block_channels(p.C, CHANNELS if _pixels(p) > FEW_PIXELS else FEW_PIXELS_CHANNELS)
 
 
 def tile_elements(itemsize: int, vectors: bool) -> int:
@@ -85,7 +84,7 @@ def _splits(p: BatchNormProblem) -> tuple[int, int]:
 
 def collect_block(splits: int) -> tuple[int, int]:
     """Chunks and channels of a program that adds them up."""
-    block_s = min(COLLECT_SPLITS, next_power_of_2(splits))
+    block_s = next((block for block in COLLECT_SPLITS if block >= splits), COLLECT_SPLITS[-1])
     return block_s, COLLECT_ELEMENTS // block_s
 
 

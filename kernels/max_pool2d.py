@@ -25,16 +25,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import by_hand, ceil_div, launch, narrow, on_device, widen
+from ._common import block_channels, by_hand, ceil_div, launch, narrow, on_device, widen
 from ._maximum import NUM_WARPS, Windows, int64, maximum, search, unrolled
-from ._windows import block_c
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
 
 GRADIENT_ELEMENTS = 512  # dgrad: windows × channels a program
 GRADIENTS = 2048  # dgrad: pixels × channels a program
-BLOCKS_PHASE = (1, 4, 16)
+BLOCKS_PHASE = (4, 16)  # one phase alone would be for windows of one pixel, stride 1
 TILES = (1, 2, 4, 8)
 
 # dgrad's instructions, counted not measured: of a tap for one element and for one vector, of a phase, of a window.
@@ -236,7 +235,7 @@ def dgrad(
     rows, cols = h.phases(tile_h), w.phases(tile_w)
     (first_a, cells_h), (first_b, cells_w) = h.cells(tile_h), w.cells(tile_w)
     (before_h, windows_h), (before_w, windows_w) = h.windows(tile_h), w.windows(tile_w)
-    channels, phases = block_c(p.C), block_phase(rows * cols)
+    channels, phases = block_channels(p.C), block_phase(rows * cols)
     cells = block_cells(phases, channels)
     grid = ceil_div(p.N * cells_h * cells_w, cells) * ceil_div(rows * cols, phases) * ceil_div(p.C, channels)
     with on_device(x):

@@ -1,10 +1,10 @@
 """The Triton kernels, compiled for cards that this machine need not have: no spills, no access without a mask, the
 instructions they are for, and the table in triton_static.txt.
 
-As a script (``make static``): every variant that has to be in the table is, as the compiler makes it now. A row whose IR is
-unchanged holds; a rotating share of them is compiled all the same. ``--write`` writes what changed or is new, first of all
-what has no row, so that it goes on where it was interrupted; ``--fresh`` compiles all rows; ``--all`` also the variants that
-have none (hours); ``--prune`` compiles nothing and takes out the rows whose IR changed.
+As a script (``make static``): every variant that can be selected is in the table, as the compiler makes it now. A row whose
+IR is unchanged holds; a rotating share of them is compiled all the same. ``--write`` writes what changed or is new, first of
+all what has no row, so that it goes on where it was interrupted; ``--fresh`` compiles all rows (hours); ``--prune`` compiles
+nothing and takes out the rows whose IR changed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from cnnfast.kernels import _cards, _common, _tiles
 ROOT = Path(__file__).resolve().parent.parent
 # make test compiles one row in so many, beside one of a quarter of the kinds on one card or another; make static one in so many,
 # although its IR is unchanged. The seed turns the wheel.
-SAMPLE, AGAIN = 150, 50
+SAMPLE, AGAIN = 400, 100
 SEED = process.SEED
 
 pytestmark = pytest.mark.skipif(process.EMULATED or process.INTERPRETED, reason="compiles: the plain process runs it")
@@ -49,7 +49,7 @@ def sample(architecture: int) -> list[Any]:
     """A quarter of the kinds of call in bf16 with their first tile, on one card or another, and a rotating share of all."""
     chosen = []
     seen: set[str] = set()
-    for variant in static.tabled(architecture):
+    for variant in static.variants(architecture):
         kind, mode, _ = variant.name.split(".", 2)
         turn = _turn(kind) % (4 * len(ARCHITECTURES))
         first = mode == "bf16" and kind not in seen and turn == ARCHITECTURES.index(architecture)
@@ -71,11 +71,10 @@ def wrong() -> list[Any]:
 
 
 def jobs(what: str) -> list[Any]:
-    """What to examine: "test" (a sample, and what is wrong), "table" (what has rows), or "all"."""
+    """What to examine: "test" (a sample, and what is wrong), or "table" (everything)."""
     if what == "test":
         return [*wrong(), *(variant for architecture in ARCHITECTURES for variant in sample(architecture))]
-    pick = static.tabled if what == "table" else static.variants
-    return [variant for architecture in ARCHITECTURES for variant in pick(architecture)]
+    return [variant for architecture in ARCHITECTURES for variant in static.variants(architecture)]
 
 
 def worker(part: int, parts: int, what: str, *options: str) -> None:
@@ -94,7 +93,7 @@ def worker(part: int, parts: int, what: str, *options: str) -> None:
         if row is None and "--prune" in options:
             continue
         if row is None or (not trusted and _turn(mark) % AGAIN == 0):
-            row = known[mark] = static.examine(variant)
+            row = known[mark] = static.examine(variant, mark)
         problems = {*open_, *row.problems, *static.wanting(variant, row.counts, row.shared)}
         print(json.dumps({**asdict(row), "name": variant.name, "problems": sorted(problems)}), flush=True)
 
@@ -170,7 +169,7 @@ def test_what_is_wrong_is_said(examined: dict[str, list[Row]]) -> None:
 def test_no_row_is_left_over() -> None:
     """Every row is of a variant that there still is, and has the instructions that it is for. (make static misses others.)"""
     _, rows = static.read()
-    there = {(v.capability, v.name): v for architecture in ARCHITECTURES for v in static.tabled(architecture)}
+    there = {(v.capability, v.name): v for architecture in ARCHITECTURES for v in static.variants(architecture)}
     left = sorted(set(rows) - set(there))
     assert rows
     assert not left, f"{left[:5]}: python tests/test_triton_static.py --write, or --prune"
@@ -190,7 +189,7 @@ def test_the_model_of_shared_memory() -> None:
     _, rows = static.read()
     checked = 0
     for architecture in ARCHITECTURES:
-        for variant in static.tabled(architecture):
+        for variant in static.variants(architecture):
             row = rows.get((architecture, variant.name))
             blocks = variant.constexprs
             if row is None or not variant.tensor_cores or "INPUT_PRECISION" not in blocks:
@@ -294,9 +293,9 @@ def main() -> int:
         at = sys.argv.index("--part")
         worker(int(sys.argv[at + 1]), int(sys.argv[at + 2]), *sys.argv[at + 3 :])
         return 0
-    writing, everything, pruning = ("--write" in sys.argv, "--all" in sys.argv, "--prune" in sys.argv)
+    writing, pruning = "--write" in sys.argv, "--prune" in sys.argv
     compiler, rows = static.read()
-    expected = {(v.capability, v.name) for architecture in ARCHITECTURES for v in static.tabled(architecture)}
+    expected = {(v.capability, v.name) for architecture in ARCHITECTURES for v in static.variants(architecture)}
     comparing = compiler == static.compiler()
     if not comparing:
         print(
@@ -306,7 +305,7 @@ def main() -> int:
     held: set[tuple[int, str]] = set()
     failed = changed = total = 0
     try:
-        for row in examine_all("all" if everything else "table", *({"--fresh", "--prune", "--write"} & set(sys.argv))):
+        for row in examine_all("table", *({"--fresh", "--prune", "--write"} & set(sys.argv))):
             key = (row.architecture, row.name)
             held.add(key)
             total += 1

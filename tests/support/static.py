@@ -1,8 +1,8 @@
 """The Triton kernels' machine code without a GPU: compiled by what Triton's wheel ships, examined, and kept in a table.
 
-The table has a row for each variant and architecture: a digest of its IR, registers, shared memory, instructions. Equal
-IR gives equal code from one compiler, so a row whose digest holds need not be compiled again, and variants that are the
-same code are compiled once.
+The table has a row for each variant that can be selected, on each architecture: a digest of its IR, registers, shared
+memory, instructions. Equal IR gives equal code from one compiler, so a row whose digest holds need not be compiled again, and
+variants that are the same code are compiled once.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 TABLE = Path(__file__).resolve().parent.parent / "triton_static.txt"
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "UTMASTG")  # what a row counts
 SPILLS = ("STL", "LDL")
+PTX = r"\b(mma|wgmma|tcgen05|cp\.async)\b"  # what those, but for spills, are made of
 
 
 @dataclass(frozen=True)
@@ -63,29 +64,6 @@ def variants(architecture: int) -> Iterator[Any]:
 
 def kind(variant: Any) -> str:
     return variant.name.split(".")[0]
-
-
-def tabled(architecture: int) -> list[Any]:
-    """The variants that have rows.
-
-    Matrix products in every tile; in fp16, whose code is bf16's but for conversions, in the first. Of what isn't one, whose
-    blocks all have as many elements, the first and the last block, on newer cards than sm_80 the first in bf16 (fp32 where
-    there is no other) and the first of fp32 products.
-    """
-    groups: dict[tuple[str, str], list[Any]] = {}
-    for variant in variants(architecture):
-        groups.setdefault((kind(variant), variant.name.split(".")[1]), []).append(variant)
-    chosen = []
-    for (name, mode), group in groups.items():
-        if product(group[0]):
-            chosen += group[:1] if mode == "fp16" else group
-        elif architecture > 80:
-            chosen += group[:1] if mode in ("bf16", "ieee") or (name, "bf16") not in groups else []
-        elif mode in ("fp16", "fp32"):
-            chosen += group[:1]
-        else:
-            chosen += [group[0], *group[1:][-1:]]
-    return chosen
 
 
 def product(variant: Any) -> bool:
@@ -131,21 +109,24 @@ def wanting(variant: Any, counts: Mapping[str, int], shared: int) -> list[str]:
     return problems
 
 
-def examine(variant: Any) -> Row:
-    """Compiles a variant and reads its machine code."""
+def examine(variant: Any, mark: str) -> Row:
+    """Compiles a variant, whose IR's digest is ``mark``, and reads its machine code.
+
+    That isn't disassembled, which takes as long as compiling it, where nothing to be counted can be in it: ptxas makes no
+    such instruction of anything but its counterpart in PTX, and nothing spills into no stack.
+    """
     from cnnfast.kernels import _common
 
-    architecture = variant.capability
-    mark, problems = lower(variant)
+    architecture, problems = variant.capability, list[str]()
     compiled = _common.compile_variant(variant)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         resources = _tool("--dump-resource-usage", str(cubin))
-        assembly = _tool("-sass", str(cubin))
-    match = re.search(r"REG:(\d+) STACK:(\d+)", resources)
-    assert match, resources
-    registers, stack = int(match[1]), int(match[2])
+        match = re.search(r"REG:(\d+) STACK:(\d+)", resources)
+        assert match, resources
+        registers, stack = int(match[1]), int(match[2])
+        assembly = _tool("-sass", str(cubin)) if stack or re.search(PTX, compiled.asm["ptx"]) else ""
     counts = {name: len(re.findall(rf"\b{name}\b", assembly)) for name in (*INSTRUCTIONS, *SPILLS)}
     if any(counts[name] for name in SPILLS):  # a frame that nothing reads is no spill
         problems.append(f"spills: {stack} bytes of stack, {counts['STL']} stores, {counts['LDL']} loads")
