@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ._common import VECTORS, Variant
+from ._common import CHANNELS, VECTORS, Variant
 from .batch_norm import (
     COLLECT_SPLITS,
     COLLECT_WARPS,
-    FEW_PIXELS_CHANNELS,
     NUM_WARPS,
     _add_sums,
     _apply,
@@ -99,5 +98,5 @@ def variants(arch: int, modes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> It
             yield _collect(fn, arch, splits)
     for mode in modes:
         for kind in KINDS:
-            for channels in reversed(FEW_PIXELS_CHANNELS):
+            for channels in reversed(CHANNELS):
                 yield _variant(kind, mode, arch, channels)

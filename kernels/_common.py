@@ -73,12 +73,12 @@ CHANNELS = (4, 16, 64)
 VECTORS = 16  # channels that have vectors: fewer are not divisible by 16, which the compiler asks for
 
 
-def block_channels(channels: int, blocks: tuple[int, ...] = CHANNELS) -> int:
+def block_channels(channels: int) -> int:
     """The widest block that isn't wider than the channels rounded up to a power of two, else the narrowest.
 
     So 32 channels are two blocks of 16, not half of one of 64: as many sectors, no idle threads.
     """
-    return max((block for block in blocks if block <= next_power_of_2(channels)), default=blocks[0])
+    return max((block for block in CHANNELS if block <= next_power_of_2(channels)), default=CHANNELS[0])
 
 
 def needs_int64(*extents: tuple[int, int]) -> bool:

@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 
 from ._batch_norm import _add_sums, _apply, _input_gradient, _merge_stats, _stats, _sums
-from ._common import CHANNELS, block_channels, by_hand, ceil_div, launch, needs_int64, on_device, pixel_stride
+from ._common import block_channels, by_hand, ceil_div, launch, needs_int64, on_device, pixel_stride
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Constants
@@ -35,8 +35,6 @@ from ._common import CHANNELS, block_channels, by_hand, ceil_div, launch, needs_
 NUM_WARPS = 8
 TILE_BYTES = 8192  # pixels × channels of an operand: two loads of 16 bytes a thread
 ODD_ELEMENTS = 1024  # pixels × channels where no vector fits: each element then costs an address in registers
-FEW_PIXELS = 16  # which fill a quarter of a tile of 64 channels
-FEW_PIXELS_CHANNELS = (*CHANNELS, 256)  # BLOCK_C where there are no more
 # Programs of a sum. They depend on the problem alone, never on the card, and so does the rounding.
 SPLIT_PROGRAMS = 512
 SPLIT_ELEMENTS = 4096  # pixels × channels of a chunk, or a multiple
@@ -65,7 +63,7 @@ def _pixels(p: BatchNormProblem) -> int:
 
 def block_c(p: BatchNormProblem) -> int:
     """Channels a program."""
-    return block_channels(p.C, CHANNELS if _pixels(p) > FEW_PIXELS else FEW_PIXELS_CHANNELS)
+    return block_channels(p.C)
 
 
 def tile_elements(itemsize: int, vectors: bool) -> int:

@@ -12,6 +12,9 @@
 //   kWindows  every pixel's filter window copied in one piece (im2col of a block that stays in L2): for narrow maps,
 //             where the rows of a strip would cut the tiles short
 //
+// Of x itself a tile's pixels are asked for while the tile before is at work; results too large for the caches go past
+// them.
+//
 // fprop with more operands is conv_bn_act: finished sums go through epilogue.h on their way from the tile to y.
 //
 // Few channels (stems): pixel pitch = channels, so that the S taps of a filter row are one run of S*C elements.
