@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._common import block_channels, by_hand, ceil_div, launch, narrow, on_device, widen
+from ._common import VECTORS, block_channels, by_hand, ceil_div, launch, narrow, on_device, widen
 from ._maximum import NUM_WARPS, Windows, int64, maximum, search, unrolled
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,8 +182,9 @@ def axes(p: MaxPool2dProblem) -> tuple[Axis, Axis]:
 
 
 def block_cells(block_phase: int, block_c: int) -> int:
-    """Cells a program."""
-    return max(1, min(GRADIENT_ELEMENTS, GRADIENTS // block_phase) // block_c)
+    """Cells a program: half as many where no vector fits, since each element then has an address in registers."""
+    elements = min(GRADIENT_ELEMENTS, GRADIENTS // block_phase)
+    return max(1, elements // (1 if block_c >= VECTORS else 2) // block_c)
 
 
 def block_phase(phases: int) -> int:

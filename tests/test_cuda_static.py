@@ -151,25 +151,26 @@ def dynamic(kernels: list[str]) -> dict[str, int]:
 
 
 @functools.cache
-def _lock(file: str) -> threading.Lock:
+def _lock(file: str, generation: int) -> threading.Lock:
     return threading.Lock()
 
 
 @functools.cache
-def _ptx(file: str) -> str:
+def _ptx(file: str, generation: int) -> str:
     nvcc = compiler()
     assert nvcc
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
-        options = ["-std=c++17", "-O3", "-DNDEBUG", "-ptx", "-arch=compute_80", "-o", ptx]
+        options = ["-std=c++17", "-O3", "-DNDEBUG", "-ptx", f"-arch=compute_{generation}", "-o", ptx]
         subprocess.run([nvcc, *options, SOURCES / file], check=True, capture_output=True)
         return ptx.read_text()
 
 
-def ptx_of(file: str) -> str:
-    """A file's PTX, of which all machine code is made, as in the build."""
-    with _lock(file):
-        return _ptx(file)
+def ptx_of(file: str, architecture: int) -> str:
+    """The PTX that an architecture's machine code is made of in the build, see csrc/CMakeLists.txt."""
+    generation = 80 if architecture < 100 else 100
+    with _lock(file, generation):
+        return _ptx(file, generation)
 
 
 def examine(file: str, architecture: int) -> list[Facts]:
@@ -177,7 +178,7 @@ def examine(file: str, architecture: int) -> list[Facts]:
     nvcc, cuobjdump = compiler(), tool("cuobjdump")
     assert nvcc
     assert cuobjdump
-    text = ptx_of(file)
+    text = ptx_of(file, architecture)
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
         ptx.write_text(text)
