@@ -125,6 +125,7 @@ extern "C" __attribute__((visibility("default"))) const char* run_primitive(cons
   if (name == "pairs_f16") return launch<store_pairs<half>>(one, warp, 0, nullptr, floats, static_cast<half*>(out));
   if (name == "numbers") return launch<numbers>(one, warp, 0, nullptr, words, results);
   if (name == "dynamic_shared")
-    return launch<dynamic_shared>(one, warp, size * sizeof(int), nullptr, static_cast<int*>(out), size);
+    return launch<dynamic_shared, 20000 * sizeof(int)>(one, warp, size * sizeof(int), nullptr, static_cast<int*>(out),
+                                                      size);
   return "no such primitive";
 }
