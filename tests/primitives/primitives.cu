@@ -126,6 +126,6 @@ extern "C" __attribute__((visibility("default"))) const char* run_primitive(cons
   if (name == "numbers") return launch<numbers>(one, warp, 0, nullptr, words, results);
   if (name == "dynamic_shared")
     return launch<dynamic_shared, 20000 * sizeof(int)>(one, warp, size * sizeof(int), nullptr, static_cast<int*>(out),
-                                                      size);
+                                                       size);
   return "no such primitive";
 }
