@@ -26,8 +26,9 @@ OPERATIONS: dict[str, ModuleType] = {module.OP: module for module in cases.MODUL
 PRECISIONS = ("fp32", "ieee", "high")
 # Of the combinations (variant, dtype, precision) of a kernel, so many a case and direction: what a budget allows.
 SHARE = 1 if process.INTERPRETED or process.CHECKED else 4 if process.EMULATED else 2
-# On the emulated GPU cases of more FLOPs than these have half as many.
-EMULATED_FLOPS = 5e6
+# On the emulated GPU cases of more FLOPs than these have half as many; beyond the second a quarter, and where accesses are checked
+# every other such case is left to make test-all, once each kernel had its turn.
+EMULATED_FLOPS, EMULATED_LARGE = 5e6, 1.5e7
 # What a minute buys in Triton's interpreter: cases made for kernels of the CPU are left to make test-all there.
 INTERPRETED_FLOPS, INTERPRETED_BYTES = 3e6, 1.5e5
 # Winograd's products are fewer, and F(4x4) serves none that is small.
@@ -70,9 +71,13 @@ def _combinations(op: str, direction: str, case: Any) -> Iterator[tuple[Implemen
             ):
                 continue
         share = SHARE
-        if process.EMULATED and share > 1 and fitting:
-            p = _problem(op, direction, case, fitting[0])
-            share //= 1 + (p.flops > EMULATED_FLOPS)
+        if process.EMULATED and fitting:
+            flops = _problem(op, direction, case, fitting[0]).flops
+            share = max(1, share // ((1 + (flops > EMULATED_FLOPS)) * (1 + (flops > EMULATED_LARGE))))
+            if process.CHECKED and flops > EMULATED_LARGE and not process.FULL:
+                taken = all((op, direction, f[0].name) in TAKEN for f in fitting)
+                if taken and process.stable_hash(case, direction, stem, "large") % 2:
+                    continue
         if process.FULL or len(fitting) <= share:
             yield from fitting
             continue
