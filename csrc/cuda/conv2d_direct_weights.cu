@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBiasChannels* kBiasPixels, 5)
+__global__ void __launch_bounds__(kBiasChannels* kBiasPixels)
     bgrad(const Conv2dParams p, const T* __restrict__ y, T* __restrict__ b, Accumulator<T>* __restrict__ partial,
           const int64_t slices) {
   using Acc = Accumulator<T>;
