@@ -271,9 +271,10 @@ class Worker {
     }
   }
 
-  // Whether the result, too large to be found in a cache afterwards, goes past them: nothing of it is read first.
+  // Whether the result, too large to be found in a cache afterwards, goes past them: nothing of it is read first. Those
+  // of conv_bn_act don't come from the tile.
   bool y_streams() const {
-    if constexpr (!kSame<S, T>) return false;
+    if (!kSame<S, T> || epilogue_) return false;
     const auto vectors = [](int64_t stride) { return stride % VL == 0; };
     return v_.N * v_.P * v_.Q * v_.K * v_.G * static_cast<int64_t>(sizeof(S)) >= kStreamBytes && vectors(v_.K) &&
            vectors(v_.y_w) && vectors(v_.y_h) && vectors(v_.y_n) && reinterpret_cast<uintptr_t>(y_) % kVecBytes == 0;
