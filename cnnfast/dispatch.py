@@ -324,6 +324,18 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides)
 
 
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a dense tensor as kernels read it: NHWC, or row-major where it hasn't four dimensions."""
+    return channels_last_strides(shape) if len(shape) == 4 else contiguous_strides(shape)
+
+
+def canonical_strides(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+    """Dimensions of one, whose strides torch leaves to chance, have a dense tensor's: kernels see dense 1x1 weights, and
+    strides that are multiples of a vector.
+    """
+    return tuple(d if n == 1 else s for n, s, d in zip(shape, strides, dense_strides(shape), strict=True))
+
+
 def readable(role: Role, shape: Sequence[int], strides: Sequence[int], layout: str | None) -> bool:
     """Whether a kernel can read an operand as it lies in memory."""
     if not role.strides:  # a vector
@@ -372,19 +384,19 @@ def bind(
         if role.name in outputs:
             returned = written = outputs[role.name]
             if not readable(role, written.shape, written.strides, layout):
-                written = dataclasses.replace(written, strides=_dense_strides(written.shape))
+                written = dataclasses.replace(written, strides=dense_strides(written.shape))
             allocations.append(_Allocation(position, written, returned))
-            strides[role.name] = written.strides
+            strides[role.name] = canonical_strides(written.shape, written.strides)
         elif role.name in inputs:
             positions.append(position)
             given = inputs[role.name]
             if given is None:
                 continue
-            strides[role.name] = given.strides
+            strides[role.name] = canonical_strides(given.shape, given.strides)
             if not readable(role, given.shape, given.strides, layout):
                 nhwc = len(given.shape) == 4
                 converts[len(positions) - 1] = torch.channels_last if nhwc else torch.contiguous_format
-                strides[role.name] = _dense_strides(given.shape)
+                strides[role.name] = dense_strides(given.shape)
     kernel = implementation.bind(problem, parameters(problem, strides))
     if implementation.returns:
         expected = [a.returned for a in allocations]
@@ -410,10 +422,6 @@ class _Allocation:
     position: int  # among the operands
     written: Meta  # as the kernel writes it
     returned: Meta  # as the caller gets it
-
-
-def _dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    return channels_last_strides(shape) if len(shape) == 4 else contiguous_strides(shape)
 
 
 def _scatter(tensors: Sequence[Any], positions: Sequence[int], count: int) -> list[Any]:

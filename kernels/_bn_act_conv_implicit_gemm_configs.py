@@ -45,6 +45,12 @@ def configs(p: Any, direction: str, of: Facts, card: Card) -> tuple[Config, ...]
     return conv2d.configs(p, direction, of, card)
 
 
+def untuned(p: Any, direction: str, of: Facts, card: Card, tiles: Sequence[Config]) -> Config | None:
+    """Of tiles, as configs() gives them, the one where nobody has tuned; None: the launcher's own choice."""
+    p, of = _of(p, direction, of)
+    return conv2d.untuned(p, direction, of, card, tiles)
+
+
 def usual(p: Any, direction: str, of: Facts, card: Card) -> Config:
     """The tile that the launcher takes where none is given."""
     p, of = _of(p, direction, of)

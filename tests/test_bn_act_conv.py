@@ -229,10 +229,9 @@ def _hold(
     """As far from float64 as torch's layers are, and a random walk of roundings: 144 products and 40 pixels."""
     u = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-24
     assert ours.keys() == own.keys() == exact.keys()
-    for name, reference in ((name, t.detach().double()) for name, t in exact.items()):
+    for name, reference in ((name, t.detach().cpu().double()) for name, t in exact.items()):
         norm = float(reference.norm())
-        error = float((ours[name].detach().cpu().double() - reference).norm())
-        torchs = float((own[name].detach().double() - reference).norm())
+        error, torchs = (float((t[name].detach().cpu().double() - reference).norm()) for t in (ours, own))
         assert error <= 3 * torchs + 184**0.5 * u * norm, (
             f"{name}: {error:.3g}, torch's {torchs:.3g}, beside {norm:.3g}"
         )

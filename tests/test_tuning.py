@@ -484,6 +484,11 @@ def _call(monkeypatch: pytest.MonkeyPatch, name: str, of: _cards.Card, calls: in
     return given
 
 
+def _untuned(of: _cards.Card) -> Any:
+    p = problem(32, 64, 56, 64)
+    return configs.untuned(p, "fprop", HALF, of, configs.configs(p, "fprop", HALF, of))
+
+
 def _key() -> str:
     return "conv2d_implicit_gemm " + configs.bucket(problem(32, 64, 56, 64), "fprop", HALF)
 
@@ -491,10 +496,15 @@ def _key() -> str:
 @plain
 @pytest.mark.parametrize("name", list(_cards.CARDS))
 def test_without_tuning_a_card_has_its_default(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model's best, but on an H100 the launcher's own rule, which was measured there."""
+    """The model's best; on an H100 of those that descriptors feed, and where they don't serve, or waste depth, the launcher's own."""
     of = _cards.CARDS[name]
-    expected = None if name == "H100" else configs.configs(problem(32, 64, 56, 64), "fprop", HALF, of)[0]
-    assert _call(monkeypatch, name, of) == [expected]
+    for p in (problem(32, 64, 56, 64), problem(32, 64, 56, 64, stride=2), problem(32, 96, 35, 96)):
+        tiles = configs.configs(p, "fprop", HALF, of)
+        best = tiles[0]
+        if name == "H100":
+            fed = p.stride_h == 1 and p.C % 64 == 0
+            best = next(c for c in tiles if c.persistent) if fed else None
+        assert _call(monkeypatch, name, of, p=p) == [best]
 
 
 @plain
@@ -508,7 +518,7 @@ def test_what_was_tuned_serves_and_is_looked_up_once(monkeypatch: pytest.MonkeyP
     assert _call(monkeypatch, CARD, of, calls=3) == [best] * 3
     assert looked == [_key()]
     monkeypatch.setenv(tuning.VARIABLE, "off")
-    assert _call(monkeypatch, CARD, of) == [None]
+    assert _call(monkeypatch, CARD, of) == [_untuned(of)]
 
 
 @plain
@@ -516,7 +526,8 @@ def test_what_was_tuned_serves_and_is_looked_up_once(monkeypatch: pytest.MonkeyP
 def test_no_tile_that_was_never_compiled(values: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A file may hold anything: only tiles of the list are launched."""
     tuning.store(CARD, {_key(): tuning.Entry(values, 1e-3, 2e-3)})
-    assert _call(monkeypatch, CARD, _cards.CARDS["H100"]) == [None]
+    of = _cards.CARDS["H100"]
+    assert _call(monkeypatch, CARD, of) == [_untuned(of)]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Which tile a Triton kernel gets: what was measured on this machine, else what the model predicts, else its own rule.
+"""Which tile a Triton kernel gets: what was measured on this machine, else what its configurations say, else its own rule.
 
-The kernel's own rule serves an H100 and newer cards of its kind, on which it was measured; the model is for others. A kernel
-``<stem>`` can be tuned if ``kernels/_<stem>_configs.py`` says what there is to choose from.
+A kernel ``<stem>`` can be tuned if ``kernels/_<stem>_configs.py`` says what there is to choose from: ``configs``, all tiles,
+the predicted fastest first, and ``untuned``, which of them a card gets that nobody tuned.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Chooser:
         tile = self._configs.parse(entry.tile) if entry is not None else None
         if tile not in tiles:  # only what this kernel was compiled and checked in
             tile = None
-        if tile is None and name != "interpreter" and found.arch not in range(90, 120):
-            tile = tiles[0]
+        if tile is None and name != "interpreter":
+            tile = self._configs.untuned(p, self._direction, of, found, tiles)
         tuning.note(lambda: self._task(p, operands, bind, name, found, of, key, tiles, tile))
         return tile
 

@@ -117,25 +117,41 @@ def _winograd(p: Problem, m: int) -> list[str]:
     ]
 
 
-# Bytes and multiply-adds x 2 a second on an H100 (benchmarks/bandwidth.py, convolutions.py; bf16 where dtypes differ).
+# Bytes and multiply-adds x 2 a second on an H200, measured (benchmarks/bandwidth.py, convolutions.py; bf16 where dtypes
+# differ), but for fp32 grade and the averages, an H100's and 1.4 times an H100's.
 _LAUNCH = 8e-6
 _RATES = {
-    ("batch_norm", "stats"): 1.5e12, ("batch_norm", "backward"): 1.7e12, ("batch_norm", "backward_residual"): 1.7e12,
-    ("max_pool2d", "fprop"): 2.3e12, ("max_pool2d", "dgrad"): 0.7e12, ("adaptive_max_pool2d", "dgrad"): 1.2e12,
-    ("avg_pool2d", "fprop"): 2.0e12, ("avg_pool2d", "dgrad"): 1.5e12, ("adaptive_avg_pool2d", "fprop"): 1.5e12,
-    ("adaptive_avg_pool2d", "dgrad"): 1.2e12,
+    ("batch_norm", "stats"): 1.6e12, ("batch_norm", "backward"): 3.0e12, ("batch_norm", "backward_residual"): 3.2e12,
+    ("max_pool2d", "fprop"): 3.0e12, ("max_pool2d", "dgrad"): 0.7e12, ("adaptive_max_pool2d", "dgrad"): 1.7e12,
+    ("avg_pool2d", "fprop"): 2.8e12, ("avg_pool2d", "dgrad"): 2.1e12, ("adaptive_avg_pool2d", "fprop"): 2.1e12,
+    ("adaptive_avg_pool2d", "dgrad"): 1.7e12,
 }  # fmt: skip
-_PRODUCTS = {"bf16": 3e14, "f16": 3e14, "high": 2e14, "fp32": 6e13, "ieee": 2e13}
+_BANDWIDTH = 4.0e12
+# of products: fprop, dgrad, wgrad. In tf32 tensor cores read no operand that lies across the reduction.
+_PRODUCTS = {
+    "bf16": (3e14, 3e14, 3e14), "f16": (3e14, 3e14, 3e14), "high": (3e14, 8e13, 2.6e13), "fp32": (6e13, 6e13, 6e13),
+    "ieee": (2e13, 2e13, 2e13),
+}  # fmt: skip
+_DESCRIBED = 7e14  # of 16-bit products that tensor descriptors feed
+_PLACE = {"fprop": 0, "dgrad": 1, "wgrad": 2, "bgrad": 2}
+
+
+def _rate(p: Problem) -> float:
+    hopper = p.capability is not None and 9 <= p.capability[0] < 12
+    if hopper and p.dtype in ("bf16", "f16") and p.op != "bn_act_conv" and p.direction != "wgrad":
+        if p.G == p.stride_h == p.stride_w == 1 and p.C % 8 == p.K % 8 == 0:
+            return _DESCRIBED
+    return _PRODUCTS[p.precision if p.dtype == "f32" else p.dtype][_PLACE[p.direction]]
 
 
 def _moved(p: Problem) -> float:
     """Predicted seconds of what is bound by memory."""
-    return _LAUNCH + p.bytes / _RATES.get((p.op, p.direction), 2.5e12)
+    return _LAUNCH + p.bytes / _RATES.get((p.op, p.direction), _BANDWIDTH)
 
 
 def _multiplied(p: Problem) -> float:
     """Predicted seconds of a convolution: few channels a group leave most of a tile, and the vectors, unused."""
-    c, k, dense = p.C // p.G, p.K // p.G, _PRODUCTS[p.precision if p.dtype == "f32" else p.dtype]
+    c, k, dense = p.C // p.G, p.K // p.G, _rate(p)
     width = 16 if p.dtype == "f32" else 32  # channels of a tile that groups share
     if min(c, k) >= 16:
         rate = dense * min(1.0, k / 64)
@@ -144,13 +160,13 @@ def _multiplied(p: Problem) -> float:
     else:
         depth = c * p.R * p.S
         rate = 6.5e12 * min(1.0, max(k, 1) / 16) * depth / (-(-depth // 16) * 16) if depth else 1e12
-    return _LAUNCH + p.flops / rate
+    return _LAUNCH + p.flops / rate + p.bytes / _BANDWIDTH
 
 
 def _winograd_cost(p: Problem, m: int) -> float:
-    # Predicted: products at half of implicit GEMM's rate, what goes through L2 at a quarter of the memory's, so that what a
-    # card has measured goes first.
-    rate = _PRODUCTS[p.precision if p.dtype == "f32" else p.dtype] / 2
+    # Predicted: products at half of the rate that implicit GEMM has without descriptors, what goes through L2 at a quarter of
+    # the memory's, so that what a card has measured goes first.
+    rate = _PRODUCTS[p.precision if p.dtype == "f32" else p.dtype][_PLACE[p.direction]] / 2
     products, itemsize = (m + 2) ** 2, 4 if p.dtype == "f32" else 2
     c, k, h, w = (p.K, p.C, p.H, p.W) if p.direction == "dgrad" else (p.C, p.K, p.P, p.Q)
     tiles = p.N * -(-h // m) * -(-w // m)

@@ -57,7 +57,7 @@ class Value:
             strides = meta.view(tuple(shape)).stride()
         except RuntimeError:
             return None
-        return self.view(shape, _canonical(shape, strides))
+        return self.view(shape, dispatch.canonical_strides(shape, strides))
 
     @property
     def bytes(self) -> int:
@@ -79,8 +79,7 @@ class _Node:
         """Every field of the kernel's parameter struct."""
         problem = self.selection.problem
         roles = dispatch.signature(problem.op).roles
-        strides = {r.name: v.strides for r, v in zip(roles, self.operands, strict=True) if v is not None}
-        return dispatch.parameters(problem, strides)
+        return dispatch.parameters(problem, _strides(roles, self.operands))
 
 
 class Plan:
@@ -131,7 +130,7 @@ class Plan:
 
     def input(self, shape: Sequence[int], dtype: torch.dtype, strides: Sequence[int] | None = None) -> Value:
         """A tensor given at every call, with these strides, or in channels_last if it has four dimensions."""
-        value = Value(tuple(shape), _dense(shape) if strides is None else tuple(strides), dtype)
+        value = Value(tuple(shape), dispatch.dense_strides(shape) if strides is None else tuple(strides), dtype)
         self._inputs.append((value, self._taken))
         self._taken += 1
         return value
@@ -159,7 +158,7 @@ class Plan:
     @staticmethod
     def empty(shape: Sequence[int], dtype: torch.dtype) -> Value:
         """A tensor that nodes write to, slice by slice."""
-        return Value(tuple(shape), _dense(shape), dtype)
+        return Value(tuple(shape), dispatch.dense_strides(shape), dtype)
 
     def node(
         self,
@@ -249,7 +248,7 @@ class Plan:
         for known, form in self._forms:
             if known is value:
                 return form
-        form = Value(value.shape, _dense(value.shape), value.dtype)
+        form = Value(value.shape, dispatch.dense_strides(value.shape), value.dtype)
         self._forms.append((value, form))
         if id(value) in self._frozen:
             self._values.append(form)
@@ -333,7 +332,7 @@ class Plan:
         """Why a kernel may not pack its constants in a lean plan."""
         if implementation.prepare is None:
             return []
-        strides = {r.name: v.strides for r, v in zip(dispatch.signature(problem.op).roles, operands, strict=True) if v}
+        strides = _strides(dispatch.signature(problem.op).roles, operands)
         packing = implementation.prepare(problem, dispatch.parameters(problem, strides))
         own = sum(v.bytes for v in operands if v is not None and id(v) in self._frozen)
         if packing.bytes <= _SWELLING * own + _SMALL:
@@ -426,15 +425,10 @@ def _as_read(tensor: torch.Tensor, strides: tuple[int, ...], alignment: int) -> 
     return torch.empty_strided(shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
-def _canonical(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """Unit dimensions have the strides that a dense tensor's have, which are as good as any."""
-    return tuple(d if n == 1 else s for n, s, d in zip(shape, strides, _dense(shape), strict=True))
-
-
-def _dense(shape: Sequence[int]) -> tuple[int, ...]:
-    if len(shape) == 4:
-        return dispatch.channels_last_strides(shape)
-    return dispatch.contiguous_strides(shape)
+def _strides(roles: Sequence[dispatch.Role], operands: Sequence[Value | None]) -> dict[str, tuple[int, ...]]:
+    """Of the operands that are there, by role."""
+    pairs = zip(roles, operands, strict=True)
+    return {role.name: dispatch.canonical_strides(v.shape, v.strides) for role, v in pairs if v is not None}
 
 
 def _plan_arena(nodes: Sequence[_Node], outside: set[int]) -> tuple[dict[int, int], int]:

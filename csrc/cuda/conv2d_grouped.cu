@@ -160,6 +160,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const Fragment* own = fragments + super * Shape::kColumns * pairs * 32 + lane;
   const Activate<float> act(epilogue.act);
+  const bool changed = bias || !epilogue.identity();  // the sums, before they are stored
   const int out_height = static_cast<int>(forward ? p.P : p.H), out_width = static_cast<int>(forward ? p.Q : p.W);
 
   int buffer = 0;
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             float sum = sums[i][j][half * 2 + e];
             if (Shape::kGroup < 8 && !is_finite(sum))
               sum = direct<Shape, forward>(c, input, weight, at.n, row, column, channel + e);
-            if constexpr (forward) {
+            if (forward && changed) {
               if (bias) sum += Numeric<T>::widen(bias[channel + e]);
               if (epilogue.scale) sum *= epilogue.scale[channel + e];
               if (epilogue.shift) sum += epilogue.shift[channel + e];

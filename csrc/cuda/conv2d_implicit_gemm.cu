@@ -136,25 +136,39 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocks)
       if (epilogue.shift) shift = load(epilogue.shift + channel);
     }
   }
-  const Activate<float> act(epilogue.act);
-  results<Tile>(sums, shared, [&](int row, Four values) {
-    const int64_t target = targets[row];
-    if (target < 0 || present <= 0) return;
-    if constexpr (forward && !kByElement) {
-      if (partial) return store_four(partial + tiling.slice(blockIdx.x) * tiling.elements + target + column, values);
-    }
-    if constexpr (forward) {
+  const auto store = [&](int64_t at, const Four& values) {
+    if constexpr (kByElement)
+      store_some(output + at, values, present);
+    else
+      store_four(output + at, values);
+  };
+  const auto each = [&](auto finish) {
+    results<Tile>(sums, shared, [&](int row, Four values) {
+      if (targets[row] >= 0 && present > 0) finish(targets[row] + column, values);
+    });
+  };
+  if constexpr (!forward) {
+    each(store);
+  } else if (!kByElement && partial) {
+    float* slice = partial + tiling.slice(blockIdx.x) * tiling.elements;
+    each([&](int64_t at, const Four& values) { store_four(slice + at, values); });
+  } else if (epilogue.identity()) {
+    each([&](int64_t at, Four values) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) values.v[e] += bias_of.v[e];
+      store(at, values);
+    });
+  } else {
+    const Activate<float> act(epilogue.act);
+    each([&](int64_t at, Four values) {
       Four residual{};
-      if (epilogue.residual) residual = load(epilogue.residual + target + column);
+      if (epilogue.residual) residual = load(epilogue.residual + at);
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         values.v[e] = act(scale.v[e] * (values.v[e] + bias_of.v[e]) + shift.v[e] + residual.v[e]);
-    }
-    if constexpr (kByElement)
-      store_some(output + target + column, values, present);
-    else
-      store_four(output + target + column, values);
-  });
+      store(at, values);
+    });
+  }
 }
 
 // y = the sum over slices, in order, and what becomes of it; four channels a thread.

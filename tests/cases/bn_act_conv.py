@@ -149,8 +149,6 @@ def _reference(case: Case, direction: str, t: Mapping[str, Tensor], size: bool) 
         y = conv2d.reference(case.conv, "fprop", {**given, "x": _normed(case, t, size)})
         wide, count = y.to(accumulator(y.dtype)), y.numel() // y.shape[1]
         variance = (wide - wide.mean(_DIMS, keepdim=True)).square().mean(_DIMS)
-        if size:
-            variance = wide.square().mean(_DIMS)
         return y, wide.mean(_DIMS), (variance + EPS).rsqrt(), variance * (count / max(1, count - 1))
     x = t["x"]
     wide, invstd = x.to(accumulator(x.dtype)), t["xv"].reshape(1, -1, 1, 1)
@@ -169,8 +167,20 @@ def reference(case: Case, direction: str, t: Mapping[str, Tensor]) -> Any:
 
 
 def magnitude(case: Case, direction: str, t: Mapping[str, Tensor]) -> Any:
-    """The sums of the absolute terms."""
-    return _reference(case, direction, t, True)
+    """The sums of the absolute terms; of statistics what an error of these does to them, relative to it.
+
+    dy <= u |y|', |y|' the sum of y's absolute terms, changes the variance v by the mean of 2 (y - mean) dy, which is at most
+    2 u sqrt(v mean(|y|'^2)), and 1 / sqrt(v + eps) by half of that over (v + eps)^1.5: operands that are truncated to tf32
+    make all of y smaller, and so do cuDNN's.
+    """
+    found = _reference(case, direction, t, True)
+    if direction != "fprop":
+        return found
+    y, mean, *_ = found
+    _, _, invstd, unbiased = _reference(case, direction, t, False)
+    count = y.numel() // y.shape[1]
+    change = 2 * ((invstd**-2 - EPS).clamp_min(0) * y.to(invstd.dtype).square().mean(_DIMS)).sqrt()
+    return y, mean, invstd + 0.5 * change * invstd**3, (change + invstd**-2) * (count / max(1, count - 1))
 
 
 def depth(case: Case, direction: str) -> int:
