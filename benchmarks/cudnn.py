@@ -191,7 +191,7 @@ def _fused(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, args: tuple[Any, .
     zero, one = torch.zeros_like(shift), torch.ones_like(shift)
 
     def eager() -> torch.Tensor:
-        z = F.batch_norm(F.conv2d(x, w, *args), zero, one, scale, shift, eps=0.0)
+        z = F.batch_norm(F.conv2d(x, w, *args), zero, one, scale, shift, eps=1e-12)
         return F.relu_(z.add_(residual))
 
     def compiled() -> Call:
@@ -216,7 +216,9 @@ def networks(batch: int, names: Sequence[str], autotune: bool) -> Iterator[dict[
     for name in names:
         options: dict[str, Any] = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
         torch.manual_seed(0)
-        model = cnnfast.models.create(name, **options).eval().to(DEVICE, torch.bfloat16)
+        model = (
+            cnnfast.models.create(name, **options).eval().to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
+        )
         x = _images(batch, 3, PIXELS, torch.bfloat16)
         makers: dict[str, Callable[[], Call]] = {"torch channels_last": lambda m=model, x=x: _network(_plain(m), x)}
         if autotune:
@@ -227,7 +229,7 @@ def networks(batch: int, names: Sequence[str], autotune: bool) -> Iterator[dict[
 
 
 def _plain(model: torch.nn.Module) -> torch.nn.Module:
-    return cnnfast.revert(copy.deepcopy(model)).to(memory_format=torch.channels_last)
+    return cnnfast.revert(copy.deepcopy(model))
 
 
 def _network(model: Any, x: torch.Tensor) -> Call:
@@ -260,7 +262,7 @@ def training(batch: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         labels = torch.arange(batch, device=DEVICE) % 1000
         for competitor in ("torch channels_last", "torch.compile", OURS):
             torch.manual_seed(0)
-            model = cnnfast.models.create(name).to(DEVICE).train()
+            model = cnnfast.models.create(name).to(DEVICE, memory_format=torch.channels_last).train()
             model = model if competitor == OURS else _plain(model)
             try:
                 step = _step(model if competitor != "torch.compile" else torch.compile(model, dynamic=False), x, labels)

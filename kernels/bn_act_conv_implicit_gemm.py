@@ -173,3 +173,4 @@ KERNELS: dict[str, Callable[..., None]] = {"fprop": fprop, "dgrad": dgrad, "wgra
 WORKSPACE: dict[str, Callable[[BnActConvProblem], int]] = {
     "fprop": fprop_workspace, "dgrad": dgrad_workspace, "wgrad": conv2d.wgrad_workspace,
 }  # fmt: skip
+LAYOUTS = conv2d.LAYOUTS

@@ -323,3 +323,5 @@ def bgrad(
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KERNELS: dict[str, Callable[..., None]] = {"fprop": fprop, "dgrad": dgrad, "wgrad": wgrad, "bgrad": bgrad}
 WORKSPACE: dict[str, Callable[[Conv2dProblem], int]] = {"wgrad": wgrad_workspace, "bgrad": bgrad_workspace}
+# Weights whose channels lie R·S elements apart would be loaded one by one: a copy of them takes a few microseconds.
+LAYOUTS: dict[str, dict[str, str]] = {"fprop": {"w": "nhwc"}, "dgrad": {"w": "nhwc"}}

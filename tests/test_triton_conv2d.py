@@ -15,7 +15,7 @@ from cases import conv2d
 from support import oracle, process
 from support.memory import Guarded, place, registered
 
-from cnnfast import dispatch, tuning
+from cnnfast import dispatch, ops, settings, tuning
 from cnnfast.backends import triton
 
 pytest.importorskip("triton")
@@ -371,3 +371,48 @@ def test_winograds_workspace_is_bounded(m: int) -> None:
             assert 0 < size(p) <= weights + max(tiles, winograd.CHUNK_BYTES)
     refused = conv2d.problem(conv2d.Case("", 1, 4096, 9, 9, 4096, 3, 3, padding=(1, 1)), "fprop", torch.float32, "fp32")
     assert "transformed weights of" in " ".join(triton._winograd(refused, m))
+
+
+# ---- the strides that kernels see --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "expected"),
+    [
+        ((64, 32, 1, 1), (32, 1, 1, 1), (32, 1, 32, 32)),  # a 1x1 convolution's weights, as torch makes them
+        ((8, 32, 1, 1), (32, 1, 7, 5), (32, 1, 32, 32)),
+        ((1, 32, 5, 4), (3, 1, 128, 32), (640, 1, 128, 32)),  # one image
+        ((2, 1, 5, 4), (40, 20, 8, 2), (40, 1, 8, 2)),  # one channel of two
+        ((2, 3, 5, 4), (60, 20, 4, 1), (60, 20, 4, 1)),
+        ((0, 3, 1, 4), (12, 4, 4, 1), (12, 4, 12, 1)),
+        ((5,), (1,), (1,)),
+        ((1,), (3,), (1,)),
+        ((), (), ()),
+    ],
+)
+def test_dimensions_of_one_have_dense_strides(
+    shape: tuple[int, ...], strides: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    """torch leaves them to chance; a stride of 1 there would hide from the compiler that rows are aligned."""
+    assert dispatch.canonical_strides(shape, strides) == expected
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+@pytest.mark.parametrize("taps", [1, 3])
+def test_weights_are_read_in_rows(direction: str, taps: int) -> None:
+    """As torch makes them, R·S elements lie between channels: kernels get them in channels_last, with aligned strides."""
+    x = torch.randn(2, 32, 6, 6).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(16, 32, taps, taps)
+    pads, tail = (taps // 2,) * 4, ((1, 1), 1, "fp32", "triton", True)
+    expected = torch.nn.functional.conv2d(x, w, None, 1, taps // 2)
+    with settings.observe(), tuning.collecting() as tasks:
+        if direction == "fprop":
+            out = ops.conv2d(x, w, None, (1, 1), pads, *tail)
+        else:
+            out = ops.conv2d_dgrad(w, expected, x.shape, True, (1, 1), pads, *tail)
+            expected = torch.nn.grad.conv2d_input(x.shape, w, expected, 1, taps // 2)
+    assert torch.allclose(out, expected, rtol=1e-4, atol=1e-4)
+    operands = [o for o in tasks[0].operands if o is not None]
+    found = next(strides for shape, strides, *_ in operands if shape == w.shape)
+    assert taps == 1 or found == dispatch.channels_last_strides(w.shape)

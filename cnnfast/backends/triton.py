@@ -137,10 +137,10 @@ _PLACE = {"fprop": 0, "dgrad": 1, "wgrad": 2, "bgrad": 2}
 
 
 def _rate(p: Problem) -> float:
-    hopper = p.capability is not None and 9 <= p.capability[0] < 12
-    if hopper and p.dtype in ("bf16", "f16") and p.op != "bn_act_conv" and p.direction != "wgrad":
-        if p.G == p.stride_h == p.stride_w == 1 and p.C % 8 == p.K % 8 == 0:
-            return _DESCRIBED
+    half = p.dtype in ("bf16", "f16") and p.capability is not None and 9 <= p.capability[0] < 12
+    gathers = p.op != "bn_act_conv" and p.direction in ("fprop", "dgrad")
+    if half and gathers and p.G == p.stride_h == p.stride_w == 1 and p.C % 8 == p.K % 8 == 0:
+        return _DESCRIBED
     return _PRODUCTS[p.precision if p.dtype == "f32" else p.dtype][_PLACE[p.direction]]
 
 

@@ -22,11 +22,9 @@ struct Epilogue {
         residual(static_cast<const T*>(run.operands[6])),
         act(static_cast<Activation>(p.act)) {}
 
-  // Whether nothing becomes of it. The ten instructions of all the others take as long as a short product: kernels write
-  // such sums in a loop of its own.
-  __device__ __forceinline__ bool identity() const {
-    return !scale && !shift && !residual && act == Activation::kNone;
-  }
+  // Whether nothing becomes of it. The ten instructions of all the others take as long as a short product: kernels
+  // write such sums in a loop of its own.
+  __device__ __forceinline__ bool identity() const { return !scale && !shift && !residual && act == Activation::kNone; }
 };
 
 }  // namespace cnnfast::cuda

@@ -177,7 +177,7 @@ def magnitude(case: Case, direction: str, t: Mapping[str, Tensor]) -> Any:
     if direction != "fprop":
         return found
     y, mean, *_ = found
-    _, _, invstd, unbiased = _reference(case, direction, t, False)
+    _, _, invstd, _ = _reference(case, direction, t, False)
     count = y.numel() // y.shape[1]
     change = 2 * ((invstd**-2 - EPS).clamp_min(0) * y.to(invstd.dtype).square().mean(_DIMS)).sqrt()
     return y, mean, invstd + 0.5 * change * invstd**3, (change + invstd**-2) * (count / max(1, count - 1))
