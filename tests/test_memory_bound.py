@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import process
+from support import oracle, process
 from test_processes import run_python
 
 import cnnfast
@@ -91,6 +91,42 @@ def test_large_results_of_convolutions(isa: str, taps: int, dtype: torch.dtype) 
     ):
         # a sum of 8 * taps**2 products and a bias: each below 25, so many roundings at most
         assert (result - expected).abs().max() <= (8 * taps**2 + 1) * 25 * eps * (1 if dtype == torch.float32 else 2)
+
+
+# 9 x 9 maps are copied as windows; 2106 pixels are more than one thread takes at a time, 480 channels several chunks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_windows_of_many_channels(isa: str, dtype: torch.dtype) -> None:
+    """Chunk by chunk, with the sums of all output channels waiting: forward, gradient, packed with an epilogue."""
+    torch.manual_seed(0)
+    x = torch.randn(26, 480, 17, 17).to(dtype, memory_format=CL)
+    g = torch.randn(26, 480, 9, 9).to(dtype, memory_format=CL)
+    w, b = (torch.randn(40, 480, 3, 3) / 66).to(dtype), torch.randn(40).to(dtype)
+    v, results = w.transpose(0, 1).contiguous(), []
+    conv = torch.nn.Conv2d(480, 40, 3, 2, 1).to(dtype)
+    conv.weight.data, conv.bias.data = w, b  # type: ignore[union-attr]
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with cnnfast.backend(f"cpu.conv2d_implicit_gemm.{isa}"):
+                forward = functional.conv2d(x, w, b, 2, 1)
+                back = functional.conv_transpose2d(g, v, None, 1, 1)
+                packed = cnnfast.fuse(torch.nn.Sequential(conv, torch.nn.ReLU()).eval(), x)(x)
+            results.append((forward, back, packed))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
+    assert torch.equal(results[0][0].relu(), results[0][2])
+    exact = (F.conv2d(x.double(), w.double(), b.double(), 2, 1), F.conv_transpose2d(g.double(), v.double(), None, 1, 1))
+    own = (F.conv2d(x, w, b, 2, 1), F.conv_transpose2d(g, v, None, 1, 1))
+    sizes = (
+        F.conv2d(x.double().abs(), w.double().abs(), b.double().abs(), 2, 1),
+        F.conv_transpose2d(g.double().abs(), v.double().abs(), None, 1, 1),
+    )
+    for found, reference, torchs, magnitude in zip(results[0], exact, own, sizes, strict=False):
+        oracle.check(f"windows of many channels, {isa}", found, reference, torchs, magnitude)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -23,7 +23,8 @@
 //
 // A thread owns a range of channels times a range of rows or pixels, chosen by the estimated cost, and walks them in
 // blocks: the copied pixels at most ~0.8 MiB, the packed panels ~2.3 MiB; reductions too long for that are cut into
-// channel chunks whose sums wait in scratch.
+// channel chunks whose sums wait in scratch. Windows of many channels, long to copy, are copied once: a chunk of their
+// channels meets the weights of all output channels, and all sums wait.
 //
 // Sums are in float for float, bf16 and fp16, in double for double, in one order whatever the thread count, and are
 // rounded once. Padding contributes nothing, as in oneDNN: zeros stand for it while the weights are finite, and a call
@@ -116,10 +117,12 @@ class Worker {
     const int64_t block_pixels = plan_.block * (plan_.flat ? 1 : plan_.columns);
     const auto carve = [&](Carver carver) {
       taps_ = carver.take<Tap>(TapList::capacity(v_.R * v_.S + 1, max(plan_.chunk, plan_.fold ? v_.S * v_.C : 1)));
-      panels_ = carver.take<T>(packed_ ? 0 : kept_panels_ * panel_elements_);
+      panels_ = carver.take<T>(packed_ ? 0 : (plan_.deep ? 1 : kept_panels_) * panel_elements_);
       tile_ = carver.take<T>(kMostTileRows * width);
       chains_ = carver.take<T>(kMostTileRows * width);
-      sums_ = carver.take<T>(chunks_ > 1 ? block_pixels * width : 0);
+      sums_ = carver.take<T>(chunks_ == 1  ? 0
+                             : plan_.deep ? block_pixels * (last_vec_ - first_vec_) * VL
+                                          : block_pixels * width);
       strip_ = carver.take<T>(plan_.source == Source::kDirect
                                   ? 0
                                   : copied_elements(plan_, v_, plan_.block, plan_.columns, source_channels_) + 2 * VL);
@@ -129,7 +132,10 @@ class Worker {
     if (!scratch) return false;
     carve(Carver(scratch));
     streams_ = y_streams();
-    walk();
+    if (plan_.deep)
+      walk_deep();
+    else
+      walk();
     if (streams_) stream_end();
     return true;
   }
@@ -189,6 +195,27 @@ class Worker {
     }
   }
 
+  // A chunk of the channels of all pixels for all output channels, before the next chunk.
+  void walk_deep() {
+    for (int64_t u = first_unit_; u < last_unit_; u += plan_.block) {
+      const Block block{0, 0, 0, 0, 0, u, min(plan_.block, last_unit_ - u)};
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+        const int64_t c = chunk * plan_.chunk, channels = min(plan_.chunk, v_.C - c);
+        copy_source(block, 0, c, channels);
+        set_taps(channels);
+        T* sums = sums_;
+        for (int64_t v = first_vec_; v < last_vec_;) {
+          const Panel panel = panel_at(v);
+          if (!packed_) pack(panel, c, channels, panels_);
+          const T* data = packed_ ? packed_ + (packed_panel(panel) * chunks_ + chunk) * panel_elements_ : panels_;
+          run_panel(block, 0, block.pixels, panel, c, chunk, data, sums);
+          sums += block.pixels * panel.vecs * VL;
+          v += panel.vecs;
+        }
+      }
+    }
+  }
+
   void run_block(const Block& block, int64_t vec, int64_t end, bool packed) {
     // Panels that stay in L2 together all pass over a row before the next one: the row of y is written in one go.
     const bool hot = chunks_ == 1 && kept_panels_ * panel_elements_ * static_cast<int64_t>(sizeof(T)) <= kHotPanelBytes;
@@ -207,7 +234,7 @@ class Worker {
             if (!packed_ && (!packed || chunks_ > 1)) pack(panel, c, channels, panel_data);
           }
           const T* data = packed_ ? packed_ + (packed_panel(panel) * chunks_ + chunk) * panel_elements_ : panel_data;
-          run_panel(block, unit, min(step, units - unit), panel, c, chunk, data);
+          run_panel(block, unit, min(step, units - unit), panel, c, chunk, data, sums_);
         }
         v += panel.vecs;
       }
@@ -313,14 +340,14 @@ class Worker {
 
   // One panel over `count` rows (or pixels, where flat) of a block, from the `first` on.
   void run_panel(const Block& block, int64_t first, int64_t count, const Panel& panel, int64_t c, int64_t chunk,
-                 const T* data) {
+                 const T* data, T* sums) {
     const int64_t y_channel = panel.group * v_.K + panel.k, width = panel.vecs * VL;
     const int64_t in_source = plan_.source == Source::kDirect ? panel.group * v_.C + c
                               : chunks_ > 1                   ? 0
                                                               : (panel.group - first_group_) * v_.C;
     if (plan_.flat) {
       const T* a = plan_.source == Source::kDirect ? direct((block.pixel + first) * v_.x_w) : strip_ + first * pitch_;
-      run_pixels(a + in_source, block.pixel + first, count, sums_ + first * width, panel, y_channel, chunk, data);
+      run_pixels(a + in_source, block.pixel + first, count, sums + first * width, panel, y_channel, chunk, data);
       return;
     }
     for (int64_t i = first; i < first + count; ++i) {
@@ -331,7 +358,7 @@ class Worker {
                    (block.q * v_.stride_w - v_.pad_w) * v_.x_w);
       else
         a = strip_ + (block.rows == 1 ? 0 : i * (v_.stride_h / plan_.step_h)) * strip_columns_ * pitch_;
-      run_pixels(a + in_source, (block.n * v_.P + p) * v_.Q + block.q, block.columns, sums_ + i * block.columns * width,
+      run_pixels(a + in_source, (block.n * v_.P + p) * v_.Q + block.q, block.columns, sums + i * block.columns * width,
                  panel, y_channel, chunk, data);
     }
   }

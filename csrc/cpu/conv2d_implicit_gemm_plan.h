@@ -13,6 +13,10 @@ constexpr int64_t kPanelBytes = 2300 << 10;  // packed panels kept for several b
 constexpr int64_t kPad = 16;                 // elements between pixels
 constexpr int64_t kFoldChannels = 16;        // fewer channels: taps of a filter row become one run
 constexpr int64_t kNarrow = 10;              // maps narrower than this are copied as windows
+// Windows with longer panels are walked by chunks of channels: this much at a time of so many pixels and their sums.
+constexpr int64_t kDeepPanelBytes = 256 << 10;
+constexpr int64_t kDeepPixelBytes = 8000 << 10;
+constexpr int64_t kDeepPixels = 1024;
 
 enum class Source { kDirect, kStrip, kWindows };
 
@@ -22,6 +26,7 @@ struct Plan {
   bool flat;               // a unit of work is a pixel of the whole batch, not a row
   bool fold;               // taps of a filter row are one run
   int64_t step_h, step_w;  // strip row i is input row i * step_h - pad_h
+  bool deep;               // chunks come first: pixels are copied once, and the sums of all output channels wait
   int64_t chunk;           // input channels at a time
   int64_t columns;         // output columns at a time (rows only)
   int64_t units;           // rows or pixels in all
@@ -88,6 +93,11 @@ Plan make_plan(const Conv2dView& v, int threads, bool packed) {
   const auto pixel_bytes = [&](int64_t units, int64_t channels) {
     return copied_elements(plan, v, units, plan.columns, channels) * static_cast<int64_t>(sizeof(T));
   };
+  if (plan.source == Source::kWindows && taps > 1 && v.G == 1 && panel_bytes() > kDeepPanelBytes) {
+    plan.deep = true;
+    const int64_t bytes = taps * min(kDeepPixels, v.N * v.P * v.Q) * static_cast<int64_t>(sizeof(T));
+    plan.chunk = min(v.C, max(16, kDeepPixelBytes / bytes / 16 * 16));
+  }
   while (panel_bytes() > kPanelBytes && plan.chunk > 16) plan.chunk = round_up(plan.chunk / 2, 16);
   while (pixel_bytes(1, plan.chunk) > kPixelBytes && plan.columns > kMostTileRows && !plan.flat)
     plan.columns = ceil_div(plan.columns, 2);
@@ -121,7 +131,11 @@ Plan make_plan(const Conv2dView& v, int threads, bool packed) {
       plan.chunk < v.C ? plan.chunk : v.C * min(v.G, ceil_div(plan.vecs, plan.threads_k) / max(1, plan.group_vecs) + 2);
   plan.block = ceil_div(plan.units, plan.threads_u);
   if (!plan.flat) plan.block = min(plan.block, v.P);
-  if (plan.source == Source::kDirect) {
+  if (plan.deep) {
+    const int64_t sums = ceil_div(plan.vecs, plan.threads_k) * VL * static_cast<int64_t>(sizeof(T));
+    const int64_t most = max(kMostTileRows, min(kDeepPixels, kDeepPixelBytes / sums));
+    plan.block = ceil_div(plan.block, ceil_div(plan.block, most));
+  } else if (plan.source == Source::kDirect) {
     // x is read in place; a block is what L2 keeps while the panels pass by.
     const int64_t unit_bytes = unit_pixels * v.stride_h * v.stride_w * v.C * v.G * static_cast<int64_t>(sizeof(T));
     plan.block = max(1, min(plan.block, kPixelBytes / max(1, unit_bytes)));
