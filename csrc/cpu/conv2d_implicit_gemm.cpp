@@ -120,7 +120,7 @@ class Worker {
       panels_ = carver.take<T>(packed_ ? 0 : (plan_.deep ? 1 : kept_panels_) * panel_elements_);
       tile_ = carver.take<T>(kMostTileRows * width);
       chains_ = carver.take<T>(kMostTileRows * width);
-      sums_ = carver.take<T>(chunks_ == 1  ? 0
+      sums_ = carver.take<T>(chunks_ == 1 ? 0
                              : plan_.deep ? block_pixels * (last_vec_ - first_vec_) * VL
                                           : block_pixels * width);
       strip_ = carver.take<T>(plan_.source == Source::kDirect
