@@ -50,7 +50,8 @@ constexpr int64_t kMacsWorthThreads = 1 << 18;     // below, one thread
 constexpr int64_t kShortSum = 256;  // sums of so few products don't hide the fetching of y's lines: that is done ahead
 template <class S>
 constexpr int64_t kLineElements = 64 / sizeof(S);
-constexpr int64_t kStreamBytes = 1 << 25;  // a result of more goes past the caches
+constexpr int64_t kStreamBytes =
+    1 << 23;  // a result of more goes past the caches: what reads it next is no slower for it
 
 // A packed panel, or a chunk of one: the bias, then the weights.
 template <class T>
