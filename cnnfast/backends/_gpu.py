@@ -1,10 +1,11 @@
-"""What the GPU backends share: which devices they serve."""
+"""What the GPU backends share: which devices they serve, and the rate of memory that predictions are made with."""
 
 from __future__ import annotations
 
 from cnnfast.dispatch import Problem
 
 LAST_ACTIVATION = 3  # leaky_relu, in csrc/common/activation.h
+BANDWIDTH = 4.0e12  # bytes a second of an H200, measured
 MINIMUM_CAPABILITY = (8, 0)  # asynchronous copies and bf16 matrix instructions
 
 

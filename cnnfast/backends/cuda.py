@@ -217,7 +217,7 @@ def _implicit_gemm_cost(p: Problem, rate: float) -> float:
     used = min(1.0, columns / p.G / 64) * min(1.0, rows / p.G / 64)
     if p.G > 1:
         used *= 0.4  # not measured, and behind the kernels that are made for groups
-    return 4e-6 + p.flops / (rate * used) + p.bytes / _BANDWIDTH
+    return 4e-6 + p.flops / (rate * used) + p.bytes / _gpu.BANDWIDTH
 
 
 def _winograd_cost(p: Problem, m: int, rate: float) -> float:
@@ -300,12 +300,11 @@ _RATES = {
     ("adaptive_max_pool2d", "fprop"): 3.2e12, ("adaptive_max_pool2d", "dgrad"): 1.4e12, ("avg_pool2d", "fprop"): 1.8e12,
     ("avg_pool2d", "dgrad"): 1.1e12, ("adaptive_avg_pool2d", "fprop"): 1.5e12, ("adaptive_avg_pool2d", "dgrad"): 0.7e12,
 }  # fmt: skip
-_BANDWIDTH = 4.0e12
 
 
 def _moved(p: Problem) -> float:
     """Predicted seconds of what is bound by memory."""
-    return 4e-6 + p.bytes / _RATES.get((p.op, p.direction), _BANDWIDTH)
+    return 4e-6 + p.bytes / _RATES.get((p.op, p.direction), _gpu.BANDWIDTH)
 
 
 _Rule = tuple[str, Callable[[Problem], list[str]], Callable[[Problem], float], dict[str, Any]]

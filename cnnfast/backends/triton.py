@@ -126,7 +126,6 @@ _RATES = {
     ("avg_pool2d", "fprop"): 2.8e12, ("avg_pool2d", "dgrad"): 2.1e12, ("adaptive_avg_pool2d", "fprop"): 2.1e12,
     ("adaptive_avg_pool2d", "dgrad"): 1.7e12,
 }  # fmt: skip
-_BANDWIDTH = 4.0e12
 # of products: fprop, dgrad, wgrad. In tf32 tensor cores read no operand that lies across the reduction.
 _PRODUCTS = {
     "bf16": (3e14, 3e14, 3e14), "f16": (3e14, 3e14, 3e14), "high": (3e14, 8e13, 2.6e13), "fp32": (6e13, 6e13, 6e13),
@@ -146,7 +145,7 @@ def _rate(p: Problem) -> float:
 
 def _moved(p: Problem) -> float:
     """Predicted seconds of what is bound by memory."""
-    return _LAUNCH + p.bytes / _RATES.get((p.op, p.direction), _BANDWIDTH)
+    return _LAUNCH + p.bytes / _RATES.get((p.op, p.direction), _gpu.BANDWIDTH)
 
 
 def _multiplied(p: Problem) -> float:
@@ -160,7 +159,7 @@ def _multiplied(p: Problem) -> float:
     else:
         depth = c * p.R * p.S
         rate = 6.5e12 * min(1.0, max(k, 1) / 16) * depth / (-(-depth // 16) * 16) if depth else 1e12
-    return _LAUNCH + p.flops / rate + p.bytes / _BANDWIDTH
+    return _LAUNCH + p.flops / rate + p.bytes / _gpu.BANDWIDTH
 
 
 def _winograd_cost(p: Problem, m: int) -> float:
