@@ -110,7 +110,7 @@ class Worker {
     // As many panels at a time as fit; one if every block needs new ones anyway.
     const bool one_block = last_unit_ - first_unit_ <= plan_.block && plan_.columns == v_.Q &&
                            (plan_.flat || first_unit_ / v_.P == (last_unit_ - 1) / v_.P);
-    kept_panels_ = one_block || chunks_ > 1
+    kept_panels_ = one_block || chunks_ > 1 || plan_.deep
                        ? 1
                        : max(1, min(kPanelBytes / (panel_elements_ * static_cast<int64_t>(sizeof(T))),
                                     count_panels(first_vec_, last_vec_)));
@@ -118,7 +118,7 @@ class Worker {
     const int64_t block_pixels = plan_.block * (plan_.flat ? 1 : plan_.columns);
     const auto carve = [&](Carver carver) {
       taps_ = carver.take<Tap>(TapList::capacity(v_.R * v_.S + 1, max(plan_.chunk, plan_.fold ? v_.S * v_.C : 1)));
-      panels_ = carver.take<T>(packed_ ? 0 : (plan_.deep ? 1 : kept_panels_) * panel_elements_);
+      panels_ = carver.take<T>(packed_ ? 0 : kept_panels_ * panel_elements_);
       tile_ = carver.take<T>(kMostTileRows * width);
       chains_ = carver.take<T>(kMostTileRows * width);
       sums_ = carver.take<T>(chunks_ == 1 ? 0
@@ -161,6 +161,9 @@ class Worker {
   // Panels in the order they are packed in: those of a group start at its first vector.
   int64_t packed_panel(const Panel& panel) const {
     return panel.group * ceil_div(plan_.group_vecs, kMaxTileVecs) + panel.k / VL / kMaxTileVecs;
+  }
+  const T* packed_chunk(const Panel& panel, int64_t chunk) const {
+    return packed_ + (packed_panel(panel) * chunks_ + chunk) * panel_elements_;
   }
   int64_t packed_vec(int64_t panel) const {
     const int64_t of_group = ceil_div(plan_.group_vecs, kMaxTileVecs);
@@ -208,7 +211,7 @@ class Worker {
         for (int64_t v = first_vec_; v < last_vec_;) {
           const Panel panel = panel_at(v);
           if (!packed_) pack(panel, c, channels, panels_);
-          const T* data = packed_ ? packed_ + (packed_panel(panel) * chunks_ + chunk) * panel_elements_ : panels_;
+          const T* data = packed_ ? packed_chunk(panel, chunk) : panels_;
           run_panel(block, 0, block.pixels, panel, c, chunk, data, sums);
           sums += block.pixels * panel.vecs * VL;
           v += panel.vecs;
@@ -234,7 +237,7 @@ class Worker {
             set_taps(channels);
             if (!packed_ && (!packed || chunks_ > 1)) pack(panel, c, channels, panel_data);
           }
-          const T* data = packed_ ? packed_ + (packed_panel(panel) * chunks_ + chunk) * panel_elements_ : panel_data;
+          const T* data = packed_ ? packed_chunk(panel, chunk) : panel_data;
           run_panel(block, unit, min(step, units - unit), panel, c, chunk, data, sums_);
         }
         v += panel.vecs;
