@@ -32,7 +32,9 @@ CL = torch.channels_last
 
 def _filters(kernel: str) -> list[tuple[int, int]]:
     """The sizes of filters that it serves: (5, 5) of conv2d_winograd_f2x2_5x5, 1x7 and 7x1 of conv2d_winograd_f3_1x7."""
-    found = re.search(r"_(\d)x(\d)$", FOUND[kernel].stem.removesuffix("_f2x2").removesuffix("_f4x4"))
+    found = re.search(
+        r"_(\d)x(\d)$", FOUND[kernel].stem.removesuffix("_f2x2").removesuffix("_f4x4").removesuffix("_f3x3_stride2")
+    )
     r, s = (int(found[1]), int(found[2])) if found else (3, 3)
     return [(r, s)] if r == s else [(r, s), (s, r)]
 
@@ -48,9 +50,13 @@ def _with_filters(kernels: list[str]) -> list[Any]:
     ]
 
 
-def _geometry(r: int, s: int) -> tuple[Any, ...]:
-    """Padding that keeps the size."""
-    return (1, 1), (r // 2, r // 2, s // 2, s // 2), (1, 1), 1
+def _geometry(r: int, s: int, stride: int = 1) -> tuple[Any, ...]:
+    """Padding that keeps the size, or halves it."""
+    return (stride, stride), (r // 2, r // 2, s // 2, s // 2), (1, 1), 1
+
+
+def _stride(kernel: str) -> int:
+    return 2 if FOUND[kernel].stem.endswith("stride2") else 1
 
 
 GEOMETRY = _geometry(3, 3)
@@ -86,7 +92,7 @@ def _operands(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_bad_values_stay_where_they_are(kernel: str, direction: str, taps: tuple[int, int], dtype: torch.dtype) -> None:
     """Infinities, NaNs, and finite values that overflow in the transforms: as the direct sum has them, and only there."""
-    device, geometry = process.device(FOUND[kernel]), _geometry(*taps)
+    device, geometry = process.device(FOUND[kernel]), _geometry(*taps, _stride(kernel))
 
     def run(t: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return _run(kernel, direction, t.to(device), w.to(device), geometry).cpu()
@@ -120,7 +126,8 @@ def test_bad_values_stay_where_they_are(kernel: str, direction: str, taps: tuple
             if operand == "t":  # tiles that don't see the value are computed as before
                 n, _, h, c = index
                 rows, columns = (
-                    [i for i in range(s) if abs(i - at) > 8] for s, at in zip(out.shape[2:], (h, c), strict=True)
+                    [i for i in range(s) if abs(i * _stride(kernel) - at) > 8]
+                    for s, at in zip(out.shape[2:], (h, c), strict=True)
                 )
                 assert torch.equal(out[1 - n], clean[1 - n]), what
                 assert torch.equal(out[n][:, rows], clean[n][:, rows]), what
@@ -140,7 +147,7 @@ def test_thread_count_changes_nothing(kernel: str, direction: str, taps: tuple[i
     try:
         for count in (1, 2, 3, 4, 7):
             torch.set_num_threads(count)
-            results.append(_run(kernel, direction, t, w, _geometry(*taps)))
+            results.append(_run(kernel, direction, t, w, _geometry(*taps, _stride(kernel))))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -158,7 +165,7 @@ def test_each_group_is_a_convolution(kernel: str, direction: str, taps: tuple[in
     x, w, bias = (t.to(_dtype(kernel)) for t in (x, w, bias))
 
     def run(t: torch.Tensor, w: torch.Tensor, b: torch.Tensor, groups: int) -> torch.Tensor:
-        params = (*_geometry(*taps)[:3], groups, "fp32", kernel, True)
+        params = (*_geometry(*taps, _stride(kernel))[:3], groups, "fp32", kernel, True)
         if direction == "fprop":
             y: torch.Tensor = ops.conv2d(t, w, b, *params)
             return y

@@ -93,6 +93,49 @@ def test_large_results_of_convolutions(isa: str, taps: int, dtype: torch.dtype) 
         assert (result - expected).abs().max() <= (8 * taps**2 + 1) * 25 * eps * (1 if dtype == torch.float32 else 2)
 
 
+# kernel -> input channels, output channels, groups, taps, stride; results of an image below 3 MB, of three above
+LAYERS = {
+    "conv2d_implicit_gemm": (8, 64, 1, 3, 1),
+    "conv2d_winograd_f4x4": (64, 64, 1, 3, 1),
+    "conv2d_winograd_f4x4, groups": (128, 64, 4, 3, 1),
+    "conv2d_winograd_f2x2": (32, 64, 1, 3, 1),
+    "conv2d_winograd_f3x3_stride2": (32, 64, 1, 3, 2),
+    "conv2d_winograd_f2x2_5x5": (64, 64, 1, 5, 1),
+    "conv2d_grouped": (64, 64, 16, 3, 1),
+    "conv2d_grouped, stride 2": (64, 64, 16, 3, 2),
+}
+
+
+# 101 rows and columns leave a part of a tile; the second residual is a slice of 73 channels, without aligned vectors
+@pytest.mark.parametrize("isa", cpu.isas())
+@pytest.mark.parametrize("name", LAYERS)
+def test_large_results_are_those_of_their_images(name: str, isa: str) -> None:
+    """Bit for bit, with and without an epilogue, whatever goes past the caches."""
+    C, K, G, taps, stride = LAYERS[name]
+    torch.manual_seed(0)
+    x = torch.randn(3, C, 101 * stride, 101 * stride).to(memory_format=CL)
+    r, w, b = torch.randn(3, K, 101, 101).to(memory_format=CL), torch.randn(K, C // G, taps, taps), torch.randn(K)
+    mean, var = torch.randn(K), torch.rand(K) + 0.5
+    wide = torch.empty(3, 101, 101, 73).permute(0, 3, 1, 2)[:, :K].copy_(r)
+
+    def calls(x: torch.Tensor, *r: torch.Tensor) -> list[torch.Tensor]:
+        bare = functional.conv2d(x, w, b, stride, taps // 2, 1, G)
+        fused = [
+            functional.conv_bn_act(x, w, b, mean, var, None, None, residual, stride=stride, padding=taps // 2, groups=G)
+            for residual in r
+        ]
+        return [bare, *fused]
+
+    with cnnfast.backend(f"cpu.{name.split(',')[0]}.{isa}"):
+        whole = calls(x, r, wide)
+        parts = [calls(x[i : i + 1], r[i : i + 1], wide[i : i + 1]) for i in range(3)]
+    for result, *images in zip(whole, *parts, strict=True):
+        assert torch.equal(result, torch.cat(images))
+    torch.testing.assert_close(whole[0], F.conv2d(x, w, b, stride, taps // 2, 1, G), rtol=1e-4, atol=1e-3)
+    expected = torch.relu(F.batch_norm(whole[0], mean, var) + r)
+    torch.testing.assert_close(whole[1], expected, rtol=1e-5, atol=1e-5)
+
+
 # 9 x 9 maps are copied as windows; 2106 pixels are more than one thread takes at a time, 480 channels several chunks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("isa", cpu.isas())

@@ -10,12 +10,12 @@ _Checks = list[tuple[bool, str]]
 WGRAD_PIXELS = 1024  # that a weight gradient sums at least, where transforms round
 
 
-def shape(p: Problem, filters: Sequence[tuple[int, int]] = ((3, 3),)) -> _Checks:
-    """A filter of one of these sizes, with stride and dilation 1."""
+def shape(p: Problem, filters: Sequence[tuple[int, int]] = ((3, 3),), stride: int = 1) -> _Checks:
+    """A filter of one of these sizes, with that stride and dilation 1."""
     sizes = " or ".join(f"{r}x{s}" for r, s in filters)
     return [
         ((p.R, p.S) not in filters, f"needs a {sizes} filter, not {p.R}x{p.S}"),
-        ((p.stride_h, p.stride_w) != (1, 1), f"needs stride 1, not {p.stride_h}, {p.stride_w}"),
+        ((p.stride_h, p.stride_w) != (stride, stride), f"needs stride {stride}, not {p.stride_h}, {p.stride_w}"),
         ((p.dilation_h, p.dilation_w) != (1, 1), f"needs dilation 1, not {p.dilation_h}, {p.dilation_w}"),
     ]
 

@@ -102,6 +102,7 @@ class _Tile:
     points: tuple[int, int]
     products: int
     segments: int = 1
+    stride: int = 1
 
     def turned(self) -> _Tile:
         """For columns, where this one is for rows."""
@@ -116,6 +117,7 @@ _TILES = {
     "conv2d_winograd_f2x2_5x5": [_Tile((5, 5), (2, 2), (6, 6), 36)],
     "conv2d_winograd_f4_1x3": [_ROW3, _ROW3.turned()],
     "conv2d_winograd_f3_1x7": [_ROW7, _ROW7.turned()],
+    "conv2d_winograd_f3x3_stride2": [_Tile((3, 3), (3, 3), (7, 7), 49, stride=2)],
 }
 
 
@@ -132,7 +134,7 @@ def _winograd(p: Problem, isa: str, stem: str) -> list[str]:
     return [
         reason
         for wrong, reason in (
-            *_checks.shape(p, [tile.filter for tile in tiles]),
+            *_checks.shape(p, [tile.filter for tile in tiles], tiles[0].stride),
             (p.direction == "wgrad" and p.G != 1, f"needs one group for wgrad, not {p.G}"),
             (p.G > 1 and min(p.C, p.K) < 16 * p.G, "needs 16 or more channels a group"),
             *(_checks.accuracy(p, summed, least) if rounds else ()),

@@ -58,6 +58,7 @@ struct TileArgs {
   const T* bias;       // one vector
   T* out;              // vectors `out_step` elements apart
   int64_t out_step;
+  bool streams;  // past the caches to `out`
 };
 template <class T>
 using TileFn = void (*)(const TileArgs<T>&);
@@ -144,6 +145,11 @@ void tile(const TileArgs<T>& args) {
     }
 #pragma GCC unroll 14
     for (int i = 0; i < MR; ++i) total[i] += acc[i];
+  }
+  if (args.streams) {
+#pragma GCC unroll 14
+    for (int i = 0; i < MR; ++i) stream(args.out + i * args.out_step, total[i]);
+    return;
   }
 #pragma GCC unroll 14
   for (int i = 0; i < MR; ++i) store(args.out + i * args.out_step, total[i]);
@@ -234,6 +240,7 @@ class Worker {
     void* scratch = thread_scratch(carve(Carver(nullptr)));
     if (!scratch) return false;
     carve(Carver(scratch));
+    streams_ = kLineVectors && streams_result(v_, y_, true);
     for (; vec < last_vec; vec += vecs) {
       const int64_t count = min(vecs, last_vec - vec);
       for (int64_t j = 0; j < count; ++j) pack(vec + j, packed_ + j * weights_ * VL);
@@ -250,6 +257,7 @@ class Worker {
         u += rows;
       }
     }
+    if (streams_) stream_end();
     return true;
   }
 
@@ -364,18 +372,19 @@ class Worker {
   void run_tile(TileArgs<T>& args, S* y, int64_t pixels, int64_t lanes, const S* r, int64_t channel) {
     if constexpr (kSame<S, T>) {
       if (lanes == VL && !epilogue_) {
-        args.out = y, args.out_step = v_.y_w;
+        args.out = y, args.out_step = v_.y_w, args.streams = streams_;
         step_tiles_[pixels](args);
         return;
       }
     }
-    args.out = tile_, args.out_step = VL;
+    args.out = tile_, args.out_step = VL, args.streams = false;
     step_tiles_[pixels](args);
     if (epilogue_) {
       const auto factors = epilogue_->factors(channel, lanes);
       if (r) r += channel;
       for (int64_t m = 0; m < pixels; ++m)
-        epilogue_->store(y + m * v_.y_w, load(tile_ + m * VL), factors, r ? r + m * epilogue_->r_w : nullptr, lanes);
+        epilogue_->store(y + m * v_.y_w, load(tile_ + m * VL), factors, r ? r + m * epilogue_->r_w : nullptr, lanes,
+                         streams_);
       return;
     }
     for (int64_t m = 0; m < pixels; ++m) {
@@ -398,6 +407,7 @@ class Worker {
   bool direct_ = false;                                        // x is read where it lies
   T *packed_ = nullptr, *tile_ = nullptr, *strip_ = nullptr;
   bool finite_ = true;
+  bool streams_ = false;
 };
 
 // What became of a call; the threads only ever set these.

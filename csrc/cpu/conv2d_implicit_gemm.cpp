@@ -50,8 +50,6 @@ constexpr int64_t kMacsWorthThreads = 1 << 18;     // below, one thread
 constexpr int64_t kShortSum = 256;  // sums of so few products don't hide the fetching of y's lines: that is done ahead
 template <class S>
 constexpr int64_t kLineElements = 64 / sizeof(S);
-constexpr int64_t kStreamBytes =
-    1 << 23;  // a result of more goes past the caches: what reads it next is no slower for it
 
 // A packed panel, or a chunk of one: the bias, then the weights.
 template <class T>
@@ -132,7 +130,7 @@ class Worker {
     void* scratch = thread_scratch(carve(Carver(nullptr)));
     if (!scratch) return false;
     carve(Carver(scratch));
-    streams_ = y_streams();
+    streams_ = (kLineVectors || !epilogue_) && streams_result(v_, y_, v_.K % VL == 0);
     if (plan_.deep)
       walk_deep();
     else
@@ -302,15 +300,6 @@ class Worker {
     }
   }
 
-  // Whether the result, too large to be found in a cache afterwards, goes past them: nothing of it is read first. Those
-  // of conv_bn_act don't come from the tile.
-  bool y_streams() const {
-    if (!kSame<S, T> || epilogue_) return false;
-    const auto vectors = [](int64_t stride) { return stride % VL == 0; };
-    return v_.N * v_.P * v_.Q * v_.K * v_.G * static_cast<int64_t>(sizeof(S)) >= kStreamBytes && vectors(v_.K) &&
-           vectors(v_.y_w) && vectors(v_.y_h) && vectors(v_.y_n) && reinterpret_cast<uintptr_t>(y_) % kVecBytes == 0;
-  }
-
   // Where each tap's elements start, seen from a pixel's first.
   void set_taps(int64_t channels) {
     const int64_t size = sizeof(T);
@@ -441,7 +430,7 @@ class Worker {
       for (int64_t j = 0; j < rows; ++j) {
         const S* r = epilogue_->residual_at(n, p, q);
         epilogue_->store(y_ + n * v_.y_n + p * v_.y_h + q * v_.y_w + channel + l, load(tile_ + j * width + l), factors,
-                         r ? r + channel + l : nullptr, lanes - l);
+                         r ? r + channel + l : nullptr, lanes - l, streams_);
         if (++q == v_.Q) {
           q = 0;
           if (++p == v_.P) p = 0, ++n;

@@ -98,6 +98,21 @@ inline int64_t needed_step(int64_t outputs, int64_t taps, int64_t stride, int64_
   return gcd(stride, dilation);
 }
 
+constexpr int64_t kLineBytes = 64;  // of a cache
+constexpr bool kLineVectors = kVecBytes == kLineBytes;
+constexpr int64_t kLargeResult = 3 << 20;  // bytes, more than L2s hold
+
+// Whether the result, large, goes past the caches: nothing of it is read first, and what reads it next is no slower.
+// `whole`: all vectors of a pixel's channels are full ones. (Who writes a line in halves, a while apart, must not ask:
+// that is slower, by a tenth in AVX2's Winograd.)
+template <class S>
+bool streams_result(const Conv2dView& v, const S* y, bool whole) {
+  if (!kSame<S, Compute<S>> || !whole) return false;
+  const auto vectors = [](int64_t stride) { return stride % kLanes<S> == 0; };
+  return v.N * v.P * v.Q * v.K * v.G * static_cast<int64_t>(sizeof(S)) >= kLargeResult && vectors(v.y_w) &&
+         vectors(v.y_h) && vectors(v.y_n) && reinterpret_cast<uintptr_t>(y) % kVecBytes == 0;
+}
+
 // Whether some tap of some output lies outside the input.
 inline bool reaches_padding(const Conv2dView& v) {
   return v.pad_h > 0 || v.pad_w > 0 || (v.P - 1) * v.stride_h - v.pad_h + (v.R - 1) * v.dilation_h >= v.H ||

@@ -1,4 +1,4 @@
-// Winograd's F(M, R) for filters with stride and dilation 1, fprop and dgrad.
+// Winograd's F(M, R) for filters with stride and dilation 1, fprop and dgrad; and for 3x3 with stride 2, fprop.
 //
 //   y[tile, k] = bias[k] + A' [ sum_c (G w[k,c] G') . (B' x[tile, c] B) ] A        (conv2d_winograd_transform.h)
 //
@@ -12,6 +12,7 @@
 //   5x5         F(2,5) both ways              36 for 4              2.78
 //   1x3, 3x1    F(4,3) along the filter       6 for 4               2
 //   1x7, 7x1    F(3,4) twice, 4 taps and 3    11 for 3              1.91
+//   3x3 /2      F(3,2) and 3 products, twice  49 for 9              1.65
 //
 // A filter longer than R is cut into segments: more input channels, of which each is the input moved by R. The last
 // point of a segment that lacks its last tap is zero, and left out.
@@ -23,10 +24,12 @@
 //                                    for all panels: the pack entry)
 //   M [point][tile][2 vectors]       products of a panel, by the register tile of the implicit GEMM (gemm_tile.h)
 //
-// and then the output transform adds the bias and writes a tile's pixels of y. A unit is a chunk of the input channels,
-// of one segment, at most 128 of them; the chunks depend on C alone and no sum is split over threads, so that results
-// are the same bits whatever the thread count. A thread owns a range of panels times a range of tiles, or, of a grouped
-// convolution, some of the groups: each is a convolution of its own.
+// and then the output transform adds the bias and writes a tile's pixels of y, past the caches where y is large: such
+// pixels would be read first, and 3x3 layers of 32 to 128 channels were 6 to 25 % slower for it. A unit is a chunk of
+// the input channels, of one segment, at most 128 of them; the chunks depend on C alone and no sum is split over
+// threads, so that results are the same bits whatever the thread count. A thread owns a range of panels times a range
+// of tiles, or, of a grouped convolution, some of the groups: each is a convolution of its own, but inputs of small
+// neighbours are transformed together, a run of memory instead of a line of every pixel.
 //
 // Where a result isn't finite (Inf or NaN among the operands spreads over the whole tile, large values may overflow in
 // between) the pixels of that tile are summed directly: infinities and NaNs come out where the direct kernel's do, and
@@ -57,6 +60,7 @@ constexpr int64_t kKeptWeightBytes = 5 << 19;   // transformed weights that are 
 constexpr int64_t kHotInputBytes = 720 << 10;   // transformed inputs of a block, in L2
 constexpr int64_t kInputBytes = 3 << 20;        // and, with products, where the weights pass by only once
 constexpr int64_t kMostTiles = 128;             // in a block
+constexpr int64_t kTogether = 128;              // channels of small groups whose inputs are transformed together
 constexpr int64_t kMacsWorthThreads = 1 << 18;  // below, one thread
 
 constexpr const char* kNoMemory = "out of memory";
@@ -64,7 +68,7 @@ constexpr const char* kNoMemory = "out of memory";
 // An odd number of cache lines: arrays that are walked side by side don't share a set of L1.
 template <class T>
 CNNFAST_INLINE int64_t odd_lines(int64_t elements) {
-  constexpr int64_t kLine = 64 / sizeof(T);
+  constexpr int64_t kLine = kLineBytes / sizeof(T);
   return (ceil_div(elements, kLine) | 1) * kLine;
 }
 
@@ -72,6 +76,7 @@ CNNFAST_INLINE int64_t odd_lines(int64_t elements) {
 template <int M, int R, int taps = R>
 struct Axis {
   static constexpr int kOutputs = M, kTaps = R, kFilter = taps, kPoints = M + R - 1, kSegments = (taps + R - 1) / R;
+  static constexpr int kStride = 1;
 
   static constexpr int first_tap(int segment) { return segment * R; }
   static constexpr int segment_taps(int segment) { return taps - segment * R < R ? taps - segment * R : R; }
@@ -87,6 +92,27 @@ struct Axis {
   template <class T>
   static CNNFAST_INLINE void output(const Vec<T>* m, Vec<T>* y) {
     transform_output<T, M, R>(m, y);
+  }
+};
+
+// 3 outputs of 3 taps, two inputs apart.
+struct StridedAxis {
+  static constexpr int kOutputs = 3, kTaps = 3, kFilter = 3, kPoints = 7, kSegments = 1, kStride = 2;
+
+  static constexpr int first_tap(int) { return 0; }
+  static constexpr int segment_taps(int) { return kTaps; }
+
+  template <class T>
+  static CNNFAST_INLINE void input(const Vec<T>* d, Vec<T>* t) {
+    transform_strided_input<T>(d, t);
+  }
+  template <class T>
+  static CNNFAST_INLINE void weights(const Vec<T>* g, Vec<T>* t) {
+    transform_strided_weights<T>(g, t);
+  }
+  template <class T>
+  static CNNFAST_INLINE void output(const Vec<T>* m, Vec<T>* y) {
+    transform_strided_output<T>(m, y);
   }
 };
 
@@ -120,7 +146,8 @@ struct WinogradPlan {
   int64_t chunk, chunks;            // of input channels
   int64_t units;                    // chunks of all segments
   int64_t u_product, u_unit;        // elements of one product, and of all, of one unit of a panel
-  int64_t v_pitch;                  // elements of a tile of a unit
+  int64_t together;                 // groups whose inputs lie side by side
+  int64_t v_pitch;                  // elements of a tile of a unit: whole cache lines, none between tiles
   int threads_g, threads_k, threads_t;
 
   WinogradPlan(const Conv2dView& v, int threads) {
@@ -132,8 +159,9 @@ struct WinogradPlan {
     units = F::kSegments * chunks;
     u_product = odd_lines<T>(max(1, chunk) * kMaxTileVecs * VL);
     u_unit = kProducts * u_product;
-    v_pitch = odd_lines<T>(max(1, chunk));
     threads_g = v.G >= threads ? threads : 1;
+    together = units > 1 ? 1 : max(1, min(v.G / threads_g, kTogether / max(1, v.C)));
+    v_pitch = round_up(max(1, chunk * together), kLineBytes / static_cast<int64_t>(sizeof(T)));
     threads /= threads_g;
     // The split over threads, in cycles of a thread: products, and transforms that are done by more than one.
     double best = -1;
@@ -214,7 +242,7 @@ CNNFAST_INLINE void transform_tile(T* v, int64_t product, const S* const* pixels
 // Writes the part of a tile's vector of channels that lies in y. False: some of it isn't finite.
 template <class T, int MH, int MW, class S>
 CNNFAST_INLINE bool store_tile(S* y, int64_t y_h, int64_t y_w, int64_t rows, int64_t columns, int64_t lanes,
-                               Vec<T> (&values)[MH][MW], Vec<T> bias) {
+                               Vec<T> (&values)[MH][MW], Vec<T> bias, bool streams) {
   Vec<T> check{};  // stays zero as long as everything is finite
 #pragma GCC unroll 4
   for (int i = 0; i < MH; ++i) {
@@ -225,10 +253,12 @@ CNNFAST_INLINE bool store_tile(S* y, int64_t y_h, int64_t y_w, int64_t rows, int
       const Vec<T> value = values[i][j] + bias;
       check += value * T(0);
       S* out = y + i * y_h + j * y_w;
-      if (lanes == kLanes<T>)
-        store_narrow(out, value);
-      else
+      if (lanes != kLanes<T>)
         store_narrow(out, value, lanes);
+      else if (streams)
+        stream_narrow(out, value);
+      else
+        store_narrow(out, value);
     }
   }
   return all_zero(check);
@@ -253,7 +283,7 @@ class Worker {
     const int64_t first = plan_.tiles * tt / plan_.threads_t, last = plan_.tiles * (tt + 1) / plan_.threads_t;
     if (first_panel_ == last_panel_ || first == last) return true;
     constexpr int64_t size = sizeof(T);
-    const int64_t panels = last_panel_ - first_panel_, u = plan_.units * plan_.u_unit;
+    const int64_t panels = plan_.together * (last_panel_ - first_panel_), u = plan_.units * plan_.u_unit;
     const int64_t tile_bytes = plan_.units * kProducts * plan_.v_pitch * size;
     const bool hot = panels * u * size <= kHotWeightBytes;
     const int64_t product_bytes = kProducts * kMaxTileVecs * VL * size;
@@ -267,7 +297,7 @@ class Worker {
     const auto carve = [&](Carver carver) {
       taps_ = carver.take<Tap>(TapList::capacity(1, max(1, plan_.chunk), kShortChain));
       pixels_ = carver.take<const S*>(kProducts);
-      zeros_ = carver.take<S>(v_.C + VL);
+      zeros_ = carver.take<S>(plan_.together * v_.C + VL);
       chains_ = carver.take<T>(kMostTileRows * kMaxTileVecs * VL);
       slice_ = carver.take<T>(slice_elements<T, F>());
       weights_ = carver.take<T>(weights);
@@ -278,14 +308,18 @@ class Worker {
     void* scratch = thread_scratch(carve(Carver(nullptr)));
     if (!scratch) return false;
     carve(Carver(scratch));
-    memset(zeros_, 0, static_cast<size_t>(v_.C) * sizeof(S));
-    for (group_ = v_.G * tg / plan_.threads_g; group_ < v_.G * (tg + 1) / plan_.threads_g; ++group_) {
+    memset(zeros_, 0, static_cast<size_t>(plan_.together * v_.C) * sizeof(S));
+    streams_ = kLineVectors && streams_result(v_, y_, v_.K % VL == 0);
+    const int64_t last_group = v_.G * (tg + 1) / plan_.threads_g;
+    for (first_group_ = v_.G * tg / plan_.threads_g; first_group_ < last_group; first_group_ += groups_) {
+      groups_ = min(plan_.together, last_group - first_group_);
       if (keep_)
-        for (int64_t panel = first_panel_; panel < last_panel_; ++panel)
-          for (int64_t unit = 0; unit < plan_.units; ++unit)
-            transform(weights_ + ((panel - first_panel_) * plan_.units + unit) * plan_.u_unit, panel, unit);
+        for (int64_t group = first_group_; group < first_group_ + groups_; ++group)
+          for (int64_t panel = first_panel_; panel < last_panel_; ++panel)
+            for (int64_t unit = 0; unit < plan_.units; ++unit) transform(kept(group, panel, unit), group, panel, unit);
       for (int64_t tile = first; tile < last; tile += block_) run_block(tile, min(block_, last - tile));
     }
+    if (streams_) stream_end();
     return true;
   }
 
@@ -303,23 +337,43 @@ class Worker {
     return {row / plan_.tiles_h, row % plan_.tiles_h * MH, tile % plan_.tiles_w * MW};
   }
 
-  void transform(T* u, int64_t panel, int64_t unit) const {
-    transform_panel<T, F>(u, slice_, w_ + group_ * v_.w_g, v_, plan_, panel, unit);
+  void transform(T* u, int64_t group, int64_t panel, int64_t unit) const {
+    transform_panel<T, F>(u, slice_, w_ + group * v_.w_g, v_, plan_, panel, unit);
+  }
+  T* kept(int64_t group, int64_t panel, int64_t unit) const {
+    const int64_t of_group = (group - first_group_) * (last_panel_ - first_panel_);
+    return weights_ + ((of_group + panel - first_panel_) * plan_.units + unit) * plan_.u_unit;
   }
 
   void run_block(int64_t tile, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) load_tile(i, place(tile + i));
-    for (int64_t panel = first_panel_; panel < last_panel_; ++panel) {
-      for (int64_t unit = 0; unit < plan_.units; ++unit) multiply(panel, unit, count);
-      for (int64_t i = 0; i < count; ++i) finish_tile(i, place(tile + i), panel);
+    for (int64_t i = 0; i < count; ++i) {
+      if (i + 1 < count) fetch_tile(place(tile + i), place(tile + i + 1));
+      load_tile(i, place(tile + i));
     }
+    for (int64_t group = first_group_; group < first_group_ + groups_; ++group)
+      for (int64_t panel = first_panel_; panel < last_panel_; ++panel) {
+        for (int64_t unit = 0; unit < plan_.units; ++unit) multiply(group, panel, unit, count);
+        for (int64_t i = 0; i < count; ++i) finish_tile(i, place(tile + i), group, panel);
+      }
+  }
+
+  // Asks for the pixels of tile `next` that `at`, the tile before it, lacks: short runs of several rows, which
+  // processors don't see coming.
+  CNNFAST_INLINE void fetch_tile(const Place& at, const Place& next) const {
+    const int64_t shared = next.p == at.p && next.n == at.n ? W::kPoints - MW * W::kStride : 0;
+    const S* x = x_ + next.n * v_.x_n + first_group_ * v_.C;
+    const int64_t h = next.p * H::kStride - v_.pad_h, w = next.q * W::kStride - v_.pad_w;
+    for (int64_t i = max(0, h); i < min(v_.H, h + H::kPoints); ++i)
+      for (int64_t j = max(0, w + shared); j < min(v_.W, w + W::kPoints); ++j)
+        for (int64_t c = 0; c < groups_ * v_.C; c += kLineBytes / static_cast<int64_t>(sizeof(S)))
+          __builtin_prefetch(x + i * v_.x_h + j * v_.x_w + c);
   }
 
   void load_tile(int64_t index, const Place& at) {
-    const S* x = x_ + at.n * v_.x_n + group_ * v_.C;
+    const S* x = x_ + at.n * v_.x_n + first_group_ * v_.C;
     for (int64_t segment = 0; segment < F::kSegments; ++segment) {
-      const int64_t p = at.p - v_.pad_h + H::first_tap(F::row(segment));
-      const int64_t q = at.q - v_.pad_w + W::first_tap(F::column(segment));
+      const int64_t p = at.p * H::kStride - v_.pad_h + H::first_tap(F::row(segment));
+      const int64_t q = at.q * W::kStride - v_.pad_w + W::first_tap(F::column(segment));
       for (int64_t a = 0; a < H::kPoints; ++a) {
         const int64_t h = p + a;
         for (int64_t b = 0; b < W::kPoints; ++b) {
@@ -329,20 +383,20 @@ class Worker {
       }
       for (int64_t unit = segment * plan_.chunks; unit < (segment + 1) * plan_.chunks; ++unit)
         transform_tile<T, F>(inputs_ + unit * kProducts * v_product_ + index * plan_.v_pitch, v_product_, pixels_,
-                             plan_.first_channel(unit), plan_.unit_channels(unit, v_.C));
+                             plan_.first_channel(unit), groups_ * plan_.unit_channels(unit, v_.C));
     }
   }
 
-  // The products of one unit of a panel, added to those of the units before.
-  void multiply(int64_t panel, int64_t unit, int64_t count) {
+  // The products of one unit of a group's panel, added to those of the units before.
+  void multiply(int64_t group, int64_t panel, int64_t unit, int64_t count) {
     const int64_t channels = plan_.unit_channels(unit, v_.C), vecs = plan_.panel_vecs(panel), width = vecs * VL;
     const T* u = weights_;
     if (packed_)
-      u = packed_ + ((group_ * plan_.panels + panel) * plan_.units + unit) * plan_.u_unit;
+      u = packed_ + ((group * plan_.panels + panel) * plan_.units + unit) * plan_.u_unit;
     else if (keep_)
-      u = weights_ + ((panel - first_panel_) * plan_.units + unit) * plan_.u_unit;
+      u = kept(group, panel, unit);
     else
-      transform(weights_, panel, unit);
+      transform(weights_, group, panel, unit);
     TapList taps(taps_, v_.C > kSumChain ? kSumChain : kShortChain);
     if (channels) taps.add(0, channels, sizeof(T));
     TileArgs<T> args;
@@ -353,7 +407,7 @@ class Worker {
     for (int64_t f = 0; f < kProducts; ++f) {
       if (!F::has_point(unit / plan_.chunks, static_cast<int>(f) / W::kPoints, static_cast<int>(f) % W::kPoints))
         continue;
-      const T* v = inputs_ + (unit * kProducts + f) * v_product_;
+      const T* v = inputs_ + (unit * kProducts + f) * v_product_ + (group - first_group_) * v_.C;
       T* m = products_ + f * m_product_;
       args.b = u + f * plan_.u_product;
       for (int64_t g = 0; g < groups; ++g) {
@@ -369,13 +423,13 @@ class Worker {
 
   // Asks for part `part` of `parts` of the next product's weights, which were packed far from the caches.
   CNNFAST_INLINE void fetch(const T* u, int64_t elements, int64_t part, int64_t parts) const {
-    constexpr int64_t kLine = 64 / sizeof(T);
+    constexpr int64_t kLine = kLineBytes / sizeof(T);
     for (int64_t i = elements * part / parts / kLine; i < elements * (part + 1) / parts / kLine; ++i)
       __builtin_prefetch(u + i * kLine, 0, 2);
   }
 
   // One tile of a panel: products to pixels.
-  void finish_tile(int64_t index, const Place& at, int64_t panel) {
+  void finish_tile(int64_t index, const Place& at, int64_t group, int64_t panel) {
     const int64_t vecs = plan_.panel_vecs(panel), rows = min(MH, v_.P - at.p), columns = min(MW, v_.Q - at.q);
     for (int64_t j = 0; j < vecs; ++j) {
       const int64_t k = (panel * kMaxTileVecs + j) * VL, lanes = min(VL, v_.K - k);
@@ -385,12 +439,12 @@ class Worker {
           [&](int a, int b) __attribute__((always_inline)) { return load(m + (a * W::kPoints + b) * m_product_); },
           H::template output<T>, W::template output<T>,
           [&](int i, int q, Vec<T> t) __attribute__((always_inline)) { values[i][q] = t; });
-      const int64_t channel = group_ * v_.K + k;
+      const int64_t channel = group * v_.K + k;
       const Vec<T> bias = bias_ ? load_wide(bias_ + channel, lanes) : Vec<T>{};
       S* y = y_ + at.n * v_.y_n + at.p * v_.y_h + at.q * v_.y_w + channel;
       if (epilogue_ ? !finish_values(y, at, rows, columns, channel, lanes, values, bias)
-                    : !store_tile<T, MH, MW>(y, v_.y_h, v_.y_w, rows, columns, lanes, values, bias))
-        redo_tile(at, rows, columns, k, lanes);
+                    : !store_tile<T, MH, MW>(y, v_.y_h, v_.y_w, rows, columns, lanes, values, bias, streams_))
+        redo_tile(at, rows, columns, group, k, lanes);
     }
   }
 
@@ -404,16 +458,16 @@ class Worker {
         const S* r = epilogue_->residual_at(at.n, at.p + i, at.q + j);
         const Vec<T> value = values[i][j] + bias;
         check += value * T(0);
-        epilogue_->store(y + i * v_.y_h + j * v_.y_w, value, factors, r ? r + k : nullptr, lanes);
+        epilogue_->store(y + i * v_.y_h + j * v_.y_w, value, factors, r ? r + k : nullptr, lanes, streams_);
       }
     return all_zero(check);
   }
 
-  __attribute__((noinline)) void redo_tile(const Place& at, int64_t rows, int64_t columns, int64_t k, int64_t lanes) {
+  __attribute__((noinline)) void redo_tile(const Place& at, int64_t rows, int64_t columns, int64_t group, int64_t k,
+                                           int64_t lanes) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j)
-        direct_pixel(v_, x_, w_, bias_, y_, (at.n * v_.P + at.p + i) * v_.Q + at.q + j, group_, k, k + lanes,
-                     epilogue_);
+        direct_pixel(v_, x_, w_, bias_, y_, (at.n * v_.P + at.p + i) * v_.Q + at.q + j, group, k, k + lanes, epilogue_);
   }
 
   const Conv2dView& v_;
@@ -422,8 +476,8 @@ class Worker {
   S* y_;
   const T* packed_;
   const Epilogue<S>* epilogue_;
-  int64_t group_ = 0, first_panel_ = 0, last_panel_ = 0, block_ = 0, v_product_ = 0, m_product_ = 0;
-  bool keep_ = false;
+  int64_t first_group_ = 0, groups_ = 1, first_panel_ = 0, last_panel_ = 0, block_ = 0, v_product_ = 0, m_product_ = 0;
+  bool keep_ = false, streams_ = false;
   Tap* taps_ = nullptr;
   const S** pixels_ = nullptr;
   S* zeros_ = nullptr;

@@ -24,6 +24,9 @@
 // B' depends on the points alone: F(3,4) and F(2,5) have those of F(4,3), and G and A' of one column more or one row
 // less. F(1,1) leaves an axis as it is.
 //
+// Stride 2 has two sums an axis: of three taps the outer two meet every other input, which is F(3,2) with points 0, 1,
+// -1, and the middle one those between, which is a product an output: 7 points for 3 outputs instead of 9 products.
+//
 // wgrad is the derivative by g: the same matrices transposed,
 //
 //   dg = G' [ (A dY A') . (B' d B) ] G
@@ -114,6 +117,33 @@ CNNFAST_INLINE void transform_output(const Vec<T>* m, Vec<T>* y) {
   }
 }
 
+// Stride 2: t of 7 inputs, of 3 taps, and 3 outputs. F(3,2)'s points come first.
+template <class T>
+CNNFAST_INLINE void transform_strided_input(const Vec<T>* d, Vec<T>* t) {
+  t[0] = d[0] - d[4];
+  t[1] = d[2] + d[4];
+  t[2] = d[4] - d[2];
+  t[3] = d[6] - d[2];
+  t[4] = d[1];
+  t[5] = d[3];
+  t[6] = d[5];
+}
+template <class T>
+CNNFAST_INLINE void transform_strided_weights(const Vec<T>* g, Vec<T>* t) {
+  t[0] = g[0];
+  t[1] = T(0.5) * (g[0] + g[2]);
+  t[2] = T(0.5) * (g[0] - g[2]);
+  t[3] = g[2];
+  t[4] = t[5] = t[6] = g[1];
+}
+template <class T>
+CNNFAST_INLINE void transform_strided_output(const Vec<T>* m, Vec<T>* y) {
+  const Vec<T> sum = m[1] + m[2];
+  y[0] = m[0] + sum + m[4];
+  y[1] = m[1] - m[2] + m[5];
+  y[2] = m[3] + sum + m[6];
+}
+
 // t = A d
 template <class T, int M>
 CNNFAST_INLINE void transform_gradient(const Vec<T>* d, Vec<T>* t) {
@@ -154,20 +184,20 @@ CNNFAST_INLINE void transform_taps(const Vec<T>* m, Vec<T>* g) {
 template <class T, int InH, int InW, int OutH, int OutW, class Load, class AlongH, class AlongW, class Store>
 CNNFAST_INLINE void transform_axes(const Load& in, const AlongH& along_h, const AlongW& along_w, const Store& out) {
   Vec<T> rows[OutH][InW];
-#pragma GCC unroll 6
+#pragma GCC unroll 7
   for (int j = 0; j < InW; ++j) {
     Vec<T> column[InH], t[OutH];
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int i = 0; i < InH; ++i) column[i] = in(i, j);
     along_h(column, t);
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int a = 0; a < OutH; ++a) rows[a][j] = t[a];
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 7
   for (int a = 0; a < OutH; ++a) {
     Vec<T> t[OutW];
     along_w(rows[a], t);
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int b = 0; b < OutW; ++b) out(a, b, t[b]);
   }
 }

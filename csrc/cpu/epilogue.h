@@ -132,12 +132,16 @@ struct Epilogue {
             shift ? load_partial(shift + k, lanes) : Vec<T>{}};
   }
 
-  // Those channels of one pixel; r points to its residual (or is null), r_c being 1.
-  CNNFAST_INLINE void store(S* y, Vec<T> sum, const Factors& f, const S* r, int64_t lanes) const {
+  // Those channels of one pixel; r points to its residual (or is null), r_c being 1. `streams`: past the caches.
+  CNNFAST_INLINE void store(S* y, Vec<T> sum, const Factors& f, const S* r, int64_t lanes, bool streams) const {
     sum = sum * f.scale + f.shift;
     if (lanes >= kLanes<T>) {
       if (r) sum += load_wide(r);
-      store_narrow(y, activate<T>(sum, act));
+      sum = activate<T>(sum, act);
+      if (streams)
+        stream_narrow(y, sum);
+      else
+        store_narrow(y, sum);
     } else {
       if (r) sum += load_wide(r, lanes);
       store_narrow(y, activate<T>(sum, act), lanes);

@@ -346,7 +346,7 @@ class Worker {
     BFloat16* y = o_.y + at.n * v_.y_n + at.p * v_.y_h + at.q * v_.y_w + channel;
     if (epilogue_) {
       const BFloat16* r = epilogue_->residual_at(at.n, at.p, at.q);
-      epilogue_->store(y, sum, f, r ? r + channel : nullptr, lanes);
+      epilogue_->store(y, sum, f, r ? r + channel : nullptr, lanes, false);
     } else {
       store_narrow(y, sum, lanes);
     }

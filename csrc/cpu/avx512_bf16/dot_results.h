@@ -80,7 +80,7 @@ class DotResults {
         const Vec<float> sum = load(sums_ + (i * vecs_ + j) * VL);
         const int64_t lanes = min(VL, lanes_ - j * VL), l = j * VL;
         if (epilogue_)
-          epilogue_->store(y + l, sum, {scale_[j], shift_[j]}, r ? r + channel_ + l : nullptr, lanes);
+          epilogue_->store(y + l, sum, {scale_[j], shift_[j]}, r ? r + channel_ + l : nullptr, lanes, false);
         else
           store_narrow(y + l, sum, lanes);
       }
