@@ -75,12 +75,26 @@ Pixels<S> pixels(const Launch& l, int operand, int64_t n, int64_t h, int64_t w) 
   return {static_cast<S*>(l.operands[operand]), n, h, w};
 }
 
-// A vector of C numbers along a row; `missing` where it is absent. Lanes beyond the row are zero.
-template <class T, class V, class F>
-void spread(V* out, const T* vector, T missing, int64_t C, int64_t len, const F& f) {
-  for (int64_t c = 0; c < C; ++c) out[c] = static_cast<V>(f(vector ? vector[c] : missing, c));
-  for (int64_t i = C; i < len; ++i) out[i] = out[i - C];
-  for (int64_t i = len; i < round_up(len, kLanes<T>); ++i) out[i] = V(0);
+// f of every channel along a row: pixel after pixel. Lanes beyond the row are zero. No operand lies where another does:
+// so the compiler may take many channels at once, which a small image with many of them takes most of its time for.
+template <class T, class F>
+void spread(T* out, int64_t C, int64_t len, const F& f) {
+#pragma GCC ivdep
+  for (int64_t c = 0; c < C; ++c) out[c] = f(c);
+  for (int64_t i = C; i < len;) {  // twice as many each time
+    const int64_t more = min(i, len - i);
+    memcpy(out + i, out, static_cast<size_t>(more) * sizeof(T));
+    i += more;
+  }
+  for (int64_t i = len; i < round_up(len, kLanes<T>); ++i) out[i] = T(0);
+}
+// The same of a vector, `missing` where it is absent.
+template <class T>
+void spread(T* out, const T* vector, T missing, int64_t C, int64_t len) {
+  if (vector)
+    spread(out, C, len, [=](int64_t c) { return vector[c]; });
+  else
+    spread(out, C, len, [=](int64_t) { return missing; });
 }
 
 // What a row is multiplied with.
@@ -91,18 +105,21 @@ struct Factors {
   static Factors take(Carver& carver, int64_t padded) {
     return {carver.take<T>(padded), carver.take<T>(padded), carver.take<T>(padded), carver.take<T>(padded)};
   }
-  void fill(const BatchNormParams& p, const Launch& l, int64_t len) {
-    const T* w = static_cast<const T*>(l.operands[kW]);
-    const T* v = static_cast<const T*>(l.operands[kV]);
+  void fill(const BatchNormParams& p, const Launch& l, int64_t len) const {
+    const T *w = static_cast<const T*>(l.operands[kW]), *v = static_cast<const T*>(l.operands[kV]);
+    const T* factor = invstd;
     const double eps = eps_of(p);
-    const auto same = [](T x, int64_t) { return x; };
-    const bool variance = v && !p.training;
-    spread(invstd, v, T(1), p.C, len, [=](T x, int64_t) {
-      return variance ? static_cast<T>(1 / __builtin_sqrt(static_cast<double>(x) + eps)) : x;
-    });
-    spread(mean, static_cast<const T*>(l.operands[kM]), T(0), p.C, len, same);
-    spread(scale, w, T(1), p.C, len, [=](T x, int64_t c) { return x * invstd[c]; });
-    spread(bias, static_cast<const T*>(l.operands[kB]), T(0), p.C, len, same);
+    if (v && !p.training)
+      spread(invstd, p.C, len,
+             [=](int64_t c) { return static_cast<T>(1 / __builtin_sqrt(static_cast<double>(v[c]) + eps)); });
+    else
+      spread(invstd, v, T(1), p.C, len);
+    if (w)
+      spread(scale, p.C, len, [=](int64_t c) { return w[c] * factor[c]; });
+    else
+      spread(scale, factor, T(1), p.C, len);
+    spread(mean, static_cast<const T*>(l.operands[kM]), T(0), p.C, len);
+    spread(bias, static_cast<const T*>(l.operands[kB]), T(0), p.C, len);
   }
 };
 
@@ -183,10 +200,11 @@ struct Sums {
 void collect(double* partial, int64_t chunks, int64_t padded, int64_t C, int64_t len) {
   for (int64_t chunk = 1; chunk < chunks; ++chunk)
     for (int64_t i = 0; i < 2 * padded; ++i) partial[i] += partial[chunk * 2 * padded + i];
-  for (int64_t i = C; i < len; ++i) {
-    partial[i % C] += partial[i];
-    partial[padded + i % C] += partial[padded + i];
-  }
+  for (int64_t pixel = C; pixel < len; pixel += C)
+    for (int64_t c = 0; c < C; ++c) {
+      partial[c] += partial[pixel + c];
+      partial[padded + c] += partial[padded + pixel + c];
+    }
 }
 
 // Calls f(how results are stored, the activation). What streams to memory waits for it, not for the choice of an
@@ -210,13 +228,14 @@ template <class S>
 void find_origin(const BatchNormParams& p, const Pixels<const S>& x, Compute<S>* origin, int64_t len) {
   using T = Compute<S>;
   const int64_t count = p.N * p.H * p.W, samples = min(count, kSamples);
+  const T share = 1 / static_cast<T>(samples);
   for (int64_t i = 0; i < round_up(len, kLanes<T>); ++i) origin[i] = 0;
   if (!count) return;
   for (int64_t s = 1; s < samples; ++s) {
     const int64_t pixel = count / samples * s;
     const S* from = x.at(pixel / p.W / p.H, pixel / p.W % p.H, pixel % p.W);
-    for (int64_t c = 0; c < p.C; ++c)
-      origin[c] += (widen_one(from[c]) - widen_one(x.data[c])) / static_cast<T>(samples);
+#pragma GCC ivdep
+    for (int64_t c = 0; c < p.C; ++c) origin[c] += (widen_one(from[c]) - widen_one(x.data[c])) * share;
   }
   for (int64_t c = 0; c < p.C; ++c) {
     const T value = origin[c] + widen_one(x.data[c]);
@@ -313,6 +332,7 @@ const char* launch_stats(const void* params, const Launch& l) {
   const int64_t pixels = p.N * p.H * p.W;
   const double count = static_cast<double>(max(1, pixels)), less = static_cast<double>(max(1, pixels - 1));
   const double eps = eps_of(p);
+#pragma GCC ivdep
   for (int64_t c = 0; c < p.C; ++c) {
     const double distance = partial[c] / count, moment = partial[padded + c] / count - distance * distance;
     const double var = moment < 0 ? 0 : moment;  // a NaN stays
@@ -464,6 +484,7 @@ const char* launch_wgrad(const void* params, const Launch& l) {
   });
   collect(partial, tasks.chunks, padded, p.C, rows.len);
   T *dw = static_cast<T*>(l.operands[kDw]), *db = static_cast<T*>(l.operands[kDb]);
+#pragma GCC ivdep
   for (int64_t c = 0; c < p.C; ++c) db[c] = static_cast<T>(partial[c]), dw[c] = static_cast<T>(partial[padded + c]);
   return nullptr;
 }
@@ -522,10 +543,12 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   carve(Carver(scratch));
   factors.fill(p, l, rows.len);
   const T count_of_pixels = static_cast<T>(p.N * p.H * p.W);
-  spread(means.gradient, static_cast<const T*>(l.operands[kDb]), T(0), p.C, rows.len,
-         [=](T sum, int64_t) { return sum / count_of_pixels; });
-  spread(means.product, static_cast<const T*>(l.operands[kDw]), T(0), p.C, rows.len,
-         [=](T sum, int64_t c) { return sum / count_of_pixels * factors.invstd[c]; });
+  const T *sum = static_cast<const T*>(l.operands[kDb]), *product = static_cast<const T*>(l.operands[kDw]);
+  const T* invstd = factors.invstd;
+  if (p.training) {  // else the sums may be absent
+    spread(means.gradient, p.C, rows.len, [=](int64_t c) { return sum[c] / count_of_pixels; });
+    spread(means.product, p.C, rows.len, [=](int64_t c) { return product[c] / count_of_pixels * invstd[c]; });
+  }
   const bool training = p.training, together = one_pitch(t, x, g, r) && rows_apart(t);
 
   with_results(rows, t, p.act, [&](auto stores, auto act) {
