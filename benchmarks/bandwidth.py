@@ -9,7 +9,9 @@ once, and once more what is read in two passes (batch norm in training, whose su
 which a copy moves as many: on the CPU torch's own copy_ of half as many bytes, timed in turns with ours and torch's, so that
 a row that fits the caches meets a copy that does; on a GPU one large copy.
 
-On the CPU malloc keeps what is freed (memory.py, KEEP_FREED).
+On the CPU malloc keeps what is freed (memory.py, KEEP_FREED), and three calls go before each sample: a sample of a few
+calls would else be mostly of the first one, whose operands the copy has driven out of the caches, as torch's call, which
+always follows ours, doesn't find it.
 """
 
 from __future__ import annotations
@@ -220,7 +222,7 @@ def on_cpu(row: Row, rounds: int) -> tuple[float, float, float]:
     """Milliseconds of ours, torch's and a copy of as many bytes, in turns."""
     source, target = (torch.zeros(max(row.bytes // 2, 1), dtype=torch.uint8) for _ in range(2))
     functions: dict[str, Call] = {"ours": row.ours, "theirs": row.theirs, "copy": lambda: target.copy_(source)}
-    found = timing.interleaved(functions, rounds=rounds, warmup=3, pause_s=0.001)
+    found = timing.interleaved(functions, rounds=rounds, warmup=3, pause_s=0.001, lead=3)
     return tuple(1e3 * found[name].median for name in functions)  # type: ignore[return-value]
 
 

@@ -465,16 +465,31 @@ def _runner(
             results.append(out)
         return results[0] if len(results) == 1 else tuple(results)
 
-    # operands after the output are absent: they need not be passed
-    trailing = [*positions, allocations[0].position] == list(range(len(positions) + 1)) and len(allocations) == 1
-    if converts or empty or alignment > 1 or not trailing or allocations[0].returned is not allocations[0].written:
+    if converts or empty or alignment > 1 or any(a.returned is not a.written for a in allocations):
         return general
-    meta = allocations[0].written
-    shape, strides, dtype = meta.shape, meta.strides, meta.dtype
+    # what the hot path takes. Operands after the last that is there are absent: they need not be passed
+    places = [*positions, *(a.position for a in allocations)]
+    order = [places.index(i) if i in places else len(places) for i in range(max(places) + 1)]
+    made = [(a.written.shape, a.written.strides, a.written.dtype) for a in allocations]
+    if len(made) > 1:
 
-    def run(*tensors: torch.Tensor | None) -> torch.Tensor:  # what the hot path takes: inputs first, one output last
+        def run_several(*tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+            results = [empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in made]
+            given = (*tensors, *results, None)
+            kernel([given[i] for i in order])
+            return tuple(results)
+
+        return run_several
+    shape, strides, dtype = made[0]
+    in_order = order == list(range(len(places)))
+
+    def run(*tensors: torch.Tensor | None) -> torch.Tensor:
         out = empty_strided(shape, strides, dtype=dtype, device=device)
-        kernel((*tensors, out))
+        if in_order:
+            kernel((*tensors, out))
+        else:
+            given = (*tensors, out, None)
+            kernel([given[i] for i in order])
         return out
 
     return run

@@ -53,12 +53,17 @@ def _both(function: Function, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), *torch.autograd.grad(y, x, 1 - y.detach())]
 
 
-# 2 * 64 * 193 * 193 floats are 19 MB, more than goes through the caches; 74498 pixels leave a shorter row at the end
+# 2 * 64 * 193 * 193 floats are 19 MB, more than goes through the caches; 74498 pixels leave a shorter row at the end.
+# 2 * 1024 * 33 * 33 are 9 MB, just so many, in rows that meet in the same lines of a cache; 31 * 31 stay in the caches.
+LARGE_SHAPES = ((2, 64, 193, 193), (2, 1024, 33, 33), (2, 1024, 31, 31))
+
+
+@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
 @pytest.mark.parametrize("isa", cpu.isas())
 @pytest.mark.parametrize("name", ["batch_norm", "batch_norm_act", "add_act"])
-def test_large_results(name: str, isa: str) -> None:
+def test_large_results(name: str, isa: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    x = torch.randn(2, 64, 193, 193).to(memory_format=CL)
+    x = torch.randn(shape).to(memory_format=CL)
     ours, theirs = OPERATIONS[name]
     op = "add_act" if name == "add_act" else "batch_norm"
     with cnnfast.backend(f"cpu.{op}.{isa}"):
@@ -67,6 +72,27 @@ def test_large_results(name: str, isa: str) -> None:
         # a sum that rounding put on the other side of relu's 0 has another gradient
         wrong = (a - b).abs() > 1e-5 * (1 + b.abs())
         assert int(wrong.sum()) <= (4 if "act" in name else 0)
+
+
+@pytest.mark.parametrize("side", [17, 97])  # in the caches and past them
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_rows_unequally_far_apart(isa: str, side: int) -> None:
+    """A residual, and a gradient, that are channels of wider tensors: no one offset serves all operands."""
+    torch.manual_seed(0)
+    x, wide = (torch.randn(2, c, side, side).to(memory_format=CL) for c in (120, 240))
+    residual, g = wide[:, :120], wide[:, 120:]
+
+    def both(function: Function, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, residual)]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, g.to(dtype))]
+
+    with cnnfast.backend(f"cpu.batch_norm.{isa}"):
+        found = both(lambda x, r: functional.batch_norm_act(x, None, None, None, None, r, "leaky_relu", True), x.dtype)
+    expected = both(lambda x, r: F.leaky_relu(F.batch_norm(x, None, None, training=True) + r), torch.float64)
+    for a, b in zip(found, expected, strict=True):
+        wrong = (a - b).abs() > 1e-5 * (1 + b.abs())  # as above
+        assert int(wrong.sum()) <= 4
 
 
 # 2 * 64 * 257 * 257 floats are 34 MB; 132098 pixels are no multiple of any tile's
@@ -172,12 +198,13 @@ def test_windows_of_many_channels(isa: str, dtype: torch.dtype) -> None:
         oracle.check(f"windows of many channels, {isa}", found, reference, torchs, magnitude)
 
 
+@pytest.mark.parametrize("shape", [(3, 40, 29, 31), (2, 256, 65, 65)], ids=str)  # in the caches and past them
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_thread_count_changes_nothing(name: str) -> None:
+def test_thread_count_changes_nothing(name: str, shape: tuple[int, ...]) -> None:
     """1, 2, 3 or 7 threads: results equal bit by bit."""
     torch.manual_seed(0)
     before, results = torch.get_num_threads(), []
-    x = torch.randn(3, 40, 29, 31).to(memory_format=CL)
+    x = torch.randn(shape).to(memory_format=CL)
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)

@@ -29,10 +29,16 @@ def add_act(input: Tensor, other: Tensor, activation: str = "relu") -> Tensor:
     """
     if has_torch_function(input, other):
         return handle_torch_function(add_act, (input, other), input, other, activation=activation)
+    backend, _, strict = settings._state
+    short = plain()
+    if short:  # perhaps a kind of call that was checked before
+        tensors, params = (input, other), (activation, backend, strict)
+        run = ops.add_act.find(tensors, params)
+        if run is not None:
+            return ops.add_act.apply(run, tensors, params)
     check_tensors("add_act", input=input, other=other)
     ops.activation_code("add_act", activation)
-    backend, _, strict = settings._state
-    if not plain() and scripting():
+    if not short and scripting():
         return ops.activate(input + other, activation)
     if input.dim() == 4 and input.shape == other.shape and input.dtype == other.dtype and not not_ours(input, other):
         return ops.add_act(input, other, activation, backend, strict)

@@ -187,6 +187,10 @@ class Operator:
             return self.op(*args)
         n = self.tensors
         tensors, params = args[:n], args[n:]
+        if direct():
+            run = self.find(tensors, params)
+            if run is not None:
+                return self.apply(run, tensors, params)
         if transforms_active():
             return self.setup.apply(*tensors, Opaque(params))
         if direct() and all(t is None or _plain(t) for t in tensors):

@@ -92,6 +92,7 @@ def interleaved(
     pause_s: float = PAUSE_S,
     sample_s: float = SAMPLE_S,
     min_rounds: int = 3,
+    lead: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Timing]:
     """Times functions against each other.
@@ -105,6 +106,8 @@ def interleaved(
         pause_s: Sleep that long before each sample.
         sample_s: Call a function so often in a row that a sample lasts at least that long.
         min_rounds: See ``budget_s``.
+        lead: Calls before each sample that don't count: they wake the threads, and find the caches as another function
+            left them, which is always the same one, whatever starts a round.
         progress: Called after each round with (rounds done, rounds).
 
     Returns:
@@ -131,6 +134,8 @@ def interleaved(
         for name in names[start:] + names[:start]:
             if pause_s:
                 time.sleep(pause_s)
+            for _ in range(lead):
+                functions[name]()
             samples[name].append(_sample(functions[name], calls[name]))
         if progress is not None:
             progress(done + 1, rounds)

@@ -65,11 +65,13 @@ void map(const AddActParams& p, Tensor<const S> a, Tensor<const S> b, Tensor<S> 
   const int64_t tasks = min(threads, rows.count());
   with_stores(rows, y, [&](auto stores) {
     parallel_for(threads, tasks, [&](int64_t task) {
-      for_each_rows_back<1>(rows, y, rows.count() * task / tasks, rows.count() * (task + 1) / tasks,
+      for_each_rows_back<1>(rows, rows.count() * task / tasks, rows.count() * (task + 1) / tasks,
                             [&](auto, int64_t n, int64_t h, int64_t w, int64_t len) {
                               const S *left = x.at(n, h, w), *right = r.at(n, h, w);
                               S* to = y.at(n, h, w);
-                              for_each_vector<T>(0, len, [&](int64_t i, auto lanes) {
+                              const int64_t next_left = x.w, next_right = r.w;
+                              for_each_vector<T>(0, len, [=](int64_t i, auto lanes) {
+                                stores.fetch(left + next_left + i), stores.fetch(right + next_right + i);
                                 stores.write_to(to + i, f(read(left + i, lanes), read(right + i, lanes)), lanes);
                               });
                             });

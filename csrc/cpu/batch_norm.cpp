@@ -13,8 +13,9 @@
 //
 // Mapping: lanes are channels (rows.h); a task is a chunk of rows, and where those are few a part of the channels.
 // Chunks depend on the sizes alone, and their sums are added in order: results don't depend on the thread count. Sums
-// read 8 rows side by side, front to back; what is made of them then goes row by row from the end, which is still in
-// the caches, and past the caches where it wouldn't stay in them.
+// read 8 rows side by side (the gradient's 4 of each operand), front to back; what is made of them then goes row by row
+// from the end, which is still in the caches. Tensors that don't fit the caches stream by: rows.h. dz does, too:
+// written once and read once it is 7 tensors moved, and none read only to be overwritten.
 //
 // Accumulators: double, to which sums of up to 32 rows are added that are float for float, bf16 and fp16. stats sums x
 // - x0 and (x - x0)^2, x0 being a rough mean of the channel, so that a constant channel has exactly its value as mean
@@ -32,8 +33,10 @@ namespace cnnfast {
 namespace CNNFAST_ISA {
 namespace {
 
-constexpr int kSumRows = 8, kMapRows = 4;  // rows side by side: sums in registers; values for one set of factors
-constexpr int64_t kFloatRows = 32;         // rows whose sums are added up in float, before they go to the doubles
+// Rows side by side: statistics' sums in registers; the gradient's, with as many of each operand; values for one set of
+// factors.
+constexpr int kSumRows = 8, kGradientRows = 4, kMapRows = 4;
+constexpr int64_t kFloatRows = 32;  // rows whose sums are added up in float, before they go to the doubles
 constexpr int64_t kElementsWorthThreads = 1 << 15;            // below, one thread
 constexpr int64_t kChunkElements = 1 << 16, kChunkRows = 64;  // a chunk of a sum has at least so many
 constexpr int64_t kMostChunks = 64;
@@ -72,12 +75,26 @@ Pixels<S> pixels(const Launch& l, int operand, int64_t n, int64_t h, int64_t w) 
   return {static_cast<S*>(l.operands[operand]), n, h, w};
 }
 
-// A vector of C numbers along a row; `missing` where it is absent. Lanes beyond the row are zero.
-template <class T, class V, class F>
-void spread(V* out, const T* vector, T missing, int64_t C, int64_t len, const F& f) {
-  for (int64_t c = 0; c < C; ++c) out[c] = static_cast<V>(f(vector ? vector[c] : missing, c));
-  for (int64_t i = C; i < len; ++i) out[i] = out[i - C];
-  for (int64_t i = len; i < round_up(len, kLanes<T>); ++i) out[i] = V(0);
+// f of every channel along a row: pixel after pixel. Lanes beyond the row are zero. No operand lies where another does:
+// so the compiler may take many channels at once, which a small image with many of them takes most of its time for.
+template <class T, class F>
+void spread(T* out, int64_t C, int64_t len, const F& f) {
+#pragma GCC ivdep
+  for (int64_t c = 0; c < C; ++c) out[c] = f(c);
+  for (int64_t i = C; i < len;) {  // twice as many each time
+    const int64_t more = min(i, len - i);
+    memcpy(out + i, out, static_cast<size_t>(more) * sizeof(T));
+    i += more;
+  }
+  for (int64_t i = len; i < round_up(len, kLanes<T>); ++i) out[i] = T(0);
+}
+// The same of a vector, `missing` where it is absent.
+template <class T>
+void spread(T* out, const T* vector, T missing, int64_t C, int64_t len) {
+  if (vector)
+    spread(out, C, len, [=](int64_t c) { return vector[c]; });
+  else
+    spread(out, C, len, [=](int64_t) { return missing; });
 }
 
 // What a row is multiplied with.
@@ -88,18 +105,21 @@ struct Factors {
   static Factors take(Carver& carver, int64_t padded) {
     return {carver.take<T>(padded), carver.take<T>(padded), carver.take<T>(padded), carver.take<T>(padded)};
   }
-  void fill(const BatchNormParams& p, const Launch& l, int64_t len) {
-    const T* w = static_cast<const T*>(l.operands[kW]);
-    const T* v = static_cast<const T*>(l.operands[kV]);
+  void fill(const BatchNormParams& p, const Launch& l, int64_t len) const {
+    const T *w = static_cast<const T*>(l.operands[kW]), *v = static_cast<const T*>(l.operands[kV]);
+    const T* factor = invstd;
     const double eps = eps_of(p);
-    const auto same = [](T x, int64_t) { return x; };
-    const bool variance = v && !p.training;
-    spread(invstd, v, T(1), p.C, len, [=](T x, int64_t) {
-      return variance ? static_cast<T>(1 / __builtin_sqrt(static_cast<double>(x) + eps)) : x;
-    });
-    spread(mean, static_cast<const T*>(l.operands[kM]), T(0), p.C, len, same);
-    spread(scale, w, T(1), p.C, len, [=](T x, int64_t c) { return x * invstd[c]; });
-    spread(bias, static_cast<const T*>(l.operands[kB]), T(0), p.C, len, same);
+    if (v && !p.training)
+      spread(invstd, p.C, len,
+             [=](int64_t c) { return static_cast<T>(1 / __builtin_sqrt(static_cast<double>(v[c]) + eps)); });
+    else
+      spread(invstd, v, T(1), p.C, len);
+    if (w)
+      spread(scale, p.C, len, [=](int64_t c) { return w[c] * factor[c]; });
+    else
+      spread(scale, factor, T(1), p.C, len);
+    spread(mean, static_cast<const T*>(l.operands[kM]), T(0), p.C, len);
+    spread(bias, static_cast<const T*>(l.operands[kB]), T(0), p.C, len);
   }
 };
 
@@ -164,11 +184,11 @@ struct Sums {
   int64_t padded_end() const { return round_up(end, kLanes<T>); }
 
   // Calls f as for_each_rows does, for rows whose sums may be added up in T before they go to the doubles.
-  template <class F>
-  CNNFAST_INLINE void over(const Rows& rows, int64_t row, int64_t last, const F& f) {
+  template <int most, class F>
+  CNNFAST_INLINE void over(const Rows& rows, int64_t row, int64_t last, const F& f, bool together = true) {
     while (row < last) {
       const int64_t some = min(last, row + kFloatRows);
-      for_each_rows<kSumRows>(rows, row, some, f);
+      for_each_rows<most>(rows, row, some, f, together);
       flush(first, first_part, begin, padded_end());
       flush(second, second_part, begin, padded_end());
       row = some;
@@ -180,10 +200,11 @@ struct Sums {
 void collect(double* partial, int64_t chunks, int64_t padded, int64_t C, int64_t len) {
   for (int64_t chunk = 1; chunk < chunks; ++chunk)
     for (int64_t i = 0; i < 2 * padded; ++i) partial[i] += partial[chunk * 2 * padded + i];
-  for (int64_t i = C; i < len; ++i) {
-    partial[i % C] += partial[i];
-    partial[padded + i % C] += partial[padded + i];
-  }
+  for (int64_t pixel = C; pixel < len; pixel += C)
+    for (int64_t c = 0; c < C; ++c) {
+      partial[c] += partial[pixel + c];
+      partial[padded + c] += partial[padded + pixel + c];
+    }
 }
 
 // Calls f(how results are stored, the activation). What streams to memory waits for it, not for the choice of an
@@ -207,13 +228,14 @@ template <class S>
 void find_origin(const BatchNormParams& p, const Pixels<const S>& x, Compute<S>* origin, int64_t len) {
   using T = Compute<S>;
   const int64_t count = p.N * p.H * p.W, samples = min(count, kSamples);
+  const T share = 1 / static_cast<T>(samples);
   for (int64_t i = 0; i < round_up(len, kLanes<T>); ++i) origin[i] = 0;
   if (!count) return;
   for (int64_t s = 1; s < samples; ++s) {
     const int64_t pixel = count / samples * s;
     const S* from = x.at(pixel / p.W / p.H, pixel / p.W % p.H, pixel % p.W);
-    for (int64_t c = 0; c < p.C; ++c)
-      origin[c] += (widen_one(from[c]) - widen_one(x.data[c])) / static_cast<T>(samples);
+#pragma GCC ivdep
+    for (int64_t c = 0; c < p.C; ++c) origin[c] += (widen_one(from[c]) - widen_one(x.data[c])) * share;
   }
   for (int64_t c = 0; c < p.C; ++c) {
     const T value = origin[c] + widen_one(x.data[c]);
@@ -228,41 +250,49 @@ template <class S, bool kExact>
 void sum_up(const Rows& rows, const Tasks& tasks, const Pixels<const S>& x, const Compute<S>* origin, double* partial,
             Compute<S>* parts, int64_t padded, int threads) {
   using T = Compute<S>;
-  parallel_for(threads, tasks.count(), [&](int64_t task) {
-    Sums<T> sums = Sums<T>::take(partial, parts, tasks, task, padded);
-    sums.over(rows, tasks.first_row(task), tasks.last_row(task),
-              [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
-                const S* from = x.at(n, h, w);
-                for_each_vector<T>(sums.begin, min(sums.end, len), [&](int64_t i, auto lanes) {
-                  const Vec<T> from_here = read(origin + i, lanes);
-                  if constexpr (kExact) {
-                    const Wide<T> exact = widen_sum(from_here);
-                    Wide<T> sum{}, square{};
-                    for (int j = 0; j < decltype(count)::value; ++j) {
-                      Wide<T> wide = widen_sum(read(from + j * x.w + i, lanes));
+  const auto sum = [&](auto reads) {
+    parallel_for(threads, tasks.count(), [&](int64_t task) {
+      Sums<T> sums = Sums<T>::take(partial, parts, tasks, task, padded);
+      sums.template over<kSumRows>(rows, tasks.first_row(task), tasks.last_row(task),
+                                   [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+                                     const S* from = x.at(n, h, w);
+                                     const int64_t pitch = x.w;
+                                     for_each_vector<T>(sums.begin, min(sums.end, len), [=](int64_t i, auto lanes) {
+                                       const Vec<T> from_here = read(origin + i, lanes);
+                                       if constexpr (kExact) {
+                                         const Wide<T> exact = widen_sum(from_here);
+                                         Wide<T> sum{}, square{};
+                                         for (int j = 0; j < decltype(count)::value; ++j) {
+                                           Wide<T> wide = widen_sum(read(from + j * pitch + i, lanes));
 #pragma GCC unroll 2
-                      for (int k = 0; k < Wide<T>::kVecs; ++k) {
-                        wide.v[k] -= exact.v[k];
-                        sum.v[k] += wide.v[k];
-                        square.v[k] += wide.v[k] * wide.v[k];
-                      }
-                    }
-                    add_to<T>(sums.first + i, sum);
-                    add_to<T>(sums.second + i, square);
-                  } else {
-                    Vec<T> sum{}, square{};
+                                           for (int k = 0; k < Wide<T>::kVecs; ++k) {
+                                             wide.v[k] -= exact.v[k];
+                                             sum.v[k] += wide.v[k];
+                                             square.v[k] += wide.v[k] * wide.v[k];
+                                           }
+                                         }
+                                         add_to<T>(sums.first + i, sum);
+                                         add_to<T>(sums.second + i, square);
+                                       } else {
+                                         Vec<T> sum{}, square{};
 #pragma GCC unroll 8
-                    for (int j = 0; j < decltype(count)::value; ++j) {
-                      const Vec<T> distance = read(from + j * x.w + i, lanes) - from_here;
-                      sum += distance;
-                      square += distance * distance;
-                    }
-                    accumulate(sums.first_part + i, sum);
-                    accumulate(sums.second_part + i, square);
-                  }
-                });
-              });
-  });
+                                         for (int j = 0; j < decltype(count)::value; ++j) {
+                                           reads.fetch(from + (decltype(count)::value + j) * pitch + i);
+                                           const Vec<T> distance = read(from + j * pitch + i, lanes) - from_here;
+                                           sum += distance;
+                                           square += distance * distance;
+                                         }
+                                         accumulate(sums.first_part + i, sum);
+                                         accumulate(sums.second_part + i, square);
+                                       }
+                                     });
+                                   });
+    });
+  };
+  if constexpr (kExact)
+    sum(Kept{});
+  else
+    with_reads(rows, x, sum);
 }
 
 template <class S>
@@ -302,6 +332,7 @@ const char* launch_stats(const void* params, const Launch& l) {
   const int64_t pixels = p.N * p.H * p.W;
   const double count = static_cast<double>(max(1, pixels)), less = static_cast<double>(max(1, pixels - 1));
   const double eps = eps_of(p);
+#pragma GCC ivdep
   for (int64_t c = 0; c < p.C; ++c) {
     const double distance = partial[c] / count, moment = partial[padded + c] / count - distance * distance;
     const double var = moment < 0 ? 0 : moment;  // a NaN stays
@@ -313,6 +344,26 @@ const char* launch_stats(const void* params, const Launch& l) {
 }
 
 // ---- fprop ----------------------------------------------------------------------------------------------------------
+
+// Of `count` rows, `pitch` elements apart in all operands. What the loops of this and the following need comes by
+// value: behind a reference it would be read again after every store.
+template <int count, class S, class Stores, class Act>
+CNNFAST_INLINE void normalise(const S* x, const S* r, S* y, int64_t pitch, Factors<Compute<S>> factors, int64_t begin,
+                              int64_t end, Stores stores, Act act) {
+  using T = Compute<S>;
+  for_each_vector<T>(begin, end, [=](int64_t i, auto lanes) {
+    const Vec<T> mean = load(factors.mean + i), scale = load(factors.scale + i), bias = load(factors.bias + i);
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) {
+      const int64_t at = i + j * pitch, next = at + count * pitch;
+      stores.fetch(x + next);
+      if (r) stores.fetch(r + next);
+      Vec<T> z = normalised<T>(read(x + at, lanes) - mean, scale, bias);
+      if (r) z += read(r + at, lanes);
+      stores.write_to(y + at, activate<T>(z, act), lanes);
+    }
+  });
+}
 
 template <class S>
 const char* launch_fprop(const void* params, const Launch& l) {
@@ -334,24 +385,17 @@ const char* launch_fprop(const void* params, const Launch& l) {
   carve(Carver(scratch));
   factors.fill(p, l, rows.len);
 
+  const bool together = one_pitch(y, x, r) && rows_apart(y);
   with_results(rows, y, p.act, [&](auto stores, auto act) {
     parallel_for(threads, tasks.count(), [&](int64_t task) {
       const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
-      for_each_rows_back<kMapRows>(rows, y, tasks.first_row(task), tasks.last_row(task),
-                                   [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
-                                     const S *from = x.at(n, h, w), *residual = r.data ? r.at(n, h, w) : nullptr;
-                                     S* to = y.at(n, h, w);
-                                     for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
-                                       const Vec<T> mean = load(factors.mean + i), scale = load(factors.scale + i),
-                                                    bias = load(factors.bias + i);
-#pragma GCC unroll 4
-                                       for (int j = 0; j < decltype(count)::value; ++j) {
-                                         Vec<T> z = normalised<T>(read(from + j * x.w + i, lanes) - mean, scale, bias);
-                                         if (residual) z += read(residual + j * r.w + i, lanes);
-                                         stores.write_to(to + j * y.w + i, activate<T>(z, act), lanes);
-                                       }
-                                     });
-                                   });
+      for_each_rows_back<kMapRows>(
+          rows, tasks.first_row(task), tasks.last_row(task),
+          [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+            normalise<decltype(count)::value>(x.at(n, h, w), r.data ? r.at(n, h, w) : nullptr, y.at(n, h, w), y.w,
+                                              factors, begin, min(end, len), stores, act);
+          },
+          together);
       stores.end();
     });
   });
@@ -369,6 +413,31 @@ CNNFAST_INLINE Vec<Compute<S>> before_activation(const S* gradient, const S* out
   const Vec<T> g = read(gradient, lanes);
   if (act == Activation::kNone) return g;
   return activate_gradient<T>(g, out ? read(out, lanes) : normalised<T>(centred, scale, bias), act);
+}
+
+// dz, kept in u where that is wanted, and its sums. Arguments as normalise's.
+template <int count, class S, class Stores, class Act>
+CNNFAST_INLINE void sum_gradient(const S* x, const S* g, const S* out, S* u, int64_t pitch, Factors<Compute<S>> factors,
+                                 Sums<Compute<S>> sums, int64_t end, Stores stores, Act act) {
+  using T = Compute<S>;
+  for_each_vector<T>(sums.begin, end, [=](int64_t i, auto lanes) {
+    const Vec<T> mean = load(factors.mean + i), invstd = load(factors.invstd + i);
+    const Vec<T> scale = load(factors.scale + i), bias = load(factors.bias + i);
+    Vec<T> db{}, dw{};
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) {
+      const int64_t at = i + j * pitch, next = at + count * pitch;
+      stores.fetch(x + next), stores.fetch(g + next);
+      if (out) stores.fetch(out + next);
+      const Vec<T> centred = read(x + at, lanes) - mean;
+      const Vec<T> dz = before_activation(g + at, out ? out + at : nullptr, centred, scale, bias, act, lanes);
+      db += dz;
+      dw += dz * (centred * invstd);
+      if (u) stores.write_to(u + at, dz, lanes);
+    }
+    accumulate(sums.first_part + i, db);
+    accumulate(sums.second_part + i, dw);
+  });
 }
 
 template <class S>
@@ -397,36 +466,57 @@ const char* launch_wgrad(const void* params, const Launch& l) {
   carve(Carver(scratch));
   factors.fill(p, l, rows.len);
 
-  with_activation<T>(static_cast<Activation>(p.act), [&](auto act) {
+  // two operands' rows side by side meet in a cache without harm, three's don't
+  const bool together = one_pitch(x, g, r, u) && (!r.data || rows_apart(x));
+  with_results(rows, u.data ? Pixels<const S>{u.data, u.n, u.h, u.w} : x, p.act, [&](auto stores, auto act) {
     parallel_for(threads, tasks.count(), [&](int64_t task) {
       Sums<T> sums = Sums<T>::take(partial, parts, tasks, task, padded);  // of dz, and of dz * xhat
-      sums.over(rows, tasks.first_row(task), tasks.last_row(task),
-                [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
-                  const S *from = x.at(n, h, w), *gradient = g.at(n, h, w), *out = r.data ? r.at(n, h, w) : nullptr;
-                  S* to = u.data ? u.at(n, h, w) : nullptr;
-                  for_each_vector<T>(sums.begin, min(sums.end, len), [&](int64_t i, auto lanes) {
-                    const Vec<T> mean = load(factors.mean + i), invstd = load(factors.invstd + i);
-                    const Vec<T> scale = load(factors.scale + i), bias = load(factors.bias + i);
-                    Vec<T> db{}, dw{};
-#pragma GCC unroll 8
-                    for (int j = 0; j < decltype(count)::value; ++j) {
-                      const Vec<T> centred = read(from + j * x.w + i, lanes) - mean;
-                      const Vec<T> dz = before_activation(gradient + j * g.w + i, out ? out + j * r.w + i : nullptr,
-                                                          centred, scale, bias, act, lanes);
-                      db += dz;
-                      dw += dz * (centred * invstd);
-                      if (to) write(to + j * u.w + i, dz, lanes);
-                    }
-                    accumulate(sums.first_part + i, db);
-                    accumulate(sums.second_part + i, dw);
-                  });
-                });
+      sums.template over<kGradientRows>(
+          rows, tasks.first_row(task), tasks.last_row(task),
+          [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
+            sum_gradient<decltype(count)::value>(x.at(n, h, w), g.at(n, h, w), r.data ? r.at(n, h, w) : nullptr,
+                                                 u.data ? u.at(n, h, w) : nullptr, x.w, factors, sums,
+                                                 min(sums.end, len), stores, act);
+          },
+          together);
+      stores.end();
     });
   });
   collect(partial, tasks.chunks, padded, p.C, rows.len);
   T *dw = static_cast<T*>(l.operands[kDw]), *db = static_cast<T*>(l.operands[kDb]);
+#pragma GCC ivdep
   for (int64_t c = 0; c < p.C; ++c) db[c] = static_cast<T>(partial[c]), dw[c] = static_cast<T>(partial[padded + c]);
   return nullptr;
+}
+
+// What the sums' gradient takes off dz: db / count, and of xhat * dw / count what isn't xhat.
+template <class T>
+struct Means {
+  T *gradient, *product;
+};
+
+// dx. Arguments as normalise's.
+template <int count, class S, class Stores, class Act>
+CNNFAST_INLINE void input_gradient(const S* x, const S* g, const S* out, S* t, int64_t pitch,
+                                   Factors<Compute<S>> factors, Means<Compute<S>> means, bool training, int64_t begin,
+                                   int64_t end, Stores stores, Act act) {
+  using T = Compute<S>;
+  const bool reads_x = training || (act != Activation::kNone && !out);
+  for_each_vector<T>(begin, end, [=](int64_t i, auto lanes) {
+    const Vec<T> mean = load(factors.mean + i), scale = load(factors.scale + i), bias = load(factors.bias + i);
+    const Vec<T> db = load(means.gradient + i), dw = load(means.product + i);
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) {
+      const int64_t at = i + j * pitch, next = at + count * pitch;
+      if (reads_x) stores.fetch(x + next);
+      stores.fetch(g + next);
+      if (out) stores.fetch(out + next);
+      const Vec<T> centred = reads_x ? read(x + at, lanes) - mean : Vec<T>{};
+      Vec<T> dz = before_activation(g + at, out ? out + at : nullptr, centred, scale, bias, act, lanes);
+      if (training) dz = dz - db - centred * dw;
+      stores.write_to(t + at, dz * scale, lanes);
+    }
+  });
 }
 
 template <class S>
@@ -442,11 +532,10 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   const Tasks tasks = make_tasks<T>(rows, max(1, min(threads, rows.count())), threads);
   const int64_t padded = round_up(rows.len, VL);
   Factors<T> factors;
-  T *mean_gradient, *mean_product;  // the latter times v
+  Means<T> means;
   const auto carve = [&](Carver carver) {
     factors = Factors<T>::take(carver, padded);
-    mean_gradient = carver.take<T>(padded);
-    mean_product = carver.take<T>(padded);
+    means = {carver.take<T>(padded), carver.take<T>(padded)};
     return carver.used();
   };
   void* scratch = thread_scratch(carve(Carver(nullptr)));
@@ -454,34 +543,25 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   carve(Carver(scratch));
   factors.fill(p, l, rows.len);
   const T count_of_pixels = static_cast<T>(p.N * p.H * p.W);
-  spread(mean_gradient, static_cast<const T*>(l.operands[kDb]), T(0), p.C, rows.len,
-         [=](T sum, int64_t) { return sum / count_of_pixels; });
-  spread(mean_product, static_cast<const T*>(l.operands[kDw]), T(0), p.C, rows.len,
-         [=](T sum, int64_t c) { return sum / count_of_pixels * factors.invstd[c]; });
-  const bool training = p.training, reads_x = training || (p.act != 0 && !r.data);
+  const T *sum = static_cast<const T*>(l.operands[kDb]), *product = static_cast<const T*>(l.operands[kDw]);
+  const T* invstd = factors.invstd;
+  if (p.training) {  // else the sums may be absent
+    spread(means.gradient, p.C, rows.len, [=](int64_t c) { return sum[c] / count_of_pixels; });
+    spread(means.product, p.C, rows.len, [=](int64_t c) { return product[c] / count_of_pixels * invstd[c]; });
+  }
+  const bool training = p.training, together = one_pitch(t, x, g, r) && rows_apart(t);
 
   with_results(rows, t, p.act, [&](auto stores, auto act) {
     parallel_for(threads, tasks.count(), [&](int64_t task) {
       const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
       for_each_rows_back<kMapRows>(
-          rows, t, tasks.first_row(task), tasks.last_row(task),
+          rows, tasks.first_row(task), tasks.last_row(task),
           [&](auto count, int64_t n, int64_t h, int64_t w, int64_t len) {
-            const S *from = x.at(n, h, w), *gradient = g.at(n, h, w), *out = r.data ? r.at(n, h, w) : nullptr;
-            S* to = t.at(n, h, w);
-            for_each_vector<T>(begin, min(end, len), [&](int64_t i, auto lanes) {
-              const Vec<T> mean = load(factors.mean + i), scale = load(factors.scale + i),
-                           bias = load(factors.bias + i);
-              const Vec<T> db = load(mean_gradient + i), dw = load(mean_product + i);
-#pragma GCC unroll 4
-              for (int j = 0; j < decltype(count)::value; ++j) {
-                const Vec<T> centred = reads_x ? read(from + j * x.w + i, lanes) - mean : Vec<T>{};
-                Vec<T> dz = before_activation(gradient + j * g.w + i, out ? out + j * r.w + i : nullptr, centred, scale,
-                                              bias, act, lanes);
-                if (training) dz = dz - db - centred * dw;
-                stores.write_to(to + j * t.w + i, dz * scale, lanes);
-              }
-            });
-          });
+            input_gradient<decltype(count)::value>(x.at(n, h, w), g.at(n, h, w), r.data ? r.at(n, h, w) : nullptr,
+                                                   t.at(n, h, w), t.w, factors, means, training, begin, min(end, len),
+                                                   stores, act);
+          },
+          together);
       stores.end();
     });
   });

@@ -13,7 +13,7 @@ namespace CNNFAST_ISA {
 constexpr int64_t kShortRow = 1024, kLongRow = 4096;  // elements
 constexpr int64_t kRowsFirst = 64;         // that are walked in ascending order where the last ones come first
 constexpr int64_t kAlias = 4096;           // bytes
-constexpr int64_t kStreamBytes = 1 << 24;  // a result of more goes past the caches
+constexpr int64_t kStreamBytes = 1 << 23;  // a tensor of more passes the caches by
 
 // An operand: null, or a pointer and what lies between images, image rows and pixels.
 template <class S>
@@ -79,14 +79,26 @@ CNNFAST_INLINE void for_each_rows(const Rows& rows, int64_t begin, int64_t end, 
   }
 }
 
+// Whether neighbouring rows don't lie a multiple of kAlias apart, where many side by side would meet in the same lines
+// of a cache.
+template <class S>
+CNNFAST_INLINE bool rows_apart(const Pixels<S>& x) {
+  return x.w * static_cast<int64_t>(sizeof(S)) % kAlias != 0;
+}
+
+// Whether the rows of all operands, some of which may be absent, lie equally far apart: then one offset serves all.
+template <class S, class... Others>
+CNNFAST_INLINE bool one_pitch(const Pixels<S>& y, const Others&... others) {
+  return ((!others.data || others.w == y.w) && ...);
+}
+
 // The same with the last rows first: what was read or written before, front to back, still lies in the caches from its
-// end. Rows of y a multiple of kAlias apart go one by one: side by side they would meet in the same lines of a cache.
-template <int most, class S, class F>
-CNNFAST_INLINE void for_each_rows_back(const Rows& rows, const Pixels<S>& y, int64_t begin, int64_t end, const F& f) {
-  const bool apart = y.w * static_cast<int64_t>(sizeof(S)) % kAlias != 0;
+// end.
+template <int most, class F>
+CNNFAST_INLINE void for_each_rows_back(const Rows& rows, int64_t begin, int64_t end, const F& f, bool together = true) {
   while (end > begin) {
     const int64_t from = max(begin, end - kRowsFirst);
-    for_each_rows<most>(rows, from, end, f, apart);
+    for_each_rows<most>(rows, from, end, f, together);
     end = from;
   }
 }
@@ -115,12 +127,16 @@ CNNFAST_INLINE void write(S* p, Vec<Compute<S>> v, int64_t n) {
   store_narrow(p, v, n);
 }
 
-// How a result is stored: kept in the caches, or past them.
+// How a pass meets its tensors: small ones stay in the caches, large ones stream by. What a large pass will read a few
+// rows later it fetches: the processor's own prefetchers stop at each page, and rows are about a page long. Of what
+// lies in the third cache anyway that would be the slower way.
 struct Kept {
   template <class S, class Lanes>
   static CNNFAST_INLINE void write_to(S* p, Vec<Compute<S>> v, Lanes lanes) {
     write(p, v, lanes);
   }
+  template <class S>
+  static CNNFAST_INLINE void fetch(const S*) {}
   static CNNFAST_INLINE void end() {}
 };
 struct Streamed {
@@ -132,15 +148,32 @@ struct Streamed {
   static CNNFAST_INLINE void write_to(S* p, Vec<Compute<S>> v, int64_t n) {
     store_narrow(p, v, n);
   }
+  template <class S>
+  static CNNFAST_INLINE void fetch(const S* p) {
+    __builtin_prefetch(p, 0, 2);
+  }
   static CNNFAST_INLINE void end() { stream_end(); }
 };
+
+template <class S>
+bool is_large(const Rows& rows, const Pixels<S>&) {
+  return rows.N * rows.H * rows.W * rows.len * static_cast<int64_t>(sizeof(S)) >= kStreamBytes;
+}
+
+// Calls f(Streamed) for large operands, else f(Kept): a pass that has no result.
+template <class S, class F>
+CNNFAST_INLINE void with_reads(const Rows& rows, const Pixels<S>& x, const F& f) {
+  if (is_large(rows, x))
+    f(Streamed{});
+  else
+    f(Kept{});
+}
 
 // Calls f(Streamed) for a large result whose rows are whole, aligned vectors, else f(Kept).
 template <class S, class F>
 CNNFAST_INLINE void with_stores(const Rows& rows, const Pixels<S>& y, const F& f) {
-  const int64_t bytes = rows.N * rows.H * rows.W * rows.len * static_cast<int64_t>(sizeof(S));
   const bool whole = rows.N == 1 && rows.H == 1 && y.w == rows.len && rows.len % kLanes<Compute<S>> == 0;
-  if (bytes >= kStreamBytes && whole && reinterpret_cast<uintptr_t>(y.data) % kVecBytes == 0)
+  if (is_large(rows, y) && whole && reinterpret_cast<uintptr_t>(y.data) % kVecBytes == 0)
     f(Streamed{});
   else
     f(Kept{});
