@@ -41,6 +41,17 @@ CNNFAST_KERNEL("adaptive_max_pool2d.jvp.f32", AdaptiveMaxPool2dParams, (launch<f
 CNNFAST_KERNEL("adaptive_max_pool2d.jvp.f64", AdaptiveMaxPool2dParams, (launch<double, Direction::jvp>), nullptr)
 CNNFAST_KERNEL("adaptive_max_pool2d.jvp.bf16", AdaptiveMaxPool2dParams, (launch<BFloat16, Direction::jvp>), nullptr)
 CNNFAST_KERNEL("adaptive_max_pool2d.jvp.f16", AdaptiveMaxPool2dParams, (launch<Float16, Direction::jvp>), nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.taps.f32", AdaptiveMaxPool2dParams, (launch<float, Direction::taps>), nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.taps.f64", AdaptiveMaxPool2dParams, (launch<double, Direction::taps>), nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.taps.bf16", AdaptiveMaxPool2dParams, (launch<BFloat16, Direction::taps>), nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.taps.f16", AdaptiveMaxPool2dParams, (launch<Float16, Direction::taps>), nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.scatter.f32", AdaptiveMaxPool2dParams, (launch<float, Direction::scatter>), nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.scatter.f64", AdaptiveMaxPool2dParams, (launch<double, Direction::scatter>),
+               nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.scatter.bf16", AdaptiveMaxPool2dParams, (launch<BFloat16, Direction::scatter>),
+               nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.scatter.f16", AdaptiveMaxPool2dParams, (launch<Float16, Direction::scatter>),
+               nullptr)
 
 }  // namespace CNNFAST_ISA
 }  // namespace cnnfast

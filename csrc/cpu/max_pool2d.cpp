@@ -64,6 +64,14 @@ CNNFAST_KERNEL("max_pool2d.jvp.f32", MaxPool2dParams, (launch<float, Direction::
 CNNFAST_KERNEL("max_pool2d.jvp.f64", MaxPool2dParams, (launch<double, Direction::jvp>), nullptr)
 CNNFAST_KERNEL("max_pool2d.jvp.bf16", MaxPool2dParams, (launch<BFloat16, Direction::jvp>), nullptr)
 CNNFAST_KERNEL("max_pool2d.jvp.f16", MaxPool2dParams, (launch<Float16, Direction::jvp>), nullptr)
+CNNFAST_KERNEL("max_pool2d.taps.f32", MaxPool2dParams, (launch<float, Direction::taps>), nullptr)
+CNNFAST_KERNEL("max_pool2d.taps.f64", MaxPool2dParams, (launch<double, Direction::taps>), nullptr)
+CNNFAST_KERNEL("max_pool2d.taps.bf16", MaxPool2dParams, (launch<BFloat16, Direction::taps>), nullptr)
+CNNFAST_KERNEL("max_pool2d.taps.f16", MaxPool2dParams, (launch<Float16, Direction::taps>), nullptr)
+CNNFAST_KERNEL("max_pool2d.scatter.f32", MaxPool2dParams, (launch<float, Direction::scatter>), nullptr)
+CNNFAST_KERNEL("max_pool2d.scatter.f64", MaxPool2dParams, (launch<double, Direction::scatter>), nullptr)
+CNNFAST_KERNEL("max_pool2d.scatter.bf16", MaxPool2dParams, (launch<BFloat16, Direction::scatter>), nullptr)
+CNNFAST_KERNEL("max_pool2d.scatter.f16", MaxPool2dParams, (launch<Float16, Direction::scatter>), nullptr)
 
 }  // namespace CNNFAST_ISA
 }  // namespace cnnfast
