@@ -244,12 +244,12 @@ def _along_second(operator: Operator, tangents: Sequence[Any], tensors: Sequence
     return operator(tensors[0], tangents[1], *tensors[2:], *params)
 
 
-def records(op: str, taps: Any, x: Any, backend: str) -> bool:
+def records(op: str, x: Any, backend: str, taps: Callable[[], Any]) -> bool:
     """Whether a call of x goes to ``op_recorded``: it needs a gradient, and a kernel notes windows of so many taps.
 
-    It asks no sizes but ``taps``, so that a compiled graph keeps those symbolic.
+    It asks no sizes but ``taps()``, so that a compiled graph keeps those symbolic.
     """
-    if not (x.requires_grad and torch.is_grad_enabled() and taps <= MOST_TAPS):
+    if not x.requires_grad or not torch.is_grad_enabled() or taps() > MOST_TAPS:
         return False
     has_kernel = dispatch.has_kernel if torch.compiler.is_compiling() else _has_kernel
     return has_kernel(op, dispatch.DTYPES.get(x.dtype, ""), x.device.type, backend, "taps")

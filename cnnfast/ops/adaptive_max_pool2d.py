@@ -46,14 +46,12 @@ def problem(
 ) = _maximum.operators("adaptive_max_pool2d", "SymInt[2] output_size", validate, output_shape, problem)
 
 
-def most_taps(size: Any, outputs: Any) -> Any:
-    """The most elements along an axis that a window may have."""
-    return min(-(-size // outputs) + (size % outputs != 0), size)
-
-
 def adaptive_max_pool2d_records(x: Any, params: Sequence[Any], backend: str) -> bool:
     """Whether a call of x, (N, C, H, W), goes to ``adaptive_max_pool2d_recorded``."""
-    (p, q), (h, w) = params[0], x.shape[2:]
-    if p == 0 or q == 0:
-        return False
-    return _maximum.records("adaptive_max_pool2d", most_taps(h, p) * most_taps(w, q), x, backend)
+    (h, w), (p, q) = x.shape[-2:], params[0]
+    return _maximum.records("adaptive_max_pool2d", x, backend, lambda: _most(h, p) * _most(w, q))
+
+
+def _most(size: Any, outputs: Any) -> Any:
+    """The elements of a window along an axis, or one more: to ask whether all are alike would guard a compiled graph."""
+    return -(-size // outputs) + (outputs != 1) if outputs else _maximum.MOST_TAPS + 1

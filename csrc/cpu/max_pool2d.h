@@ -96,10 +96,15 @@ const char* pool(const Pool& p, const Operands<S>& o, int threads) {
   parallel_for(threads, rows * parts, [&](int64_t task) {
     const int64_t row = task % rows, n = row / p.P, h = row % p.P;
     const Span channels = channels_of({0, p.C}, width, task / rows, parts);
-    if constexpr (direction == Direction::fprop)
-      pool_values<S, width>(p, o.x + n * p.x_n, o.y + n * p.y_n + h * p.y_h, h, channels);
-    else
+    if constexpr (direction == Direction::fprop || direction == Direction::taps) {
+      constexpr bool numbered = direction == Direction::taps;
+      Row<S, width, numbered> to{o.y + n * p.y_n + h * p.y_h, numbered ? o.k + n * p.k_n + h * p.k_h : nullptr};
+      pool_row_values(p, o.x + n * p.x_n, to, h, channels);
+      if constexpr (numbered)
+        if (Keys<S, width>::has_nan(to.largest)) pool_row<S, width, direction>(p, o, n, h, channels);
+    } else {
       pool_row<S, width, direction>(p, o, n, h, channels);
+    }
   });
   return nullptr;
 }

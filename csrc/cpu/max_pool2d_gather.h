@@ -41,6 +41,22 @@ Cover* find_covers(const Axis& axis, int64_t element, const Cover& steps, Cover*
   return to;
 }
 
+// The same where one window covers the pixel: nothing is summed, and 16-bit types stay what they are.
+template <class S, int width, int vecs, bool streams>
+CNNFAST_INLINE void select_pixel(int64_t tap, const S* y, const uint8_t* k, S* t) {
+  using V = Lanes<int16_t, width>;
+  const V here = V{} + static_cast<int16_t>(tap);
+#pragma GCC unroll 4
+  for (int v = 0; v < vecs; ++v) {
+    const V gradient = read<int16_t, width>(y + v * width);
+    const V part = read_taps<width, V>(k + v * width) == here ? gradient : V{};
+    if constexpr (streams)
+      stream(reinterpret_cast<float*>(t + v * width), (Vec<float>)part);
+    else
+      write<int16_t, width>(t + v * width, part);
+  }
+}
+
 // vecs * width channels of one pixel.
 template <class S, int width, int vecs, bool streams>
 CNNFAST_INLINE void gather_pixel(const Cover* row, const Cover* rows_end, const Cover* columns,
@@ -48,6 +64,11 @@ CNNFAST_INLINE void gather_pixel(const Cover* row, const Cover* rows_end, const 
   using E = Compute<S>;
   using V = Lanes<E, width>;
   using L = Labels<E, width>;
+  constexpr int wider = vecs % 2 == 0 ? 2 : 1;
+  if constexpr (kIs16<S> && (wider == 2 || !streams))
+    if (rows_end - row == 1 && columns_end - columns == 1)
+      return select_pixel<S, wider * width, vecs / wider, streams>(row->tap + columns->tap, y + row->y + columns->y,
+                                                                   k + row->k + columns->k, t);
   V sums[vecs] = {};
   for (; row < rows_end; ++row)
     for (const Cover* column = columns; column < columns_end; ++column) {
@@ -104,11 +125,10 @@ bool gather_rows(const Pool& p, const Operands<S>& o, int64_t begin, int64_t end
 }
 
 // Whether t goes past the caches: it is large, and its pixels are whole vectors.
-template <class S, int width, class Pool>
+template <class S, class Pool>
 bool streams_whole(const Pool& p, const S* t) {
-  constexpr int64_t bytes = width * static_cast<int64_t>(sizeof(S));
   const int64_t apart = reinterpret_cast<intptr_t>(t) | (p.t_w | p.t_h | p.t_n | p.C) * static_cast<int64_t>(sizeof(S));
-  return p.N * p.H * p.W * p.C * static_cast<int64_t>(sizeof(S)) >= kStreamBytes && apart % bytes == 0;
+  return p.N * p.H * p.W * p.C * static_cast<int64_t>(sizeof(S)) >= kStreamBytes && apart % kVecBytes == 0;
 }
 
 template <class S, int width, class Pool>
@@ -116,7 +136,7 @@ const char* gather(const Pool& p, const Operands<S>& o, int threads) {
   const int64_t rows = p.N * p.H, parts = rows < kRowsAThread * threads ? min(threads, p.C / width) : 1;
   const int64_t row_parts = min(rows, ceil_div(threads, parts));
   bool streams = false, no_memory = false;
-  if constexpr (width == kLanes<Compute<S>>) streams = streams_whole<S, width>(p, o.t);
+  if constexpr (width == kLanes<Compute<S>>) streams = streams_whole(p, o.t);
   parallel_for(threads, parts * row_parts, [&](int64_t task) {
     const int64_t first = task % row_parts;
     const int64_t begin = rows * first / row_parts, end = rows * (first + 1) / row_parts;

@@ -265,7 +265,7 @@ def depth(case: Case, direction: str) -> int:
 
 def nonfinite(case: Case, direction: str) -> tuple[str, ...]:
     """The operands that may hold NaN and infinities."""
-    return READS[direction] if "without elements" not in case.why else ()
+    return tuple(role for role in READS[direction] if role != "k") if "without elements" not in case.why else ()
 
 
 def problem(case: Case, direction: str, dtype: torch.dtype, precision: str, device: str = "cpu") -> dispatch.Problem:
