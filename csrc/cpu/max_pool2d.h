@@ -4,15 +4,19 @@
 //   indices  the same, and i[n,p,q,c] = h*W + w of the maximum
 //   jvp      y[n,p,q,c] = t[n,h,w,c] at the maximum
 //   dgrad    t[n,h,w,c] = sum of y[n,p,q,c] over the windows that have their maximum at h, w
+//   taps     as fprop, and k[n,p,q,c] = the number of the maximum's tap, a byte
+//   scatter  the same as dgrad, from k in place of x
 //
 // The first of equal elements is the maximum; with NaNs the last NaN is. A window without elements gives -inf (and, as
-// in torch, its first tap that isn't above or left of the image as index), 0 in jvp, and nothing to dgrad.
+// in torch, its first tap that isn't above or left of the image as index), 0 in jvp, and nothing to dgrad; its k is
+// 255. Tap r, s of a window is number r*S + s, counted from where the window begins, in the image or not, S being the
+// most columns that a window has; 255 taps at most.
 //
 // Mapping: lanes are channels, up to 4 vectors of them a window. Nothing is loaded or stored in part: the last vector
 // of a pixel reaches back over channels already done, and channels too few for a vector take 16 bytes, pairs, or one.
 // The maximum is tracked as a key: the element itself; of 16-bit types an integer of their order beside the element's
 // bits, so that nothing is converted, and in dgrad the float. Where the maximum lies is a label in 32 bits (64 for
-// double), counted from the window's first tap; a window spans less than 2^30 pixels. fprop, which asks for no place:
+// double), counted from the window's first tap; a window spans less than 2^30 pixels. fprop and taps:
 // max_pool2d_value.h.
 //
 // Threads share the rows of the output (dgrad: of t) and, where those are few, the channels. dgrad walks the windows
@@ -21,7 +25,8 @@
 // row of windows at once, rows first, and adds lane by lane. The sums of float and double are t's own elements, cleared
 // just ahead of the windows; those of the 16-bit types are float, in a ring of rows that are rounded once and stored
 // when the windows have left them. A sum has one owner, who adds in the order of p, q: no atomics, and no dependence on
-// the threads.
+// the threads. scatter gathers (max_pool2d_gather.h); where windows have many taps it does as dgrad, lane by lane,
+// without the search.
 //
 // Layout: NHWC, any pixel strides.
 #pragma once

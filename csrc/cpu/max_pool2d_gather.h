@@ -5,7 +5,10 @@
 // Mapping: lanes are channels, up to 4 vectors of them a pixel, whose sums stay in registers, the 16-bit types' as
 // float. Which windows cover a column, and as which tap, stands in a table; rows of t go one by one. So each element of
 // t is written once, in order, past the caches where t wouldn't stay in them, and no sum is read back. A window is read
-// once for each of its rows, from the caches.
+// once for each of its rows, from the caches. Where one window covers a pixel nothing is summed, nor converted.
+//
+// Floor: a map of N bytes in fp32, of which 3x3/2 leaves a quarter, moves 1.31 N (t, y, k), where the search moves 2.25
+// N and reads its sums back. In the caches it is 4 operations a window and vector, of 2.25 windows a pixel.
 //
 // Layout: NHWC, any pixel strides.
 #pragma once

@@ -152,6 +152,18 @@ struct Column : Numbers<Labels<Lane<S, Direction::taps>, width, Direction::taps>
   }
 };
 
+// What the walk after this one reads, `count` columns of it: block by block it lies too far apart for the processor to
+// foresee, and with the numbers there is too much to do between loads for it to look ahead by itself.
+template <class S, int width, int vecs, int count, class Pool>
+CNNFAST_INLINE void prefetch(const Pool& p, const S* x, int64_t rows, int64_t w) {
+  x += w * p.x_w;
+  for (int64_t r = 0; r < rows; ++r, x += p.rows.step * p.x_h)
+#pragma GCC unroll 3
+    for (int i = 0; i < count; ++i)
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; ++v) __builtin_prefetch(x + i * p.x_w + v * width, 0, 2);
+}
+
 // Windows first .. last - 1 of a row, of S = `filter` columns each, in vecs * width channels from c on. x points to the
 // first of `rows` rows, the first of whose taps has the number `number`.
 template <class S, int width, int vecs, int filter, int stride, bool numbered, class Pool>
@@ -163,6 +175,8 @@ CNNFAST_INLINE void walk(const Pool& p, const S* x, Row<S, width, numbered>& row
 #pragma GCC unroll 3
   for (int i = 0; i < shared; ++i) columns[i].find(p, x + c, rows, w + i, number, filter);
   for (int64_t q = first; q < last; ++q, w += stride) {
+    if constexpr (numbered)
+      if (p.C > vecs * width) prefetch<S, width, vecs, stride>(p, x + c, rows, w + (last - first) * stride + shared);
 #pragma GCC unroll 3
     for (int i = shared; i < filter; ++i) columns[i].find(p, x + c, rows, w + i, number, filter);
     Column<S, width, vecs, numbered, Pool> all = columns[0];
