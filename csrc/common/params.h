@@ -62,8 +62,8 @@ CNNFAST_PARAMS(Conv2dParams, CNNFAST_CONV2D_FIELDS)
 //              h = p*stride_h - pad_h + r*dilation_h, w = q*stride_w - pad_w + s*dilation_w
 // Taps outside the image are left out, -inf where none is left. The first of equal elements is the maximum; in a window
 // with NaNs the last NaN is. Operands, in order: x (values), y (result or its gradient), i (int64 offsets h*W + w of
-// the maxima), t (a gradient or tangent of x), k (a byte: which tap of its window is the maximum, r*S + s; 255 where the
-// window has none in the image). Directions: fprop x -> y; indices x -> y, i; dgrad x, y -> t; jvp x, t -> y; taps
+// the maxima), t (a gradient or tangent of x), k (a byte: which tap of its window is the maximum, r*S + s; 255 where
+// the window has none in the image). Directions: fprop x -> y; indices x -> y, i; dgrad x, y -> t; jvp x, t -> y; taps
 // x -> y, k; scatter y, k -> t, which is dgrad without a search.
 // clang-format off
 #define CNNFAST_MAX_POOL2D_FIELDS(F)                                                    \
