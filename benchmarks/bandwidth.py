@@ -153,14 +153,18 @@ def norms(shape: str, x: torch.Tensor, r: torch.Tensor, g: torch.Tensor, backend
 
 
 def pooling(op: str, x: torch.Tensor, args: tuple[int, ...]) -> Iterator[Row]:
-    """Forward without gradients, forward that records them (torch's maximum keeps indices), and the gradient."""
+    """Forward without gradients, forward that records them, and the gradient.
+
+    Of a maximum's place a byte an output has to be kept (torch's maximum keeps 8); on a GPU we read x again instead.
+    """
     ours, theirs = getattr(functional, op), getattr(F, op)
     y = theirs(x, *args)
     name = f"{'x'.join(map(str, x.shape[1:]))} {','.join(map(str, args))}"
     yield Row(f"{op} fprop {name}", size(x, y), lambda: ours(x, *args), lambda: theirs(x, *args))
     leaf = x.detach().requires_grad_()
-    yield Row(f"{op} recorded {name}", size(x, y), lambda: ours(leaf, *args), lambda: theirs(leaf, *args))
-    moved = size(y, x) + (size(x) if "max" in op else 0)
+    places = y.numel() if "max" in op and not x.is_cuda else 0
+    yield Row(f"{op} recorded {name}", size(x, y) + places, lambda: ours(leaf, *args), lambda: theirs(leaf, *args))
+    moved = size(y, x) + places + (size(x) if "max" in op and x.is_cuda else 0)
     g = torch.randn_like(y)
     for row in gradients(op, name, moved, lambda x: ours(x, *args), lambda x: theirs(x, *args), (x,), g, 1):
         # torch 2.11's gradient of an average in channels_last is wrong on some sizes on a GPU (192x35x35 3,1,1), in float64, too

@@ -63,20 +63,24 @@ def _search(
 
 def fprop(
     p: AdaptiveMaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None = None,
-    t: torch.Tensor | None = None,
+    t: torch.Tensor | None = None, k: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes y, the maxima."""
     _search(p, x, y, None, None)
 
 
 def indices(
-    p: AdaptiveMaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor, t: torch.Tensor | None = None
-) -> None:
+    p: AdaptiveMaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor, t: torch.Tensor | None = None,
+    k: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """Writes y, the maxima, and i, where they lie."""
     _search(p, x, y, i, None)
 
 
-def jvp(p: AdaptiveMaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None, t: torch.Tensor) -> None:
+def jvp(
+    p: AdaptiveMaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None, t: torch.Tensor,
+    k: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """Writes y, the output's tangent, from x and t, the input's."""
     _search(p, x, y, None, t)
 
@@ -88,7 +92,7 @@ def dgrad_workspace(p: AdaptiveMaxPool2dProblem) -> int:
 
 def dgrad(
     p: AdaptiveMaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None = None,
-    t: torch.Tensor | None = None, *, workspace: torch.Tensor | None = None,
+    t: torch.Tensor | None = None, k: torch.Tensor | None = None, *, workspace: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes t, the input's gradient, from x and y, the output's."""
     assert t is not None

@@ -206,27 +206,33 @@ def tile(h: Axis, w: Axis) -> tuple[int, int]:
 
 
 def fprop(
-    p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None = None, t: torch.Tensor | None = None
-) -> None:
+    p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None = None, t: torch.Tensor | None = None,
+    k: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """Writes y, the maxima."""
     search(p, *axes(p), x, y, None, None)
 
 
 def indices(
-    p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor, t: torch.Tensor | None = None
-) -> None:
+    p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor, t: torch.Tensor | None = None,
+    k: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """Writes y, the maxima, and i, where they lie."""
     search(p, *axes(p), x, y, i, None)
 
 
-def jvp(p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None, t: torch.Tensor) -> None:
+def jvp(
+    p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None, t: torch.Tensor,
+    k: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """Writes y, the output's tangent, from x and t, the input's."""
     search(p, *axes(p), x, y, None, t)
 
 
 def dgrad(
-    p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None = None, t: torch.Tensor | None = None
-) -> None:
+    p: MaxPool2dProblem, x: torch.Tensor, y: torch.Tensor, i: torch.Tensor | None = None, t: torch.Tensor | None = None,
+    k: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """Writes t, the input's gradient, from x and y, the output's."""
     assert t is not None
     if p.N * p.C * p.H * p.W == 0:

@@ -9,11 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import process
+from support.memory import guarded_allocations
 
 import cnnfast
+from cnnfast import dispatch, settings
+from cnnfast.backends import cpu
 from cnnfast.functional import adaptive_max_pool2d
 
 CL = torch.channels_last
+RECORDS = dispatch.has_kernel("adaptive_max_pool2d", "f32", "cpu", settings.AUTO, "taps")
 X = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))
 LAST = X.to(memory_format=CL)
 
@@ -88,12 +92,15 @@ def test_a_gradient_of_nothing_is_an_error_as_in_torch() -> None:
 def test_the_gradient_operators_check_their_arguments() -> None:
     """Called directly, they may not read beyond their operands either."""
     ops, tail = torch.ops.cnnfast, ([3, 2], "auto", False)
-    g = torch.randn(2, 4, 3, 2)
+    g, k = torch.randn(2, 4, 3, 2), torch.zeros(2, 4, 3, 2, dtype=torch.uint8)
     for call in (
-        lambda: ops.adaptive_max_pool2d_dgrad(X, g[:, :3], *tail),
-        lambda: ops.adaptive_max_pool2d_dgrad(X, g[:1], *tail),
-        lambda: ops.adaptive_max_pool2d_dgrad(X, g.double(), *tail),
-        lambda: ops.adaptive_max_pool2d_dgrad(X[0], g, *tail),
+        lambda: ops.adaptive_max_pool2d_dgrad(X, g[:, :3], None, *tail),
+        lambda: ops.adaptive_max_pool2d_dgrad(X, g[:1], None, *tail),
+        lambda: ops.adaptive_max_pool2d_dgrad(X, g.double(), None, *tail),
+        lambda: ops.adaptive_max_pool2d_dgrad(X[0], g, None, *tail),
+        lambda: ops.adaptive_max_pool2d_dgrad(X, g, k[:, :3], *tail),
+        lambda: ops.adaptive_max_pool2d_dgrad(X, g, k[:1], *tail),
+        lambda: ops.adaptive_max_pool2d_dgrad(X, g, k.long(), *tail),
         lambda: ops.adaptive_max_pool2d_jvp(X, g, *tail),
     ):
         with pytest.raises((ValueError, TypeError), match="adaptive_max_pool2d"):
@@ -150,13 +157,53 @@ def test_gradient_through_the_indices_call() -> None:
     torch.testing.assert_close(torch.autograd.grad(y.sin().sum(), x), torch.autograd.grad(z.sin().sum(), x))
 
 
-def test_no_memory_beyond_the_input_is_kept() -> None:
-    """Training keeps x and nothing else: no index tensor."""
-    x = torch.randn(1, 8, 16, 16).requires_grad_()
+def test_one_byte_an_output_is_kept() -> None:
+    """Training keeps x, and on the CPU which tap is the maximum: no index tensor, and nothing where nobody trains."""
+    x = torch.randn(1, 8, 16, 16)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         adaptive_max_pool2d(x, 2)
-    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
+        assert not saved
+        x.requires_grad_()
+        y = adaptive_max_pool2d(x, 2)
+    assert saved.pop(0).data_ptr() == x.data_ptr()
+    assert [(k.shape, k.dtype) for k in saved] == [(y.shape, torch.uint8)] * RECORDS
+
+
+@pytest.mark.skipif(not RECORDS, reason="no backend here notes the taps")
+def test_windows_of_many_taps_are_searched_again() -> None:
+    """A byte numbers 255 taps: beyond them x is all that is kept."""
+    x = torch.randn(1, 3, 40, 40).to(memory_format=CL).requires_grad_()
+    for args, kept in (((2,), 1), ((3,), 2)):
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value] # noqa: B023
+            y = adaptive_max_pool2d(x, *args)
+        assert len(saved) == kept, args
+        g = torch.randint(1, 4, y.shape).float()
+        assert torch.equal(
+            *(torch.autograd.grad(f(x, *args), x, g)[0] for f in (adaptive_max_pool2d, F.adaptive_max_pool2d))
+        ), args
+
+
+@pytest.mark.skipif(not RECORDS, reason="no backend here notes the taps")
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_taps_from_anywhere_write_nothing_beside_the_gradient(isa: str) -> None:
+    """Whatever the bytes say: a tap outside of the image is none."""
+    generator = torch.Generator().manual_seed(0)
+    for shape, size in (
+        ((2, 40, 9, 8), (4, 3)),
+        ((1, 20, 13, 13), (1, 2)),
+        ((1, 3, 2, 3), (5, 7)),
+        ((1, 35, 28, 28), (7, 7)),
+    ):
+        x = torch.randn(shape).to(memory_format=CL)
+        y = F.adaptive_max_pool2d(x, size).fill_(1)
+        k = torch.randint(256, y.shape, generator=generator, dtype=torch.uint8)
+        with guarded_allocations() as allocations:
+            t = torch.ops.cnnfast.adaptive_max_pool2d_dgrad(x, y, k, size, f"cpu.adaptive_max_pool2d.{isa}", True)
+        allocations.check(f"{shape} {size}")
+        assert bool((t >= 0).all())
+        assert t.sum() <= y.numel()
 
 
 def test_module() -> None:

@@ -118,6 +118,7 @@ TAKEN: set[tuple[str, str, str]] = set()
 PARAMETERS = _parameters()
 RAN: set[tuple[str, str, str]] = set()
 EXECUTED: list[str] = []
+UNWRITTEN = {torch.int64: -1, torch.uint8: 255}  # what no element of a result is
 
 
 @functools.lru_cache(maxsize=64)
@@ -250,12 +251,12 @@ def test_result_in_a_slice(
             first, beside = (
                 (16, 24) if free else (0, 0)
             )  # channels before and around: the next pixel is as well aligned
-            integer = role.dtype == "i64"
             wide = dispatch.ACCUMULATORS.get(torch_dtype, torch.float32)
+            dtypes = {"i64": torch.int64, "u8": torch.uint8, "acc": wide, None: torch_dtype}
             base = torch.full(
                 (shape[0], shape[1] + beside, *shape[2:]) if beside else shape,
-                -1 if integer else float("nan"),
-                dtype=torch.int64 if integer else wide if role.dtype == "acc" else torch_dtype,
+                UNWRITTEN.get(dtypes[role.dtype], float("nan")),
+                dtype=dtypes[role.dtype],
                 device=device,
             )
             if layout == "nhwc" or (role.is_activation and layout != "any"):
@@ -284,7 +285,7 @@ def test_result_in_a_slice(
             continue  # whose value is a test of its own
         if not out.is_floating_point():
             assert torch.equal(out.cpu(), own), f"{what}: differs from torch"
-            written = int((base >= 0).sum())
+            written = int((base != UNWRITTEN[base.dtype]).sum())
             assert written == out.numel(), f"{what}: {written - out.numel()} elements beside the result were written"
             continue
         m, _ = implementation.error_bound

@@ -9,11 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import process
+from support.memory import guarded_allocations
 
 import cnnfast
+from cnnfast import dispatch, settings
+from cnnfast.backends import cpu
 from cnnfast.functional import max_pool2d
 
 CL = torch.channels_last
+RECORDS = dispatch.has_kernel("max_pool2d", "f32", "cpu", settings.AUTO, "taps")
 X = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))
 
 ACCEPTED: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
@@ -144,13 +148,54 @@ def test_windows_without_elements() -> None:
     assert torch.equal(g, torch.zeros_like(x))
 
 
-def test_no_memory_beyond_the_input_is_kept() -> None:
-    """Training keeps x and nothing else: no index tensor."""
-    x = torch.randn(1, 8, 16, 16).requires_grad_()
+def test_one_byte_an_output_is_kept() -> None:
+    """Training keeps x, and on the CPU which tap is the maximum: no index tensor, and nothing where nobody trains."""
+    x = torch.randn(1, 8, 16, 16)
     saved: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         max_pool2d(x, 2)
-    assert [t.data_ptr() for t in saved] == [x.data_ptr()]
+        assert not saved
+        x.requires_grad_()
+        y = max_pool2d(x, 2)
+    assert saved.pop(0).data_ptr() == x.data_ptr()
+    assert [(k.shape, k.dtype) for k in saved] == [(y.shape, torch.uint8)] * RECORDS
+
+
+@pytest.mark.skipif(not RECORDS, reason="no backend here notes the taps")
+def test_windows_of_many_taps_are_searched_again() -> None:
+    """A byte numbers 255 taps: beyond them x is all that is kept."""
+    x = torch.randn(1, 3, 40, 40).to(memory_format=CL).requires_grad_()
+    for args, kept in (((17, 3, 8), 1), ((15, 3, 7), 2), ((16, 3, 8), 1), ((5, 3, 0, 2), 2)):
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):  # type: ignore[func-returns-value] # noqa: B023
+            y = max_pool2d(x, *args)
+        assert len(saved) == kept, args
+        g = torch.randint(1, 4, y.shape).float()
+        assert torch.equal(*(torch.autograd.grad(f(x, *args), x, g)[0] for f in (max_pool2d, F.max_pool2d))), args
+
+
+@pytest.mark.skipif(not RECORDS, reason="no backend here notes the taps")
+@pytest.mark.parametrize("isa", cpu.isas())
+def test_taps_from_anywhere_write_nothing_beside_the_gradient(isa: str) -> None:
+    """Whatever the bytes say: a tap outside of the image is none."""
+    generator = torch.Generator().manual_seed(0)
+    for shape, args in (
+        ((2, 40, 9, 8), (3, 2, 1, 1)),
+        ((1, 20, 13, 13), (9, 1, 4, 1)),
+        ((1, 3, 9, 9), (4, 1, 2, 2)),
+        ((1, 35, 7, 9), (2, 2, 0, 1)),
+    ):
+        x = torch.randn(shape).to(memory_format=CL)
+        (kernel, stride, padding, dilation) = ((n, n) for n in args)
+        y = F.max_pool2d(x, *args).fill_(1)
+        k = torch.randint(256, y.shape, generator=generator, dtype=torch.uint8)
+        with guarded_allocations() as allocations:
+            t = torch.ops.cnnfast.max_pool2d_dgrad(
+                x, y, k, kernel, stride, padding, dilation, False, f"cpu.max_pool2d.{isa}", True
+            )
+        allocations.check(f"{shape} {args}")
+        assert bool((t >= 0).all())
+        assert t.sum() <= y.numel()
 
 
 def test_unpool_takes_the_indices() -> None:

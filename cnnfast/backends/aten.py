@@ -105,7 +105,7 @@ def _batch_norm(problem: Problem, direction: str, operands: Sequence[Any]) -> An
 
 
 def _max_pool2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
-    x, y, _, t = operands
+    x, y, _, t, _ = operands  # taps and scatter are taken only where a kernel has them
     p = problem
     args = [[p.R, p.S], [p.stride_h, p.stride_w], [p.pad_h, p.pad_w], [p.dilation_h, p.dilation_w]]
     # which of the two output sizes was meant decides the rounding
@@ -145,7 +145,7 @@ def _adaptive_avg_pool2d(problem: Problem, direction: str, operands: Sequence[An
 
 
 def _adaptive_max_pool2d(problem: Problem, direction: str, operands: Sequence[Any]) -> Any:
-    x, y, _, t = operands
+    x, y, _, t, _ = operands  # taps and scatter are taken only where a kernel has them
     values, indices = torch.ops.aten.adaptive_max_pool2d(x, [problem.P, problem.Q])
     if direction == "fprop":
         return values

@@ -38,6 +38,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 MODULE, ABSENT = _load()
 LANE_BYTES = {"avx512": 64, "avx2": 32, "portable": 16}  # vector width by ISA, best first
+_MOST_TAPS = 255  # of a window, that a byte numbers beside the one that means none (csrc/cpu/max_pool2d_search.h)
 DOT = "avx512_bf16"  # beside avx512: kernels on dot products of pairs of bf16
 
 
@@ -144,12 +145,21 @@ def _winograd(p: Problem, isa: str, stem: str) -> list[str]:
     ]
 
 
+def _numbers(taps: int) -> list[str]:
+    return [f"numbers a window's taps in a byte, not {taps}"] if taps > _MOST_TAPS else []
+
+
 def _max_pool2d(p: Problem) -> list[str]:
+    if p.direction in ("taps", "scatter"):
+        return _numbers(p.R * p.S)
     span = (p.R - 1) * p.dilation_h * p.W + (p.S - 1) * p.dilation_w
     return [f"labels the pixels of a window in 30 bits, not {span}"] if span >= 2**30 else []
 
 
 def _adaptive_max_pool2d(p: Problem) -> list[str]:
+    if p.direction in ("taps", "scatter"):
+        h, w = (min(-(-n // max(out, 1)) + (n % max(out, 1) != 0), n) for n, out in ((p.H, p.P), (p.W, p.Q)))
+        return _numbers(h * w)
     span = -(-p.H // max(p.P, 1)) * p.W + -(-p.W // max(p.Q, 1))
     return [f"labels the pixels of a window in 30 bits, not {span}"] if span >= 2**30 else []
 

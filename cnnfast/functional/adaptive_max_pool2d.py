@@ -55,9 +55,12 @@ def adaptive_max_pool2d(
     backend, _, strict = settings._state
     params, dims = (adaptive_size("adaptive_max_pool2d", input, output_size), backend, strict), input.dim()
     if dims == 4 and short and not return_indices:
-        run = ops.adaptive_max_pool2d.find((input,), params)
+        recorded = ops.adaptive_max_pool2d_records(input, params, backend)
+        operator = ops.adaptive_max_pool2d_recorded if recorded else ops.adaptive_max_pool2d
+        run = operator.find((input,), params)
         if run is not None:
-            return ops.adaptive_max_pool2d.apply(run, (input,), params)
+            out = operator.apply(run, (input,), params)
+            return out[0] if recorded else out
     if dims != 4 and dims != 3:
         raise ShapeError(
             f"adaptive_max_pool2d: expected a 3-D (unbatched) or 4-D (batched) input, got shape {tuple(input.shape)}"
@@ -71,5 +74,8 @@ def adaptive_max_pool2d(
     if return_indices:
         y, indices = ops.adaptive_max_pool2d_indices(x, *params)
         return (y.squeeze(0), indices.squeeze(0)) if dims == 3 else (y, indices)
-    y = ops.adaptive_max_pool2d(x, *params)
+    if ops.adaptive_max_pool2d_records(x, params, backend):
+        y, _ = ops.adaptive_max_pool2d_recorded(x, *params)
+    else:
+        y = ops.adaptive_max_pool2d(x, *params)
     return y.squeeze(0) if dims == 3 else y

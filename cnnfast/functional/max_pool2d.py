@@ -78,10 +78,13 @@ def max_pool2d(
         pair("max_pool2d", "dilation", dilation), ceil_mode,
     )  # fmt: skip
     backend, _, strict = settings._state
+    recorded = ops.max_pool2d_records(input, params, backend)
     if dims == 4 and short and not return_indices:
-        run = ops.max_pool2d.find((input,), (*params, backend, strict))
+        operator = ops.max_pool2d_recorded if recorded else ops.max_pool2d
+        run = operator.find((input,), (*params, backend, strict))
         if run is not None:
-            return ops.max_pool2d.apply(run, (input,), (*params, backend, strict))
+            out = operator.apply(run, (input,), (*params, backend, strict))
+            return out[0] if recorded else out
     reason = not_ours(input)
     if reason:
         return torch_serves(
@@ -92,5 +95,8 @@ def max_pool2d(
     if return_indices:
         y, indices = ops.max_pool2d_indices(x, *params, backend, strict)
         return (y.squeeze(0), indices.squeeze(0)) if dims == 3 else (y, indices)
-    y = ops.max_pool2d(x, *params, backend, strict)
+    if recorded:
+        y, _ = ops.max_pool2d_recorded(x, *params, backend, strict)
+    else:
+        y = ops.max_pool2d(x, *params, backend, strict)
     return y.squeeze(0) if dims == 3 else y

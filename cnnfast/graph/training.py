@@ -139,7 +139,7 @@ def _getters(editor: Editor, node: fx.Node, several: fx.Node, count: int) -> lis
 def _max_pool_backward(editor: Editor, node: fx.Node) -> _Results:
     a = arguments(node)
     x = a["self"]
-    args = (x, a["grad_output"], *_pool_geometry(a, "padding", "dilation"), a["ceil_mode"], *_settings(x)[1:])
+    args = (x, a["grad_output"], None, *_pool_geometry(a, "padding", "dilation"), a["ceil_mode"], *_settings(x)[1:])
     return [editor.call(node, ops.max_pool2d_dgrad.op, args, node)]
 
 

@@ -11,6 +11,8 @@ from cnnfast.ops.adaptive_max_pool2d import (
     adaptive_max_pool2d_dgrad,
     adaptive_max_pool2d_indices,
     adaptive_max_pool2d_jvp,
+    adaptive_max_pool2d_recorded,
+    adaptive_max_pool2d_records,
 )
 from cnnfast.ops.add_act import add_act, add_act_dgrad
 from cnnfast.ops.avg_pool2d import avg_pool2d, avg_pool2d_dgrad
@@ -26,7 +28,14 @@ from cnnfast.ops.bn_act_conv import bn_act_conv, bn_act_conv_dgrad, bn_act_conv_
 from cnnfast.ops.conv2d import conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad
 from cnnfast.ops.conv2d import validate as validate_conv
 from cnnfast.ops.conv_bn_act import conv_bn_act
-from cnnfast.ops.max_pool2d import max_pool2d, max_pool2d_dgrad, max_pool2d_indices, max_pool2d_jvp
+from cnnfast.ops.max_pool2d import (
+    max_pool2d,
+    max_pool2d_dgrad,
+    max_pool2d_indices,
+    max_pool2d_jvp,
+    max_pool2d_recorded,
+    max_pool2d_records,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -39,6 +48,8 @@ __all__ = [
     "adaptive_max_pool2d_dgrad",
     "adaptive_max_pool2d_indices",
     "adaptive_max_pool2d_jvp",
+    "adaptive_max_pool2d_recorded",
+    "adaptive_max_pool2d_records",
     "add_act",
     "add_act_dgrad",
     "avg_pool2d",
@@ -62,6 +73,8 @@ __all__ = [
     "max_pool2d_dgrad",
     "max_pool2d_indices",
     "max_pool2d_jvp",
+    "max_pool2d_recorded",
+    "max_pool2d_records",
     "normalises_on_loading",
     "prefers_channels_last",
     "validate_conv",

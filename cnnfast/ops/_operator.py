@@ -279,6 +279,7 @@ def _functions(operator: Operator, differentiable: tuple[bool, ...], keeps: Any)
             ctx.save_for_backward(*inputs, *kept(out, tensors, params)) if keeps else ctx.save_for_backward(*inputs)
             if constant:
                 ctx.mark_non_differentiable(*[out[i] for i in constant])
+                ctx.set_materialize_grads(False)  # or autograd makes zeros for them, at every call
             return out
 
         @staticmethod

@@ -42,4 +42,16 @@ def problem(
     adaptive_max_pool2d_indices,
     adaptive_max_pool2d_dgrad,
     adaptive_max_pool2d_jvp,
+    adaptive_max_pool2d_recorded,
 ) = _maximum.operators("adaptive_max_pool2d", "SymInt[2] output_size", validate, output_shape, problem)
+
+
+def adaptive_max_pool2d_records(x: Any, params: Sequence[Any], backend: str) -> bool:
+    """Whether a call of x, (N, C, H, W), goes to ``adaptive_max_pool2d_recorded``."""
+    (h, w), (p, q) = x.shape[-2:], params[0]
+    return _maximum.records("adaptive_max_pool2d", x, backend, lambda: _most(h, p) * _most(w, q))
+
+
+def _most(size: Any, outputs: Any) -> Any:
+    """The elements of a window along an axis, or one more: to ask whether all are alike would guard a compiled graph."""
+    return -(-size // outputs) + (outputs != 1) if outputs else _maximum.MOST_TAPS + 1

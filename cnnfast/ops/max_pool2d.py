@@ -85,6 +85,11 @@ def problem(
     )  # fmt: skip
 
 
-max_pool2d, max_pool2d_indices, max_pool2d_dgrad, max_pool2d_jvp = _maximum.operators(
+max_pool2d, max_pool2d_indices, max_pool2d_dgrad, max_pool2d_jvp, max_pool2d_recorded = _maximum.operators(
     "max_pool2d", _GEOMETRY, validate, output_shape, problem
 )
+
+
+def max_pool2d_records(x: Any, params: Sequence[Any], backend: str) -> bool:
+    """Whether a call of x goes to ``max_pool2d_recorded``."""
+    return _maximum.records("max_pool2d", x, backend, lambda: params[0][0] * params[0][1])

@@ -62,13 +62,15 @@ CNNFAST_PARAMS(Conv2dParams, CNNFAST_CONV2D_FIELDS)
 //              h = p*stride_h - pad_h + r*dilation_h, w = q*stride_w - pad_w + s*dilation_w
 // Taps outside the image are left out, -inf where none is left. The first of equal elements is the maximum; in a window
 // with NaNs the last NaN is. Operands, in order: x (values), y (result or its gradient), i (int64 offsets h*W + w of
-// the maxima), t (a gradient or tangent of x). Directions: fprop x -> y; indices x -> y, i; dgrad x, y -> t; jvp
-// x, t -> y.
+// the maxima), t (a gradient or tangent of x), k (a byte: which tap of its window is the maximum, r*S + s; 255 where
+// the window has none in the image). Directions: fprop x -> y; indices x -> y, i; dgrad x, y -> t; jvp x, t -> y; taps
+// x -> y, k; scatter y, k -> t, which is dgrad without a search.
 // clang-format off
 #define CNNFAST_MAX_POOL2D_FIELDS(F)                                                    \
   F(N) F(C) F(H) F(W) F(R) F(S) F(P) F(Q)                                               \
   F(stride_h) F(stride_w) F(pad_h) F(pad_w) F(dilation_h) F(dilation_w)                 \
-  F(x_n) F(x_h) F(x_w) F(y_n) F(y_h) F(y_w) F(i_n) F(i_h) F(i_w) F(t_n) F(t_h) F(t_w)
+  F(x_n) F(x_h) F(x_w) F(y_n) F(y_h) F(y_w) F(i_n) F(i_h) F(i_w) F(t_n) F(t_h) F(t_w)   \
+  F(k_n) F(k_h) F(k_w)
 // clang-format on
 CNNFAST_PARAMS(MaxPool2dParams, CNNFAST_MAX_POOL2D_FIELDS)
 
@@ -94,11 +96,12 @@ CNNFAST_PARAMS(AvgPool2dParams, CNNFAST_AVG_POOL2D_FIELDS)
 CNNFAST_PARAMS(AdaptiveAvgPool2dParams, CNNFAST_ADAPTIVE_AVG_POOL2D_FIELDS)
 
 // y[n,c,p,q] = the maximum of x[n,c,h,w] over floor(p*H / P) <= h < ceil((p+1)*H / P), and w alike
-// Everything else as of max_pool2d.
+// Everything else as of max_pool2d; s counts to the columns of the widest window.
 // clang-format off
 #define CNNFAST_ADAPTIVE_MAX_POOL2D_FIELDS(F)                                           \
   F(N) F(C) F(H) F(W) F(P) F(Q)                                                         \
-  F(x_n) F(x_h) F(x_w) F(y_n) F(y_h) F(y_w) F(i_n) F(i_h) F(i_w) F(t_n) F(t_h) F(t_w)
+  F(x_n) F(x_h) F(x_w) F(y_n) F(y_h) F(y_w) F(i_n) F(i_h) F(i_w) F(t_n) F(t_h) F(t_w)   \
+  F(k_n) F(k_h) F(k_w)
 // clang-format on
 CNNFAST_PARAMS(AdaptiveMaxPool2dParams, CNNFAST_ADAPTIVE_MAX_POOL2D_FIELDS)
 

@@ -4,6 +4,8 @@
 //   indices  the same, and i[n,p,q,c] = h*W + w of the maximum
 //   jvp      y[n,p,q,c] = t[n,h,w,c] at the maximum
 //   dgrad    t[n,h,w,c] = sum of y[n,p,q,c] over the windows that have their maximum at h, w
+//   taps     as fprop, and k[n,p,q,c] = r*S + s of the maximum's tap; S: the most columns that a window has
+//   scatter  the same as dgrad, from k in place of x
 //
 // The first of equal elements is the maximum; with NaNs the last NaN is. Mapping, layout and the sums of dgrad:
 // max_pool2d.h.
@@ -41,6 +43,17 @@ CNNFAST_KERNEL("adaptive_max_pool2d.jvp.f32", AdaptiveMaxPool2dParams, (launch<f
 CNNFAST_KERNEL("adaptive_max_pool2d.jvp.f64", AdaptiveMaxPool2dParams, (launch<double, Direction::jvp>), nullptr)
 CNNFAST_KERNEL("adaptive_max_pool2d.jvp.bf16", AdaptiveMaxPool2dParams, (launch<BFloat16, Direction::jvp>), nullptr)
 CNNFAST_KERNEL("adaptive_max_pool2d.jvp.f16", AdaptiveMaxPool2dParams, (launch<Float16, Direction::jvp>), nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.taps.f32", AdaptiveMaxPool2dParams, (launch<float, Direction::taps>), nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.taps.f64", AdaptiveMaxPool2dParams, (launch<double, Direction::taps>), nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.taps.bf16", AdaptiveMaxPool2dParams, (launch<BFloat16, Direction::taps>), nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.taps.f16", AdaptiveMaxPool2dParams, (launch<Float16, Direction::taps>), nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.scatter.f32", AdaptiveMaxPool2dParams, (launch<float, Direction::scatter>), nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.scatter.f64", AdaptiveMaxPool2dParams, (launch<double, Direction::scatter>),
+               nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.scatter.bf16", AdaptiveMaxPool2dParams, (launch<BFloat16, Direction::scatter>),
+               nullptr)
+CNNFAST_KERNEL("adaptive_max_pool2d.scatter.f16", AdaptiveMaxPool2dParams, (launch<Float16, Direction::scatter>),
+               nullptr)
 
 }  // namespace CNNFAST_ISA
 }  // namespace cnnfast

@@ -4,15 +4,19 @@
 //   indices  the same, and i[n,p,q,c] = h*W + w of the maximum
 //   jvp      y[n,p,q,c] = t[n,h,w,c] at the maximum
 //   dgrad    t[n,h,w,c] = sum of y[n,p,q,c] over the windows that have their maximum at h, w
+//   taps     as fprop, and k[n,p,q,c] = the number of the maximum's tap, a byte
+//   scatter  the same as dgrad, from k in place of x
 //
 // The first of equal elements is the maximum; with NaNs the last NaN is. A window without elements gives -inf (and, as
-// in torch, its first tap that isn't above or left of the image as index), 0 in jvp, and nothing to dgrad.
+// in torch, its first tap that isn't above or left of the image as index), 0 in jvp, and nothing to dgrad; its k is
+// 255. Tap r, s of a window is number r*S + s, counted from where the window begins, in the image or not, S being the
+// most columns that a window has; 255 taps at most.
 //
 // Mapping: lanes are channels, up to 4 vectors of them a window. Nothing is loaded or stored in part: the last vector
 // of a pixel reaches back over channels already done, and channels too few for a vector take 16 bytes, pairs, or one.
 // The maximum is tracked as a key: the element itself; of 16-bit types an integer of their order beside the element's
 // bits, so that nothing is converted, and in dgrad the float. Where the maximum lies is a label in 32 bits (64 for
-// double), counted from the window's first tap; a window spans less than 2^30 pixels. fprop, which asks for no place:
+// double), counted from the window's first tap; a window spans less than 2^30 pixels. fprop and taps:
 // max_pool2d_value.h.
 //
 // Threads share the rows of the output (dgrad: of t) and, where those are few, the channels. dgrad walks the windows
@@ -21,11 +25,13 @@
 // row of windows at once, rows first, and adds lane by lane. The sums of float and double are t's own elements, cleared
 // just ahead of the windows; those of the 16-bit types are float, in a ring of rows that are rounded once and stored
 // when the windows have left them. A sum has one owner, who adds in the order of p, q: no atomics, and no dependence on
-// the threads.
+// the threads. scatter gathers (max_pool2d_gather.h); where windows have many taps it does as dgrad, lane by lane,
+// without the search.
 //
 // Layout: NHWC, any pixel strides.
 #pragma once
 #include "../common/kernel_table.h"
+#include "max_pool2d_gather.h"
 #include "max_pool2d_value.h"
 #include "primitives/parallel.h"
 #include "primitives/scratch.h"
@@ -36,17 +42,9 @@ namespace CNNFAST_ISA {
 namespace {
 
 constexpr int64_t kTapsWorthThreads = 1 << 16;  // below, a parallel region costs more than it saves
-constexpr int64_t kRowsAThread = 4;             // with fewer rows of the output threads share channels, too
 constexpr int64_t kSpansAThread = 8;            // with fewer rows of t, in heights of a window, likewise
 constexpr int64_t kTapsWorthScatter = 3;        // dgrad, taps a lane: with more, lanes are added one by one
 constexpr int64_t kRingBytes = 1 << 19;         // dgrad: sums of a task that stay in cache
-
-// Channels in `parts` parts that hold at least one vector each.
-CNNFAST_INLINE Span channels_of(Span all, int width, int64_t part, int64_t parts) {
-  const int64_t vecs = (all.end - all.begin) / width;
-  return {all.begin + vecs * part / parts * width,
-          part + 1 == parts ? all.end : all.begin + vecs * (part + 1) / parts * width};
-}
 
 template <class Pool>
 int useful_threads(const Pool& p, int threads) {
@@ -55,41 +53,38 @@ int useful_threads(const Pool& p, int threads) {
 
 // ---- fprop, indices, jvp --------------------------------------------------------------------------------------------
 
-template <class S>
-struct Operands {
-  const S* x;
-  S* y;
-  int64_t* i;
-  S* t;
-};
-
 template <class S, int width, Direction direction, class Pool>
 void pool_row(const Pool& p, const Operands<S>& o, int64_t n, int64_t row, Span channels) {
   using E = Lane<S, direction>;
   constexpr bool indices = direction == Direction::indices, tangents = direction == Direction::jvp;
+  constexpr bool taps = direction == Direction::taps;
   const Span rows = p.rows.elements(row);
   for (int64_t q = 0; q < p.Q; ++q) {
     const Span columns = p.columns.elements(q);
     const int64_t place = rows.begin * p.W + columns.begin;
     S* y = o.y + n * p.y_n + row * p.y_h + q * p.y_w;
     int64_t* i = indices ? o.i + n * p.i_n + row * p.i_h + q * p.i_w : nullptr;
+    uint8_t* k = taps ? o.k + n * p.k_n + row * p.k_h + q * p.k_w : nullptr;
     if (rows.empty() || columns.empty()) {
       const E value = tangents ? E{} : minus_infinity<S, E>();
       for (int64_t c = channels.begin; c < channels.end; ++c) {
         memcpy(static_cast<void*>(y + c), &value, sizeof value);
         if constexpr (indices) i[c] = place;
+        if constexpr (taps) k[c] = kNoTap;
       }
       continue;
     }
     const S* x = o.x + n * p.x_n + rows.begin * p.x_h + columns.begin * p.x_w;
     const S* t = tangents ? o.t + n * p.t_n + rows.begin * p.t_h + columns.begin * p.t_w : nullptr;
+    const Labelling labelling = taps ? by_taps(p, rows, row, columns, q) : by_pixels(p, p.W);
     for_each_block<S, direction, width>(channels.begin, channels.end, [&](auto count, int64_t c, int64_t) {
       constexpr int vecs = decltype(count)::value;
       Maximum<S, width, vecs, direction> maximum;
-      maximum.search(p, rows, columns, p.W, x + c, tangents ? t + c : nullptr);
+      maximum.search(p, rows, columns, labelling, x + c, tangents ? t + c : nullptr);
 #pragma GCC unroll 4
       for (int v = 0; v < vecs; ++v) {
         write<E, width>(y + c + v * width, maximum.value[v]);
+        if constexpr (taps) write_taps<width>(k + c + v * width, maximum.label[v]);
         if constexpr (indices) {
           Label<E> labels[LanesOf<E, width>::count];
           memcpy(labels, &maximum.label[v], sizeof labels);
@@ -106,10 +101,15 @@ const char* pool(const Pool& p, const Operands<S>& o, int threads) {
   parallel_for(threads, rows * parts, [&](int64_t task) {
     const int64_t row = task % rows, n = row / p.P, h = row % p.P;
     const Span channels = channels_of({0, p.C}, width, task / rows, parts);
-    if constexpr (direction == Direction::fprop)
-      pool_values<S, width>(p, o.x + n * p.x_n, o.y + n * p.y_n + h * p.y_h, h, channels);
-    else
+    if constexpr (direction == Direction::fprop || direction == Direction::taps) {
+      constexpr bool numbered = direction == Direction::taps;
+      Row<S, width, numbered> to{o.y + n * p.y_n + h * p.y_h, numbered ? o.k + n * p.k_n + h * p.k_h : nullptr};
+      pool_row_values(p, o.x + n * p.x_n, to, h, channels);
+      if constexpr (numbered)
+        if (Keys<S, width>::has_nan(to.largest)) pool_row<S, width, direction>(p, o, n, h, channels);
+    } else {
       pool_row<S, width, direction>(p, o, n, h, channels);
+    }
   });
   return nullptr;
 }
@@ -200,7 +200,7 @@ CNNFAST_INLINE void add_window(const Pool& p, const Span& rows, const Span& colu
   using L = Labels<E, width>;
   constexpr int count = LanesOf<E, width>::count;
   Maximum<S, width, vecs, Direction::dgrad> maximum;
-  maximum.search(p, rows, columns, int64_t{1} << pitch_bits, x, nullptr);
+  maximum.search(p, rows, columns, by_pixels(p, int64_t{1} << pitch_bits), x, nullptr);
   V gradient[vecs];
 #pragma GCC unroll 4
   for (int v = 0; v < vecs; ++v) gradient[v] = fetch<S, E, width>(y + v * width);
@@ -261,13 +261,41 @@ CNNFAST_INLINE void add_maxima(const RowMaxima<S, Pool>& maxima, const Span& row
   }
 }
 
-// Rows of t of one image, and some channels.
+// A row of windows whose maxima are known: each lane goes to its tap. What k says is bytes from anywhere: a tap that
+// isn't in the image is none.
 template <class S, int width, class Pool>
-bool dgrad_rows(const Pool& p, const S* x, const S* y, S* t, Span rows, int64_t channels) {
+void add_at_taps(const Pool& p, int64_t row, const S* y, const uint8_t* k, const Sums<S, width, Pool>& sums) {
+  using T = Compute<S>;
+  T* taps[kNoTap + 1] = {};          // of a window that begins in column 0; null: none, or another task's
+  int64_t columns[kNoTap + 1] = {};  // of the taps in the window
+  const int64_t first = p.rows.extent(row).begin, count = p.columns.most_taps();
+  for (int64_t r = 0; r < p.rows.most_taps(); ++r) {
+    const int64_t h = first + r * p.rows.step;
+    if (!sums.owns(h)) continue;
+    for (int64_t s = 0; s < count; ++s) {
+      columns[r * count + s] = s * p.columns.step;
+      taps[r * count + s] = sums.row(h) + s * p.columns.step * sums.pixel;
+    }
+  }
+  for (int64_t q = 0; q < p.Q; ++q, y += p.y_w, k += p.k_w) {
+    const int64_t begin = p.columns.extent(q).begin, at = begin * sums.pixel;
+    const bool inside = begin >= 0 && begin + (count - 1) * p.columns.step < p.W;
+    for (int64_t c = 0; c < sums.channels(); ++c) {
+      T* const to = taps[k[c]];
+      if (!to || (!inside && static_cast<uint64_t>(begin + columns[k[c]]) >= static_cast<uint64_t>(p.W))) continue;
+      to[at + c] += widen_one(y[c]);
+    }
+  }
+}
+
+// Rows of t of one image, and some channels. The operands are the image's, in those channels.
+template <class S, int width, Direction direction, class Pool>
+bool dgrad_rows(const Pool& p, const Operands<S>& o, Span rows, int64_t channels) {
+  const S *x = o.x, *y = o.y;
   int pitch_bits = 0;
   while (int64_t{1} << pitch_bits < p.W) ++pitch_bits;
-  const bool rows_first = RowMaxima<S, Pool>::pays(p);
-  Sums<S, width, Pool> sums(p, t, rows, channels);
+  const bool known = direction == Direction::scatter, rows_first = !known && RowMaxima<S, Pool>::pays(p);
+  Sums<S, width, Pool> sums(p, o.t, rows, channels);
   RowMaxima<S, Pool> maxima(p, channels, pitch_bits);
   const auto carve = [&](Carver& parts) {
     sums.carve(parts);
@@ -287,6 +315,10 @@ bool dgrad_rows(const Pool& p, const S* x, const S* y, S* t, Span rows, int64_t 
     const Span taps = p.rows.elements(row);
     sums.move(extent.begin, extent.end);
     if (taps.empty()) continue;
+    if constexpr (direction == Direction::scatter) {
+      add_at_taps(p, row, y + row * p.y_h, o.k + row * p.k_h, sums);
+      continue;
+    }
     if (rows_first) {
       maxima.search_columns(x, taps);
       const S* gradient = y + row * p.y_h;
@@ -309,7 +341,7 @@ bool dgrad_rows(const Pool& p, const S* x, const S* y, S* t, Span rows, int64_t 
   return true;
 }
 
-template <class S, int width, class Pool>
+template <class S, int width, Direction direction, class Pool>
 const char* dgrad(const Pool& p, const Operands<S>& o, int threads) {
   // Windows across the border of two tasks' rows are searched by both.
   const int64_t rows = p.N * p.H, span = p.rows.most_extent();
@@ -324,13 +356,15 @@ const char* dgrad(const Pool& p, const Operands<S>& o, int threads) {
       const int64_t n = begin / p.H, h = begin % p.H, h_end = min(p.H, h + end - begin);
       // A ring, and a row of maxima, that stay in cache.
       const int64_t vecs = (channels.end - channels.begin) / width;
-      const int64_t pixel = (kIs16<S> ? min(span, p.H) * 4 : 0) + (RowMaxima<S, Pool>::pays(p) ? 8 : 0);
+      const bool rows_first = direction == Direction::dgrad && RowMaxima<S, Pool>::pays(p);
+      const int64_t pixel = (kIs16<S> ? min(span, p.H) * 4 : 0) + (rows_first ? 8 : 0);
       const int64_t fit = pixel ? max(1, kRingBytes / (pixel * p.W * width)) : vecs;
       const int64_t blocks = ceil_div(vecs, fit);
       for (int64_t block = 0; block < blocks; ++block) {
         const Span c = channels_of(channels, width, block, blocks);
-        if (!dgrad_rows<S, width>(p, o.x + n * p.x_n + c.begin, o.y + n * p.y_n + c.begin, o.t + n * p.t_n + c.begin,
-                                  {h, h_end}, c.end - c.begin))
+        const Operands<S> image{o.x + n * p.x_n + c.begin, o.y + n * p.y_n + c.begin, nullptr,
+                                o.t + n * p.t_n + c.begin, o.k + n * p.k_n + c.begin};
+        if (!dgrad_rows<S, width, direction>(p, image, {h, h_end}, c.end - c.begin))
           __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
       }
       begin += h_end - h;
@@ -343,8 +377,10 @@ const char* dgrad(const Pool& p, const Operands<S>& o, int threads) {
 
 template <class S, int width, Direction direction, class Pool>
 const char* run(const Pool& p, const Operands<S>& o, int threads) {
-  if constexpr (direction == Direction::dgrad)
-    return dgrad<S, width>(p, o, threads);
+  if constexpr (direction == Direction::scatter)
+    if (gather_pays<width>(p)) return gather<S, width>(p, o, threads);
+  if constexpr (direction == Direction::dgrad || direction == Direction::scatter)
+    return dgrad<S, width, direction>(p, o, threads);
   else
     return pool<S, width, direction>(p, o, threads);
 }
@@ -355,7 +391,8 @@ const char* launch_pooling(const Pool& p, const Launch& l) {
   using E = Lane<S, direction>;
   constexpr int small = kSmallVecBytes / sizeof(E), whole = whole_width<S, direction>();
   const Operands<S> o{static_cast<const S*>(l.operands[0]), static_cast<S*>(l.operands[1]),
-                      static_cast<int64_t*>(l.operands[2]), static_cast<S*>(l.operands[3])};
+                      static_cast<int64_t*>(l.operands[2]), static_cast<S*>(l.operands[3]),
+                      static_cast<uint8_t*>(l.operands[4])};
   const int threads = useful_threads(p, l.threads);
   if (p.N * p.C * p.P * p.Q == 0) return nullptr;
   if (p.C >= whole) return run<S, whole, direction>(p, o, threads);

@@ -10,10 +10,27 @@ namespace cnnfast {
 namespace CNNFAST_ISA {
 namespace {
 
-constexpr int kSmallVecBytes = 16;  // where the channels don't fill a whole vector
-constexpr int kVecs = 4;            // vectors of channels at a time
+constexpr int kSmallVecBytes = 16;   // where the channels don't fill a whole vector
+constexpr int kVecs = 4;             // vectors of channels at a time
+constexpr int64_t kRowsAThread = 4;  // with fewer rows threads share channels, too
 
-enum class Direction { fprop, indices, jvp, dgrad };
+enum class Direction { fprop, indices, jvp, dgrad, taps, scatter };
+
+template <class S>
+struct Operands {
+  const S* x;
+  S* y;
+  int64_t* i;
+  S* t;
+  uint8_t* k;
+};
+
+// Channels in `parts` parts that hold at least one vector each.
+CNNFAST_INLINE Span channels_of(Span all, int width, int64_t part, int64_t parts) {
+  const int64_t vecs = (all.end - all.begin) / width;
+  return {all.begin + vecs * part / parts * width,
+          part + 1 == parts ? all.end : all.begin + vecs * (part + 1) / parts * width};
+}
 
 // ---- lanes ----------------------------------------------------------------------------------------------------------
 
@@ -29,12 +46,12 @@ using Lanes = typename LanesOf<E, width>::Type;
 template <class S>
 constexpr bool kIs16 = sizeof(S) == 2;
 
-// What a lane holds: the element; of 16-bit types its bits, in dgrad, which needs float sums, its float.
+// What a lane holds: the element; of 16-bit types its bits, in the gradients, which need float sums, its float.
 template <class S, Direction direction>
 constexpr auto lane() {
   if constexpr (!kIs16<S>)
     return S{};
-  else if constexpr (direction == Direction::dgrad)
+  else if constexpr (direction == Direction::dgrad || direction == Direction::scatter)
     return float{};
   else
     return int16_t{};
@@ -42,18 +59,20 @@ constexpr auto lane() {
 template <class S, Direction direction>
 using Lane = decltype(lane<S, direction>());
 
-// As many labels as lanes, of their size or more.
-template <class E>
+// As many labels as lanes, of their size or more; taps fit in any.
+template <class E, Direction direction>
 constexpr auto label() {
   if constexpr (kSame<E, double>)
     return int64_t{};
+  else if constexpr (kSame<E, int16_t> && direction == Direction::taps)
+    return int16_t{};
   else
     return int32_t{};
 }
-template <class E>
-using Label = decltype(label<E>());
-template <class E, int width>
-using Labels = typename LanesOf<Label<E>, LanesOf<E, width>::count>::Type;
+template <class E, Direction direction = Direction::indices>
+using Label = decltype(label<E, direction>());
+template <class E, int width, Direction direction = Direction::indices>
+using Labels = typename LanesOf<Label<E, direction>, LanesOf<E, width>::count>::Type;
 
 // The first `width` lanes; the others are zero.
 template <class E, int width>
@@ -100,6 +119,38 @@ constexpr int whole_width() {
   constexpr int lanes = kVecBytes / static_cast<int>(direction == Direction::indices ? sizeof(Label<E>) : sizeof(E));
   constexpr int small = kSmallVecBytes / static_cast<int>(sizeof(E));
   return lanes < small ? small : lanes;
+}
+
+// Lanes -> elements in memory.
+template <class S, class E, int width>
+CNNFAST_INLINE void put(S* p, Lanes<E, width> v) {
+  if constexpr (sizeof(S) == sizeof(E)) {
+    write<E, width>(p, v);
+  } else if constexpr (width == kLanes<float>) {
+    store_narrow(p, v);
+  } else {
+#pragma GCC unroll 4
+    for (int l = 0; l < width; ++l) narrow_one(p + l, v[l]);
+  }
+}
+
+// The bytes k of `width` channels as labels, and back.
+constexpr uint8_t kNoTap = 255;
+template <int width, class L>
+CNNFAST_INLINE L read_taps(const uint8_t* k) {
+  constexpr int count = sizeof(L) / sizeof(L{}[0]);
+  if constexpr (width == count) return load_bytes<L>(k);
+  uint8_t bytes[count] = {};
+  memcpy(bytes, k, width);
+  return load_bytes<L>(bytes);
+}
+template <int width, class L>
+CNNFAST_INLINE void write_taps(uint8_t* k, L labels) {
+  constexpr int count = sizeof(L) / sizeof(L{}[0]);
+  if constexpr (width == count) return store_bytes(k, labels);
+  uint8_t bytes[count];
+  store_bytes(bytes, labels);
+  memcpy(k, bytes, width);
 }
 
 // Calls f(number of vectors, first channel, how many of its first lanes are done already) for the channels from c to
@@ -170,36 +221,56 @@ struct Pooling : Params {
   static constexpr bool kRegular = Axis::kRegular;
 };
 
+// The labels of a window's taps: the first one's in the image, and what is added from row to row and column to column.
+struct Labelling {
+  int64_t first, row, column;
+};
+// By distance in the image, rows being `pitch` apart.
+template <class Pool>
+CNNFAST_INLINE Labelling by_pixels(const Pool& p, int64_t pitch) {
+  return {0, p.rows.step * pitch, p.columns.step};
+}
+// By number, as k has them, for a window whose taps in the image are `rows` and `columns`.
+template <class Pool>
+CNNFAST_INLINE Labelling by_taps(const Pool& p, const Span& rows, int64_t row, const Span& columns, int64_t column) {
+  const int64_t pitch = p.columns.most_taps();
+  const int64_t r = (rows.begin - p.rows.extent(row).begin) / p.rows.step;
+  const int64_t s = (columns.begin - p.columns.extent(column).begin) / p.columns.step;
+  return {r * pitch + s, pitch, 1};
+}
+
 // The maxima of one window in vecs * width channels.
 template <class S, int width, int vecs, Direction direction>
 struct Maximum {
   using E = Lane<S, direction>;
   using V = Lanes<E, width>;
-  using L = Labels<E, width>;
+  using L = Labels<E, width, direction>;
   V key[vecs];
-  V value[vecs];  // indices: the element; jvp: the tangent at its place
-  L label[vecs];  // indices, dgrad: rows * pitch + columns from the window's first tap
+  V value[vecs];  // indices, taps: the element; jvp: the tangent at its place
+  L label[vecs];  // indices, taps, dgrad: the maximum's
 
   // x and t point to the window's first tap inside the image.
   template <class Pool>
-  CNNFAST_INLINE void search(const Pool& p, const Span& rows, const Span& columns, int64_t pitch, const S* x,
-                             const S* t) {
-    constexpr bool tangents = direction == Direction::jvp;
-    constexpr bool labels = direction == Direction::indices || direction == Direction::dgrad;
+  CNNFAST_INLINE void search(const Pool& p, const Span& rows, const Span& columns, const Labelling& labelling,
+                             const S* x, const S* t) {
+    constexpr bool tangents = direction == Direction::jvp, labels = !tangents;
     const V lowest = V{} + minus_infinity<S, E>();
 #pragma GCC unroll 4
     for (int v = 0; v < vecs; ++v) {
       key[v] = key_of<S, E>(lowest);
       value[v] = lowest;
       if constexpr (tangents) value[v] = read<E, width>(t + v * width);
-      label[v] = L{};
+      label[v] = L{} + static_cast<Label<E, direction>>(labelling.first);
     }
+    int64_t first = labelling.first;
     const int64_t x_row = p.rows.step * p.x_h, x_step = p.columns.step * p.x_w;
     const int64_t t_row = p.rows.step * p.t_h, t_step = p.columns.step * p.t_w;
-    for (int64_t h = rows.begin; h < rows.end; h += p.rows.step, x += x_row) {
+    for (int64_t h = rows.begin; h < rows.end; h += p.rows.step, x += x_row, first += labelling.row) {
       const S *from = x, *tangent = t;
-      for (int64_t w = columns.begin; w < columns.end; w += p.columns.step, from += x_step) {
-        const L here = L{} + static_cast<Label<E>>((h - rows.begin) * pitch + w - columns.begin);
+      int64_t number = first;
+      for (int64_t w = columns.begin; w < columns.end;
+           w += p.columns.step, from += x_step, number += labelling.column) {
+        const L here = L{} + static_cast<Label<E, direction>>(number);
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; ++v) {
           const V element = fetch<S, E, width>(from + v * width), k = key_of<S, E>(element);

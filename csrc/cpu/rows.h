@@ -11,9 +11,8 @@ namespace cnnfast {
 namespace CNNFAST_ISA {
 
 constexpr int64_t kShortRow = 1024, kLongRow = 4096;  // elements
-constexpr int64_t kRowsFirst = 64;         // that are walked in ascending order where the last ones come first
-constexpr int64_t kAlias = 4096;           // bytes
-constexpr int64_t kStreamBytes = 1 << 23;  // a tensor of more passes the caches by
+constexpr int64_t kRowsFirst = 64;  // that are walked in ascending order where the last ones come first
+constexpr int64_t kAlias = 4096;    // bytes
 
 // An operand: null, or a pointer and what lies between images, image rows and pixels.
 template <class S>

@@ -37,7 +37,7 @@ class Case:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every operand."""
         x, y = (self.N, self.C, self.H, self.W), (self.N, self.C, self.P, self.Q)
-        return {"x": x, "y": y, "i": y, "t": x}
+        return {"x": x, "y": y, "i": y, "t": x, "k": y}
 
     def __str__(self) -> str:
         parts = [f"{self.N}x{self.C}x{self.H}x{self.W}-to-{self.P}x{self.Q}"]

@@ -15,7 +15,8 @@ from cnnfast.ops.max_pool2d import output_shape
 from cnnfast.ops.max_pool2d import problem as describe
 
 OP = "max_pool2d"
-DIRECTIONS = ("fprop", "indices", "dgrad", "jvp")
+DIRECTIONS = ("fprop", "indices", "dgrad", "jvp", "taps", "scatter")
+NO_TAP = 255  # in k, where no tap of a window is in the image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Case:
         """The shape of every operand."""
         x = (self.N, self.C, self.H, self.W)
         y = output_shape(x, self.params)
-        return {"x": x, "y": y, "i": y, "t": x}
+        return {"x": x, "y": y, "i": y, "t": x, "k": y}
 
     def __str__(self) -> str:
         parts = [f"{self.N}x{self.C}x{self.H}x{self.W}-{self.R}x{self.S}"]
@@ -112,9 +113,12 @@ CASES = NETWORKS + SHAPES + LAYOUTS
 
 OPERATORS = {
     "fprop": ops.max_pool2d, "indices": ops.max_pool2d_indices, "dgrad": ops.max_pool2d_dgrad,
-    "jvp": ops.max_pool2d_jvp,
+    "jvp": ops.max_pool2d_jvp, "taps": ops.max_pool2d_recorded, "scatter": ops.max_pool2d_dgrad,
 }  # fmt: skip
-READS = {"fprop": ("x",), "indices": ("x",), "dgrad": ("x", "y"), "jvp": ("x", "t")}
+# scatter reads no value of x, but its layout is that of t
+READS = {
+    "fprop": ("x",), "indices": ("x",), "dgrad": ("x", "y"), "jvp": ("x", "t"), "taps": ("x",), "scatter": ("x", "y", "k"),
+}  # fmt: skip
 
 
 def inputs(case: Case, direction: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Guarded]:
@@ -123,6 +127,9 @@ def inputs(case: Case, direction: str, dtype: torch.dtype, device: str = "cpu", 
     other = case.g_layout or ("nchw" if "nchw" in case.x_layout else "nhwc")
     made = {}
     for role in READS[direction]:
+        if role == "k":
+            made[role] = place(drawn(case, axes(case), generator), other, torch.uint8, device)
+            continue
         value = torch.randn(case.shapes[role], generator=generator, dtype=torch.float64)
         if role == "x" and case.ties:
             value = value.round()
@@ -132,8 +139,9 @@ def inputs(case: Case, direction: str, dtype: torch.dtype, device: str = "cpu", 
 
 def call(case: Case, direction: str, t: Mapping[str, Tensor], precision: str, backend: str, strict: bool) -> Any:
     """Our operator; windows without elements are left to a test of their own."""
-    out = OPERATORS[direction](*(t[role] for role in READS[direction]), *case.params, backend, strict)
-    if direction in ("fprop", "indices") and isinstance(out, (Tensor, tuple)):
+    operands = [t[role] for role in READS[direction]] + [None] * (direction == "dgrad")
+    out = OPERATORS[direction](*operands, *case.params, backend, strict)
+    if direction in ("fprop", "indices", "taps") and isinstance(out, (Tensor, tuple)):
         return _without_empty(case, out)
     return out
 
@@ -144,19 +152,83 @@ def reference(case: Case, direction: str, t: Mapping[str, Tensor]) -> Any:
     kernel, *rest, ceil_mode = case.params
     if x.numel() == 0:
         y = x.new_empty(case.shapes["y"])
-        return {"fprop": y, "indices": (y, y.long()), "dgrad": x.clone(), "jvp": y}[direction]
+        return results_of_nothing(x, y)[direction]
     values, indices = torch.ops.aten.max_pool2d_with_indices(x, list(kernel), *map(list, rest), ceil_mode)
     if direction == "fprop":
         return _without_empty(case, values)
     if direction == "indices":
         return _without_empty(case, (values, indices))
+    if direction == "taps":
+        return _without_empty(case, (values, numbers(indices, axes(case))))
     empty = _empty(case, x.device)
+    if direction == "scatter":
+        empty, indices = t["k"] == NO_TAP, offsets(t["k"], axes(case))
     indices = indices.masked_fill(empty, 0)
-    if direction == "dgrad":
+    if direction in ("dgrad", "scatter"):
         g = t["y"].masked_fill(empty, 0).contiguous()
         args = (list(kernel), *map(list, rest), ceil_mode)
         return torch.ops.aten.max_pool2d_with_indices_backward(g, x.contiguous(), *args, indices.contiguous())
     return t["t"].flatten(2).gather(2, indices.flatten(2)).reshape(values.shape).masked_fill(empty, 0)
+
+
+def results_of_nothing(x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Every direction's results for an empty batch."""
+    return {
+        "fprop": y, "indices": (y, y.long()), "dgrad": x.clone(), "jvp": y, "taps": (y, y.to(torch.uint8)),
+        "scatter": x.clone(),
+    }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Along both axes: where windows begin and end, what lies between their taps, how many they have, the map's size."""
+
+    begins: tuple[Tensor, Tensor]  # (P, 1) and (Q,)
+    ends: tuple[Tensor, Tensor]
+    steps: tuple[int, int]
+    taps: tuple[int, int]
+    size: tuple[int, int]
+
+
+def axes(case: Case) -> Axes:
+    """Those of a case."""
+    _, _, p, q = case.shapes["y"]
+    (sh, sw), (ph, pw), (dh, dw) = case.stride, case.padding, case.dilation
+    h, w = torch.arange(p)[:, None] * sh - ph, torch.arange(q) * sw - pw
+    ends = (h + (case.R - 1) * dh + 1, w + (case.S - 1) * dw + 1)
+    return Axes((h, w), ends, case.dilation, (case.R, case.S), (case.H, case.W))
+
+
+def numbers(indices: Tensor, axes: Axes) -> Tensor:
+    """The taps with offsets h*W + w."""
+    r, s = (
+        (at - begin.to(at.device)) // step
+        for at, begin, step in zip(
+            (indices // axes.size[1], indices % axes.size[1]), axes.begins, axes.steps, strict=True
+        )
+    )
+    return (r * axes.taps[1] + s).to(torch.uint8)
+
+
+def offsets(k: Tensor, axes: Axes) -> Tensor:
+    """The offsets h*W + w of taps; of those outside of the map any."""
+    h, w = _places(k.long(), axes)
+    return h * axes.size[1] + w
+
+
+def _places(k: Tensor, axes: Axes) -> list[Tensor]:
+    return [
+        begin.to(k.device) + number * step
+        for number, begin, step in zip((k // axes.taps[1], k % axes.taps[1]), axes.begins, axes.steps, strict=True)
+    ]
+
+
+def drawn(case: Any, axes: Axes, generator: torch.Generator) -> Tensor:
+    """Random taps of the windows in the map; NO_TAP where what was drawn is none."""
+    k = torch.randint(axes.taps[0] * axes.taps[1], case.shapes["k"], generator=generator)
+    for at, end, size in zip(_places(k, axes), axes.ends, axes.size, strict=True):
+        k = k.masked_fill((at < 0) | (at >= end) | (at >= size), NO_TAP)
+    return k
 
 
 def _empty(case: Case, device: torch.device) -> Tensor:
@@ -180,20 +252,20 @@ def _without_empty(case: Case, out: Any) -> Any:
 
 def magnitude(case: Case, direction: str, t: Mapping[str, Tensor]) -> Any:
     """The sums of the absolute terms."""
-    if direction == "dgrad":
-        return reference(case, direction, {"x": t["x"], "y": t["y"].abs()})
+    if direction in ("dgrad", "scatter"):
+        return reference(case, direction, {**t, "y": t["y"].abs()})
     out = reference(case, direction, t)
     return (out[0].abs(), out[1]) if isinstance(out, tuple) else out.abs()
 
 
 def depth(case: Case, direction: str) -> int:
     """How many terms are summed for one element."""
-    return case.R * case.S if direction == "dgrad" else 1
+    return case.R * case.S if direction in ("dgrad", "scatter") else 1
 
 
 def nonfinite(case: Case, direction: str) -> tuple[str, ...]:
     """The operands that may hold NaN and infinities."""
-    return READS[direction] if "without elements" not in case.why else ()
+    return tuple(role for role in READS[direction] if role != "k") if "without elements" not in case.why else ()
 
 
 def problem(case: Case, direction: str, dtype: torch.dtype, precision: str, device: str = "cpu") -> dispatch.Problem:

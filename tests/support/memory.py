@@ -78,7 +78,8 @@ def place(values: torch.Tensor, layout: str = "nchw", dtype: torch.dtype | None 
     span = 1
     for d in range(len(shape)):
         span += (max(base[d], 1) + extra[d] - 1) * strides[d]
-    buffer = torch.full((span + 2 * GUARD + shift,), float("nan"), dtype=dtype, device=device)
+    poison = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+    buffer = torch.full((span + 2 * GUARD + shift,), poison, dtype=dtype, device=device)
     offset = GUARD + shift + sum(f * s for f, s in zip(first, strides, strict=True))
     view = buffer.as_strided(base, strides, offset)
     view.copy_(values[tuple(slice(0, n) for n in base)])

@@ -116,6 +116,8 @@ CNNFAST_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) {
 #endif
 }
 
+constexpr int64_t kStreamBytes = 1 << 23;  // a tensor of more passes the caches by
+
 // Stores past the caches to addresses that are a multiple of a vector: a result that wouldn't stay in them needn't be
 // read before it is written. Such stores are ordered by stream_end() alone.
 CNNFAST_INLINE void stream(float* p, Vec<float> v) {
@@ -341,6 +343,51 @@ CNNFAST_INLINE void narrow_one(double* p, double x) { *p = x; }
 template <class S>
 CNNFAST_INLINE void narrow_one(S* p, float x) {
   store_narrow(p, broadcast(x), 1);
+}
+
+// Bytes in memory as the lanes of an integer vector, and the other way round. Size by size, where no instruction does
+// it at once: GCC converts to four times the size element by element.
+template <class E, int n>
+struct VectorOf {
+  typedef E Type __attribute__((vector_size(n * sizeof(E))));
+};
+template <class L>
+CNNFAST_INLINE L load_bytes(const uint8_t* p) {
+  constexpr int size = sizeof(L{}[0]), n = sizeof(L) / size;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(L) == 64 && size == 4)
+    return (L)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  if constexpr (sizeof(L) == 64 && size == 8)
+    return (L)_mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(L) == 32 && size == 4)
+    return (L)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#endif
+  typename VectorOf<uint8_t, n>::Type bytes;
+  memcpy(&bytes, p, n);
+  const auto halves = __builtin_convertvector(bytes, typename VectorOf<uint16_t, n>::Type);
+  if constexpr (size == 2) return (L)halves;
+  const auto words = __builtin_convertvector(halves, typename VectorOf<uint32_t, n>::Type);
+  return __builtin_convertvector(words, L);
+}
+template <class L>
+CNNFAST_INLINE void store_bytes(uint8_t* p, L v) {
+  constexpr int size = sizeof(L{}[0]), n = sizeof(L) / size;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(L) == 64 && size == 4)
+    return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)v));
+  if constexpr (sizeof(L) == 64 && size == 8)
+    return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8((__m512i)v));
+#endif
+  typename VectorOf<uint16_t, n>::Type halves;
+  if constexpr (size == 8)
+    halves = __builtin_convertvector(__builtin_convertvector(v, typename VectorOf<uint32_t, n>::Type),
+                                     typename VectorOf<uint16_t, n>::Type);
+  else
+    halves = __builtin_convertvector(v, typename VectorOf<uint16_t, n>::Type);
+  const auto bytes = __builtin_convertvector(halves, typename VectorOf<uint8_t, n>::Type);
+  memcpy(p, &bytes, n);
 }
 
 // {a0 b0 a1 b1 ...} of the lower and of the upper halves.
