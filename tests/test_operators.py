@@ -262,19 +262,20 @@ def test_pinned_kernel_serves_what_it_has_and_its_backend_the_rest() -> None:
         if process.not_here(implementation) or implementation.direction != "fprop":
             continue
         sizes = [
-            (8, 6, 2, (3, 3)),
-            (8, 6, 4, (3, 3)),
-            *((64, 35, 1, taps) for taps in ((3, 3), (5, 5), (1, 3), (1, 7))),
+            (8, 6, 2, (3, 3), 1),
+            (8, 6, 4, (3, 3), 1),
+            *((64, 35, 1, taps, 1) for taps in ((3, 3), (5, 5), (1, 3), (1, 7))),
+            (64, 35, 1, (3, 3), 2),
         ]
-        for channels, size, groups, taps in sizes:  # one of them fits any kernel
+        for channels, size, groups, taps, stride in sizes:  # one of them fits any kernel
             dtype = torch.float32 if "f32" in implementation.dtypes else dispatch.TORCH_DTYPES[implementation.dtypes[0]]
             shapes = ((1, channels, size, size), (channels, channels // groups, *taps), (channels,))
             x, w, b = (torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)
-            case = conv2d.Case("", 1, channels, size, size, channels, *taps, groups=groups)
+            case = conv2d.Case("", 1, channels, size, size, channels, *taps, (stride, stride), groups=groups)
             if not dispatch.reasons_against(implementation, conv2d.problem(case, "fprop", dtype, "fp32")):
                 break
         with cnnfast.backend(implementation.name), settings.observe() as events:
-            functional.conv2d(x, w, b, groups=groups).sum().backward()
+            functional.conv2d(x, w, b, stride, groups=groups).sum().backward()
         first = events[0].selection.implementation
         assert first.name == implementation.name
         assert {e.selection.implementation.backend for e in events} == {implementation.backend}
