@@ -64,9 +64,9 @@ def test_packed_is_unpacked(implementation: Implementation, dtype: str, case: An
 
 
 def _served(implementation: Implementation, dtype: torch.dtype) -> Any:
-    """A case that the kernel serves, with the size of filter that it has, padded to the size of the map."""
-    for (r, s), c in itertools.product(((3, 3), (5, 5), (1, 7), (1, 3)), (33, 64)):
-        case = conv2d.Case("", 1, c, 27, 25, 35, r, s, padding=(r // 2, s // 2), bias=True)
+    """A case that the kernel serves, with the size of filter and the stride that it has, padded to the size of the map."""
+    for (r, s), c, stride in itertools.product(((3, 3), (5, 5), (1, 7), (1, 3)), (33, 64), (1, 2)):
+        case = conv2d.Case("", 1, c, 27, 25, 35, r, s, (stride, stride), (r // 2, s // 2), bias=True)
         if not dispatch.reasons_against(implementation, conv2d.problem(case, "fprop", dtype, "fp32")):
             return case
     raise AssertionError(f"{implementation.name} serves none of these sizes")
