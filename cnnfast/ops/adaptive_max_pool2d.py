@@ -53,5 +53,8 @@ def adaptive_max_pool2d_records(x: Any, params: Sequence[Any], backend: str) -> 
 
 
 def _most(size: Any, outputs: Any) -> Any:
-    """The elements of a window along an axis, or one more: to ask whether all are alike would guard a compiled graph."""
-    return -(-size // outputs) + (outputs != 1) if outputs else _maximum.MOST_TAPS + 1
+    """The elements of a window along an axis, or, where there are several windows, one more.
+
+    To ask whether all are alike, or for several, would guard a compiled graph: 2 * (n - 1) // n is 0 for one, else 1.
+    """
+    return -(-size // outputs) + 2 * (outputs - 1) // outputs if outputs else _maximum.MOST_TAPS + 1
