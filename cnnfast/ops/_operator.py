@@ -189,12 +189,12 @@ class Operator:
         tensors, params = args[:n], args[n:]
         if direct():
             run = self.find(tensors, params)
+            if run is None and all(t is None or _plain(t) for t in tensors):
+                run = self.run(tensors, params)
             if run is not None:
                 return self.apply(run, tensors, params)
-        if transforms_active():
+        elif transforms_active():
             return self.setup.apply(*tensors, Opaque(params))
-        if direct() and all(t is None or _plain(t) for t in tensors):
-            return self.apply(self.run(tensors, params), tensors, params)
         if _grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
             return self.light.apply(self._below(params), params, *tensors)
         with _below_autograd():

@@ -49,7 +49,7 @@ constexpr int64_t kHotPixels = 8 * kMostTileRows;  // pixels that pass through a
 constexpr int64_t kMacsWorthThreads = 1 << 18;     // below, one thread
 constexpr int64_t kShortSum = 256;  // sums of so few products don't hide the fetching of y's lines: that is done ahead
 template <class S>
-constexpr int64_t kLineElements = 64 / sizeof(S);
+constexpr int64_t kLineElements = kLineBytes / static_cast<int64_t>(sizeof(S));
 
 // A packed panel, or a chunk of one: the bias, then the weights.
 template <class T>
