@@ -12,6 +12,8 @@ constexpr int64_t kPixelBytes = 800 << 10;   // copied pixels of a block
 constexpr int64_t kPanelBytes = 2300 << 10;  // packed panels kept for several blocks
 constexpr int64_t kPad = 16;                 // elements between pixels
 constexpr int64_t kFoldChannels = 16;        // fewer channels: taps of a filter row become one run
+constexpr int64_t kSetBytes = 4096;          // addresses so far apart share a set of L1 ...
+constexpr int64_t kSetWays = 8;              // ... which keeps so many lines
 constexpr int64_t kNarrow = 10;              // maps narrower than this are copied as windows
 // Windows with longer panels are walked by chunks of channels: this much at a time of so many pixels and their sums.
 constexpr int64_t kDeepPanelBytes = 256 << 10;
@@ -56,8 +58,10 @@ inline int64_t copied_elements(const Plan& plan, const Conv2dView& v, int64_t un
 template <class T>
 bool direct_fits(const Conv2dView& v) {
   if (reaches_padding(v) || v.R * v.S != 1) return false;
-  // Pixels a multiple of 2 KiB apart share a few sets of L1.
-  return v.stride_w * v.x_w * static_cast<int64_t>(sizeof(T)) % 2048 || v.K <= 2 * kLanes<T> || v.Q == 1;
+  // Pixels a power of two apart share sets of L1: those of a tile must leave a way of their sets to the panel.
+  const int64_t distance = v.stride_w * v.x_w * static_cast<int64_t>(sizeof(T));
+  const int64_t rows_in_set = ceil_div(kMostTileRows * min(kSetBytes, distance & -distance), kSetBytes);
+  return rows_in_set < kSetWays || v.K <= 2 * kLanes<T> || v.Q == 1;
 }
 
 // `packed`: the panels are packed already and can't be cut anew; all but the split over threads is the same.

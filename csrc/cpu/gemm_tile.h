@@ -116,7 +116,7 @@ CNNFAST_INLINE void tile_row(Vec<T> (&acc)[MR][NV], const Vec<T> (&b)[NV], const
       p = row0 + i * sizeof(T);
     const Vec<T> a = broadcast(*reinterpret_cast<const T*>(p));
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) acc[i][j] += a * b[j];
+    for (int j = 0; j < NV; ++j) multiply_add<T>(acc[i][j], a, b[j]);
     tile_row<T, MR, NV, kRowsApart, i + 1>(acc, b, row0, row5, d, d3, d5);
   }
 }
