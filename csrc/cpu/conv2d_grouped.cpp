@@ -14,9 +14,11 @@
 //
 // dgrad is fprop of the gradient, one stride-1 convolution for each residue class (conv2d_view.h). fprop with more
 // operands is conv_bn_act: sums go through epilogue.h.
-// A thread owns vectors of channels times rows of the output. For 4 vectors at a time it packs the weights inside the
-// call, and copies the rows of x that a block of output rows needs, a vector's beside each other [row][column][lanes]:
-// every input pixel once, widened, with the zeros of the padding. A single tap without padding reads x itself.
+// A thread owns vectors of channels times rows of the output. It packs the weights inside the call, as many vectors' at a
+// time as stay in L2, and goes through blocks of output rows. Of 4 vectors at a time it copies the rows of x that the
+// block needs, a vector's beside each other [row][column][lanes]: every input pixel once, widened, with the zeros of the
+// padding. What the next 4 need is asked for meanwhile: x comes from memory block by block, whole pixels, not a part of
+// every pixel again and again. A single tap without padding reads x itself.
 // Sums are in float for float, bf16 and fp16, in double for
 // double; one rounding. Padding contributes nothing: a call that meets an Inf or a NaN among its weights is done again
 // by the direct kernel (zeros stand for the padding).
@@ -40,7 +42,8 @@ constexpr int kMaxSharedRows = 14;  // and where taps share what is spread
 constexpr int kMaxSharedRows = 8;
 #endif
 constexpr int kSharedTaps = 3;                   // columns of such a filter
-constexpr int64_t kVecs = 4;                     // vectors of channels at a time
+constexpr int64_t kVecs = 4;                     // vectors of channels whose rows are copied at a time
+constexpr int64_t kPackedBytes = 384 << 10;      // weights packed at a time
 constexpr int64_t kStripBytes = 64 << 10;        // copied rows of one vector
 constexpr int64_t kImageBytes = 1 << 20;         // of g, while the classes of dgrad pass by
 constexpr int64_t kMacsWorthThreads = 1 << 17;   // below, one thread
@@ -221,39 +224,38 @@ class Worker {
   // Vectors [vec, last_vec) of rows [unit, last_unit) of the batch. False: out of memory.
   bool run(int64_t vec, int64_t last_vec, int64_t unit, int64_t last_unit) {
     if (vec == last_vec || unit == last_unit) return true;
-    const int64_t vecs = min(kVecs, last_vec - vec);
     weights_ = 1 + taps() * v_.C;
+    const int64_t packed_vecs =
+        min(last_vec - vec, max(1, kPackedBytes / (weights_ * VL * static_cast<int64_t>(sizeof(T)))));
+    const int64_t vecs = ceil_div(packed_vecs, ceil_div(packed_vecs, kVecs));
     step_h_ = needed_step(v_.P, v_.R, v_.stride_h, v_.dilation_h);
     step_w_ = needed_step(v_.Q, v_.S, v_.stride_w, v_.dilation_w);
     columns_ = taps() ? ((v_.Q - 1) * v_.stride_w + (v_.S - 1) * v_.dilation_w) / step_w_ + 1 : 0;
     pitch_ = max(1, v_.C / v_.K) * VL;
     direct_ = kSame<S, T> && taps() == 1 && !reaches_padding(v_);
-    int64_t block = v_.P;
-    while (block > 1 && strip_elements(block) * static_cast<int64_t>(sizeof(T)) > kStripBytes)
-      block = ceil_div(block, 2);
+    block_ = v_.P;
+    while (block_ > 1 && strip_elements(block_) * static_cast<int64_t>(sizeof(T)) > kStripBytes)
+      block_ = ceil_div(block_, 2);
     const auto carve = [&](Carver carver) {
-      packed_ = carver.take<T>(vecs * weights_ * VL);
+      packed_ = carver.take<T>(packed_vecs * weights_ * VL);
       tile_ = carver.take<T>(kMaxSharedRows * VL);
-      strip_ = carver.take<T>(max(pitch_, vecs * strip_elements(block)) + VL);
+      strip_ = carver.take<T>(max(pitch_, vecs * strip_elements(block_)) + VL);
       return carver.used();
     };
     void* scratch = thread_scratch(carve(Carver(nullptr)));
     if (!scratch) return false;
     carve(Carver(scratch));
     streams_ = kLineVectors && streams_result(v_, y_, true);
-    for (; vec < last_vec; vec += vecs) {
-      const int64_t count = min(vecs, last_vec - vec);
-      for (int64_t j = 0; j < count; ++j) pack(vec + j, packed_ + j * weights_ * VL);
+    for (; vec < last_vec; vec += packed_vecs) {
+      const int64_t end = min(vec + packed_vecs, last_vec);
+      for (int64_t j = vec; j < end; ++j) pack(j, packed_ + (j - vec) * weights_ * VL);
       for (int64_t u = unit; u < last_unit;) {
-        const int64_t n = u / v_.P, p = u % v_.P, rows = min(block, min(v_.P - p, last_unit - u));
-        if (taps())
-          for (int64_t j = 0; j < count; ++j) copy_rows(vec + j, n, p, rows, strip_ + j * strip_elements(block));
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t j = 0; j < count; ++j) {
-            next_ = u + i + rows < last_unit ? row_of(u + i + rows) + input(vec + j) : nullptr;
-            run_row(vec + j, packed_ + j * weights_ * VL, n, p + i,
-                    strip_ + j * strip_elements(block) + i * strip_row());
-          }
+        const int64_t rows = min(block_, min(v_.P - u % v_.P, last_unit - u));
+        for (int64_t j = vec; j < end; j += vecs) {
+          const bool more = j + vecs < end;
+          run_block({j, min(vecs, end - j), u, rows}, {more ? j + vecs : vec, more ? u : u + rows, end, last_unit},
+                    packed_ + (j - vec) * weights_ * VL);
+        }
         u += rows;
       }
     }
@@ -263,6 +265,13 @@ class Worker {
 
  private:
   static constexpr int64_t VL = kLanes<T>;
+
+  struct Block {
+    int64_t vec, vecs, unit, rows;  // rows of one image
+  };
+  struct Next {
+    int64_t vec, unit, last_vec, last_unit;  // where the block after starts, and what there is
+  };
 
   int64_t taps() const { return v_.R * v_.S; }
   int64_t channels() const { return v_.G * v_.K; }
@@ -316,6 +325,18 @@ class Worker {
     }
   }
 
+  void run_block(const Block& block, const Next& next, const T* packed) {
+    const int64_t n = block.unit / v_.P, p = block.unit % v_.P, strip = strip_elements(block_);
+    if (taps())
+      for (int64_t j = 0; j < block.vecs; ++j) copy_rows(block.vec + j, n, p, block.rows, strip_ + j * strip);
+    for (int64_t i = 0; i < block.rows; ++i)
+      for (int64_t j = 0; j < block.vecs; ++j) {
+        const bool more = next.unit + i < next.last_unit && next.vec + j < next.last_vec;
+        next_ = more ? row_of(next.unit + i) + input(next.vec + j) : nullptr;
+        run_row(block.vec + j, packed + j * weights_ * VL, n, p + i, strip_ + j * strip + i * strip_row());
+      }
+  }
+
   void run_row(int64_t vec, const T* packed, int64_t n, int64_t p, const T* strip) {
     const int64_t channel = vec * VL, lanes = min(VL, channels() - channel);
     S* y = y_ + n * v_.y_n + p * v_.y_h + channel;
@@ -357,11 +378,15 @@ class Worker {
     }
   }
 
-  // The pixels of the next block that lie where these `pixels` do in this one.
-  void prefetch(int64_t q, int64_t pixels) const {
+  // The pixels of the next block that lie where these `pixels` do in this one: of all rows that its row is the first to
+  // need. Inlined by force: GCC takes a function that only prefetches for one without effect, and drops its calls.
+  CNNFAST_INLINE void prefetch(int64_t q, int64_t pixels) const {
     if (!next_) return;
     const int64_t end = min(v_.W, (q + pixels) * v_.stride_w);
-    for (int64_t w = q * v_.stride_w; w < end; ++w) __builtin_prefetch(next_ + w * v_.x_w, 0, 2);
+    const S* row = next_;
+    const int64_t rows = min(v_.stride_h, (v_.R - 1) * v_.dilation_h + 1);
+    for (int64_t i = 0; i < rows && row >= x_; ++i, row -= v_.x_h)
+      for (int64_t w = q * v_.stride_w; w < end; ++w) __builtin_prefetch(row + w * v_.x_w, 0, 2);
   }
 
   const S* residual(int64_t n, int64_t p, int64_t q) const {
@@ -403,6 +428,7 @@ class Worker {
   const Epilogue<S>* epilogue_;
   int64_t weights_ = 0;                                        // vectors of one packed vector of channels
   int64_t step_h_ = 1, step_w_ = 1, columns_ = 0, pitch_ = 0;  // of the strip
+  int64_t block_ = 0;                                          // rows of y at a time
   const S* next_ = nullptr;                                    // a row of x that is needed soon
   bool direct_ = false;                                        // x is read where it lies
   T *packed_ = nullptr, *tile_ = nullptr, *strip_ = nullptr;
