@@ -14,14 +14,13 @@
 //
 // dgrad is fprop of the gradient, one stride-1 convolution for each residue class (conv2d_view.h). fprop with more
 // operands is conv_bn_act: sums go through epilogue.h.
-// A thread owns vectors of channels times rows of the output. It packs the weights inside the call, as many vectors' at a
-// time as stay in L2, and goes through blocks of output rows. Of 4 vectors at a time it copies the rows of x that the
-// block needs, a vector's beside each other [row][column][lanes]: every input pixel once, widened, with the zeros of the
-// padding. What the next 4 need is asked for meanwhile: x comes from memory block by block, whole pixels, not a part of
-// every pixel again and again. A single tap without padding reads x itself.
-// Sums are in float for float, bf16 and fp16, in double for
-// double; one rounding. Padding contributes nothing: a call that meets an Inf or a NaN among its weights is done again
-// by the direct kernel (zeros stand for the padding).
+// A thread owns vectors of channels times rows of the output. It packs the weights inside the call, as many vectors' at
+// a time as stay in L2, and goes through blocks of output rows. Of 4 vectors at a time it copies the rows of x that the
+// block needs, a vector's beside each other [row][column][lanes]: every input pixel once, widened, with the zeros of
+// the padding. What the next 4 need is asked for meanwhile: x comes from memory block by block, whole pixels, not a
+// part of every pixel again and again. A single tap without padding reads x itself. Sums are in float for float, bf16
+// and fp16, in double for double; one rounding. Padding contributes nothing: a call that meets an Inf or a NaN among
+// its weights is done again by the direct kernel (zeros stand for the padding).
 #include "../common/kernel_table.h"
 #include "conv2d_direct.h"
 #include "conv2d_view.h"
