@@ -367,26 +367,33 @@ class Worker {
     return y_ + pixel / v_.Q / v_.P * v_.y_n + pixel / v_.Q % v_.P * v_.y_h + pixel % v_.Q * v_.y_w;
   }
 
-  // Tiles over `count` pixels, row_step_ apart from `a`; the first is output pixel `pixel`.
+  // Tiles over `count` pixels, row_step_ apart from `a`; the first is output pixel `pixel`. Short sums leave little time
+  // between tiles: what divides is done once for all of them.
   void run_pixels(const T* a, int64_t pixel, int64_t count, T* sums, const Panel& panel, int64_t channel, int64_t chunk,
                   const T* data) {
     const int64_t width = panel.vecs * VL, lanes = min(width, v_.K - panel.k);
     const int64_t tiles = ceil_div(count, kMaxTileRows[panel.vecs]);
+    const int64_t least = count / tiles, longer = count % tiles;  // rows of a tile; tiles that have one more
+    const TileFn<T> functions[] = {tile_function<T, true>(least, panel.vecs),
+                                   longer ? tile_function<T, true>(least + 1, panel.vecs) : nullptr};
     const bool last = chunk == chunks_ - 1;
     TileArgs<T> args;
     args.a_row = row_step_ * static_cast<int64_t>(sizeof(T));
     args.a_step = 0;
     args.taps = taps_, args.ntaps = ntaps_, args.chains = chains_;
     args.b = data + width;
+    args.init = chunk ? sums : data;
+    args.init_row = chunk ? width : 0;
+    const bool one_line = v_.y_h == v_.Q * v_.y_w && (v_.N == 1 || v_.y_n == v_.P * v_.y_h);
+    const int64_t left = one_line ? count : v_.Q - pixel % v_.Q;  // pixels until y's next row lies elsewhere
     const bool fetch = last && !streams_ && v_.R * v_.S * v_.C <= kShortSum && v_.y_h == v_.Q * v_.y_w;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t i = count * t / tiles, rows = count * (t + 1) / tiles - i;
+    S* const first = output(pixel) + channel;
+    for (int64_t t = 0, i = 0, rows; t < tiles; ++t, i += rows) {
+      rows = least + (t < longer);
       args.a = a + i * row_step_;
-      args.init = chunk ? sums + i * width : data;
-      args.init_row = chunk ? width : 0;
-      S* y = output(pixel + i) + channel;
-      const bool linear =
-          (pixel + i) % v_.Q + rows <= v_.Q || (v_.y_h == v_.Q * v_.y_w && (v_.N == 1 || v_.y_n == v_.P * v_.y_h));
+      if (chunk) args.init = sums + i * width;
+      S* const y = first + i * v_.y_w;
+      const bool linear = i + rows <= left;
       bool stored = false;
       args.out = last ? tile_ : sums + i * width;
       args.out_row = width;
@@ -395,15 +402,15 @@ class Worker {
         if (stored) args.out = y, args.out_row = v_.y_w;
         args.streams = stored && streams_;
       }
-      if (fetch && i + rows < count) {
-        const int64_t next = count * (t + 2) / tiles - i - rows;
+      if (fetch && t + 1 < tiles) {
+        const int64_t next = least + (t + 1 < longer);
         for (int64_t j = 0; j < next; ++j) {
           const S* line = y + (rows + j) * v_.y_w;
           for (int64_t l = 0; l < lanes; l += kLineElements<S>) __builtin_prefetch(line + l, 1);
         }
       }
       if (new_pixels_) args.next = reinterpret_cast<const char*>(args.a + rows * row_step_);
-      tile_function<T, true>(rows, panel.vecs)(args);
+      functions[rows - least](args);
       if (!last || stored) continue;
       if (epilogue_) {
         finish(pixel + i, rows, channel, lanes, width);
