@@ -367,8 +367,8 @@ class Worker {
     return y_ + pixel / v_.Q / v_.P * v_.y_n + pixel / v_.Q % v_.P * v_.y_h + pixel % v_.Q * v_.y_w;
   }
 
-  // Tiles over `count` pixels, row_step_ apart from `a`; the first is output pixel `pixel`. Short sums leave little time
-  // between tiles: what divides is done once for all of them.
+  // Tiles over `count` pixels, row_step_ apart from `a`; the first is output pixel `pixel`. Short sums leave little
+  // time between tiles: what divides is done once for all of them.
   void run_pixels(const T* a, int64_t pixel, int64_t count, T* sums, const Panel& panel, int64_t channel, int64_t chunk,
                   const T* data) {
     const int64_t width = panel.vecs * VL, lanes = min(width, v_.K - panel.k);
