@@ -201,11 +201,16 @@ def _implicit_gemm_cost(p: Problem, isa: str) -> float:
     return _seconds(_with_weights(p, isa, multiply, vectors, 12 * vectors)) + _conversions(p)
 
 
-def _with_weights(p: Problem, isa: str, multiply: float, vectors: float, pack: float) -> float:
-    """Products and vectors of weights: packed first, or, packed beforehand, read from where they lie beyond the caches."""
+def _with_weights(p: Problem, isa: str, multiply: float, vectors: float, pack: float, hidden: bool = True) -> float:
+    """Products and vectors of weights: packed first, or, packed beforehand, read from where they lie beyond the caches.
+
+    `hidden`: while products are at work.
+    """
     if not p.packed:
         return multiply + pack
     bytes = LANE_BYTES[isa] * vectors
+    if not hidden and bytes > 2**21:
+        return multiply + 0.2 * bytes
     return max(multiply, 0.1 * bytes) if bytes > 2**20 else multiply
 
 
@@ -218,14 +223,12 @@ def _winograd_cost(p: Problem, isa: str, stem: str) -> float:
     points, weights = math.prod(tile.points), p.G * c * vectors
     transforms = p.G * (6 if points > 16 else 3.6) * points * tiles * (tile.segments * -(-c // lanes) + vectors)
     multiply, pack = tile.products * tiles * weights / 2, (3 * tile.products + 8 * p.R * p.S) * weights
-    cycles = transforms + _with_weights(p, isa, multiply, tile.products * weights, pack)
+    # two inputs apart, tiles are too few to hide the weights: 12 % slower than the implicit GEMM with 12.8 MB at batch 1
+    cycles = transforms + _with_weights(p, isa, multiply, tile.products * weights, pack, hidden=tile.stride == 1)
     if tile.stride > 1 and not p.packed:
         # 49 products of each weight leave the caches, and block after block they are made again: 0.74 to 0.99 of torch at
         # batch 1, where the implicit GEMM has 0.95 to 1.38
         cycles *= 1.5
-    elif tile.stride > 1 and (read := LANE_BYTES[isa] * tile.products * weights) > 2**21:
-        # of few tiles they don't come while products are at work: 12 % slower than the implicit GEMM with 12.8 MB, batch 1
-        cycles = transforms + multiply + 0.2 * read
     return _seconds(cycles) + _conversions(p)
 
 

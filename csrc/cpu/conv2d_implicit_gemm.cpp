@@ -382,7 +382,7 @@ class Worker {
     args.a_step = 0;
     args.taps = taps_, args.ntaps = ntaps_, args.chains = chains_;
     args.b = data + width;
-    args.init = chunk ? sums : data;
+    args.init = data;  // the bias, before the first chunk
     args.init_row = chunk ? width : 0;
     const bool one_line = v_.y_h == v_.Q * v_.y_w && (v_.N == 1 || v_.y_n == v_.P * v_.y_h);
     const int64_t left = one_line ? count : v_.Q - pixel % v_.Q;  // pixels until y's next row lies elsewhere
