@@ -65,7 +65,7 @@ GEOMETRY = _geometry(3, 3)
 def _run(kernel: str, direction: str, t: torch.Tensor, w: torch.Tensor, geometry: tuple[Any, ...]) -> Any:
     if direction == "fprop":
         return ops.conv2d(t, w, None, *geometry, "fp32", kernel, True)
-    size = (t.shape[0], w.shape[1], *t.shape[2:])
+    size = (t.shape[0], w.shape[1] * geometry[3], *t.shape[2:])
     return ops.conv2d_dgrad(w, t, size, True, *geometry, "fp32", kernel, True)
 
 
@@ -184,6 +184,49 @@ def test_each_group_is_a_convolution(kernel: str, direction: str, taps: tuple[in
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("channels", [8, 16, 32])
+@pytest.mark.parametrize(
+    ("kernel", "direction", "taps"),
+    [
+        p
+        for p in _with_filters([k for k in OF_CPU if "f16" in FOUND[k].dtypes and _stride(k) == 1])
+        if p.values[2] == (3, 3)
+    ],
+)
+def test_few_channels_a_group(kernel: str, direction: str, taps: tuple[int, int], channels: int) -> None:
+    """Groups share a vector, or are one or two: the same bits for any thread count, and bad values stay in their group."""
+    generator, groups = torch.Generator().manual_seed(0), 6
+    least = 32 if "portable" in kernel else 16  # that F(4x4) needs of fp32
+    kinds = [torch.float16] if "f4x4" in kernel and channels < least else [torch.float16, torch.float32]
+    t = torch.randn(3, groups * channels, 23, 26, generator=generator).contiguous(memory_format=CL)
+    w = torch.randn(groups * channels, channels, *taps, generator=generator)
+    geometry, before = (*_geometry(*taps)[:3], groups), torch.get_num_threads()
+    for kind in kinds:
+        x, v = t.to(kind), w.to(kind)
+        clean = _run(kernel, direction, x, v, geometry)
+        try:
+            for count in (1, 2, 3, 4, 7):
+                torch.set_num_threads(count)
+                assert torch.equal(_run(kernel, direction, x, v, geometry), clean)
+        finally:
+            torch.set_num_threads(before)
+        for index, value in (
+            ((0, 0, 9, 8), float("inf")),
+            ((1, 3 * channels - 1, 0, 25), float("nan")),
+            ((2, 3 * channels, 22, 4), -float("inf")),
+        ):
+            bad = x.clone()
+            bad[index] = value
+            out, expected = (_run(k, direction, bad, v, geometry) for k in (kernel, "cpu.conv2d_direct"))
+            oracle.check_nonfinite(f"{kernel} {direction} {kind}, {value} at {index}", out, expected)
+            others = [g for g in range(groups) if g != index[1] // channels]
+            # of groups that share a vector with it, the tiles around are summed directly
+            far = torch.ones(26, dtype=torch.bool)
+            far[max(0, index[3] - 8) : index[3] + 9] = False
+            split, whole = (r.unflatten(1, (groups, channels))[:, others][..., far] for r in (out, clean))
+            assert torch.equal(split, whole)
+
+
 def _wgrad(kernel: str, x: torch.Tensor, g: torch.Tensor, channels_last: bool = False) -> torch.Tensor:
     size = (g.shape[1], x.shape[1], 3, 3)
     out: torch.Tensor = ops.conv2d_wgrad(x, g, size, channels_last, *GEOMETRY, "fp32", kernel, True)
@@ -287,10 +330,12 @@ def test_when_it_may_serve() -> None:
         if i.backend == "cpu" and i.stem == "conv2d_winograd_f4x4" and i.direction == "fprop"
     )
 
-    def reasons(c: int = 64, size: int = 28, taps: int = 3, stride: int = 1, precision: str = "fp32") -> str:
+    def reasons(
+        c: int = 64, size: int = 28, taps: int = 3, stride: int = 1, precision: str = "fp32", groups: int = 1
+    ) -> str:
         p = size // stride
-        params = ((stride, stride), (1, 1, 1, 1), (1, 1), 1, precision)
-        shapes = (1, c, size, size), (64, c, taps, taps), (1, 64, p, p)
+        params = ((stride, stride), (1, 1, 1, 1), (1, 1), groups, precision)
+        shapes = (1, c, size, size), (64, c // groups, taps, taps), (1, 64, p, p)
         return "; ".join(kernel.unsupported(problem("fprop", *shapes, torch.float32, torch.device("cpu"), params)))
 
     assert reasons() == reasons(precision="high") == ""
@@ -299,6 +344,9 @@ def test_when_it_may_serve() -> None:
     assert "stride 1" in reasons(stride=2)
     assert "not 16" in reasons(c=16, size=99)
     assert "20480" in reasons(size=14)
+    assert reasons(groups=4) == ""
+    assert "sums over 16 channels" in reasons(groups=8)
+    assert "8 or more channels a group" in reasons(groups=16)
 
 
 def test_when_it_may_serve_wgrad() -> None:

@@ -122,7 +122,14 @@ _TILES = {
 }
 
 
-def _winograd(p: Problem, isa: str, stem: str) -> list[str]:
+def _few_in_lanes(p: Problem, lanes: int) -> bool:
+    """Whether groups are half a vector, one or two, and Winograd's products stay in L1 (conv2d_winograd_lanes.h)."""
+    c, k = p.C // p.G, p.K // p.G
+    fit = c in (lanes, 2 * lanes) or (2 * c == lanes and p.G % 2 == 0)
+    return p.R == p.S == 3 and p.G > 1 and c == k >= 8 and fit
+
+
+def _winograd(p: Problem, isa: str, stem: str, least_group: int = 8) -> list[str]:
     summed, least = (p.C if p.direction == "fprop" else p.K) // p.G, 32
     if p.G > 1:
         least = 16  # oneDNN sums these as we do
@@ -137,7 +144,7 @@ def _winograd(p: Problem, isa: str, stem: str) -> list[str]:
         for wrong, reason in (
             *_checks.shape(p, [tile.filter for tile in tiles], tiles[0].stride),
             (p.direction == "wgrad" and p.G != 1, f"needs one group for wgrad, not {p.G}"),
-            (p.G > 1 and min(p.C, p.K) < 16 * p.G, "needs 16 or more channels a group"),
+            (p.G > 1 and min(p.C, p.K) < least_group * p.G, f"needs {least_group} or more channels a group"),
             *(_checks.accuracy(p, summed, least) if rounds else ()),
             *_checks.precision(p),
         )
@@ -219,9 +226,12 @@ def _winograd_cost(p: Problem, isa: str, stem: str) -> float:
     tile = next((tile for tile in _TILES[stem] if tile.filter == (p.R, p.S)), _TILES[stem][0])
     c, k, h, w = (p.K, p.C, p.H, p.W) if p.direction == "dgrad" else (p.C, p.K, p.P, p.Q)
     c, k = c // p.G, k // p.G
-    tiles, vectors = p.N * -(-h // tile.outputs[0]) * -(-w // tile.outputs[1]), -(-k // lanes)
-    points, weights = math.prod(tile.points), p.G * c * vectors
-    transforms = p.G * (6 if points > 16 else 3.6) * points * tiles * (tile.segments * -(-c // lanes) + vectors)
+    tiles, points = p.N * -(-h // tile.outputs[0]) * -(-w // tile.outputs[1]), math.prod(tile.points)
+    read, vectors, point = float(-(-c // lanes)), float(-(-k // lanes)), 6 if points > 16 else 3.6
+    if tile.stride == 1 and _few_in_lanes(p, lanes):
+        read, vectors, point = c / lanes, k / lanes, point * 0.55  # in L1
+    weights = p.G * c * vectors
+    transforms = p.G * point * points * tiles * (tile.segments * read + vectors)
     multiply, pack = tile.products * tiles * weights / 2, (3 * tile.products + 8 * p.R * p.S) * weights
     # two inputs apart, tiles are too few to hide the weights: 12 % slower than the implicit GEMM with 12.8 MB at batch 1
     cycles = transforms + _with_weights(p, isa, multiply, tile.products * weights, pack, hidden=tile.stride == 1)
@@ -271,7 +281,7 @@ DOT_RULES: dict[str, _Rule] = {
     "conv2d_grouped": ("conv2d", dot_grouped, lambda p, isa: dot_grouped_cost(p) + _conversions(p)),
     "conv2d_winograd_f2x2": (
         "conv2d",
-        lambda p, isa: _winograd(p, "avx512", "conv2d_winograd_f2x2"),
+        lambda p, isa: _winograd(p, "avx512", "conv2d_winograd_f2x2", least_group=16),
         lambda p, isa: dot_winograd_cost(p) + _conversions(p),
     ),
     "conv2d_implicit_gemm": ("conv2d", lambda p, isa: [], lambda p, isa: dot_implicit_gemm_cost(p) + _conversions(p)),

@@ -29,7 +29,8 @@
 // the input channels, of one segment, at most 128 of them; the chunks depend on C alone and no sum is split over
 // threads, so that results are the same bits whatever the thread count. A thread owns a range of panels times a range
 // of tiles, or, of a grouped convolution, some of the groups: each is a convolution of its own, but inputs of small
-// neighbours are transformed together, a run of memory instead of a line of every pixel.
+// neighbours are transformed together, a run of memory instead of a line of every pixel. (3x3 for groups that are half
+// a vector, one or two: conv2d_winograd_lanes.h.)
 //
 // Where a result isn't finite (Inf or NaN among the operands spreads over the whole tile, large values may overflow in
 // between) the pixels of that tile are summed directly: infinities and NaNs come out where the direct kernel's do, and
@@ -39,13 +40,8 @@
 // on Modern CPUs (2019).
 #pragma once
 #include "../common/kernel_table.h"
-#include "conv2d_direct.h"
-#include "conv2d_view.h"
-#include "conv2d_winograd_transform.h"
+#include "conv2d_winograd_lanes.h"
 #include "gemm_tile.h"
-#include "pack.h"
-#include "primitives/parallel.h"
-#include "primitives/scratch.h"
 
 namespace cnnfast {
 namespace CNNFAST_ISA {
@@ -64,77 +60,6 @@ constexpr int64_t kTogether = 128;              // channels of small groups whos
 constexpr int64_t kMacsWorthThreads = 1 << 18;  // below, one thread
 
 constexpr const char* kNoMemory = "out of memory";
-
-// An odd number of cache lines: arrays that are walked side by side don't share a set of L1.
-template <class T>
-CNNFAST_INLINE int64_t odd_lines(int64_t elements) {
-  constexpr int64_t kLine = kLineBytes / sizeof(T);
-  return (ceil_div(elements, kLine) | 1) * kLine;
-}
-
-// M outputs along an axis of a filter of `taps` taps, R of them in a segment.
-template <int M, int R, int taps = R>
-struct Axis {
-  static constexpr int kOutputs = M, kTaps = R, kFilter = taps, kPoints = M + R - 1, kSegments = (taps + R - 1) / R;
-  static constexpr int kStride = 1;
-
-  static constexpr int first_tap(int segment) { return segment * R; }
-  static constexpr int segment_taps(int segment) { return taps - segment * R < R ? taps - segment * R : R; }
-
-  template <class T>
-  static CNNFAST_INLINE void input(const Vec<T>* d, Vec<T>* t) {
-    transform_input<T, M, R>(d, t);
-  }
-  template <class T>
-  static CNNFAST_INLINE void weights(const Vec<T>* g, Vec<T>* t) {
-    transform_weights<T, M, R>(g, t);
-  }
-  template <class T>
-  static CNNFAST_INLINE void output(const Vec<T>* m, Vec<T>* y) {
-    transform_output<T, M, R>(m, y);
-  }
-};
-
-// 3 outputs of 3 taps, two inputs apart.
-struct StridedAxis {
-  static constexpr int kOutputs = 3, kTaps = 3, kFilter = 3, kPoints = 7, kSegments = 1, kStride = 2;
-
-  static constexpr int first_tap(int) { return 0; }
-  static constexpr int segment_taps(int) { return kTaps; }
-
-  template <class T>
-  static CNNFAST_INLINE void input(const Vec<T>* d, Vec<T>* t) {
-    transform_strided_input<T>(d, t);
-  }
-  template <class T>
-  static CNNFAST_INLINE void weights(const Vec<T>* g, Vec<T>* t) {
-    transform_strided_weights<T>(g, t);
-  }
-  template <class T>
-  static CNNFAST_INLINE void output(const Vec<T>* m, Vec<T>* y) {
-    transform_strided_output<T>(m, y);
-  }
-};
-
-template <class H_, class W_>
-struct WinogradTile {
-  using H = H_;
-  using W = W_;
-  static constexpr int kProducts = H::kPoints * W::kPoints, kSegments = H::kSegments * W::kSegments;
-  static constexpr int kTaps = H::kTaps * W::kTaps;  // of a segment
-
-  static bool serves(const Conv2dView& v) { return v.R == H::kFilter && v.S == W::kFilter; }
-  // Of a segment: its place along each axis, and whether point (a, b) of its transformed weights can be other than
-  // zero: infinity's is the last tap, which the last segment may lack.
-  static int row(int64_t segment) { return static_cast<int>(segment) / W::kSegments; }
-  static int column(int64_t segment) { return static_cast<int>(segment) % W::kSegments; }
-  static bool has_point(int64_t segment, int a, int b) {
-    return (a + 1 < H::kPoints || H::segment_taps(row(segment)) == H::kTaps) &&
-           (b + 1 < W::kPoints || W::segment_taps(column(segment)) == W::kTaps);
-  }
-};
-template <int M, int R = kTapsAcross>
-using SquareTile = WinogradTile<Axis<M, R>, Axis<M, R>>;
 
 // What is decided from the sizes alone: also the format of the packed weights, which depends on C and K only.
 template <class T, class F>
@@ -239,31 +164,6 @@ CNNFAST_INLINE void transform_tile(T* v, int64_t product, const S* const* pixels
   if (i < channels) step(i, channels - i);
 }
 
-// Writes the part of a tile's vector of channels that lies in y. False: some of it isn't finite.
-template <class T, int MH, int MW, class S>
-CNNFAST_INLINE bool store_tile(S* y, int64_t y_h, int64_t y_w, int64_t rows, int64_t columns, int64_t lanes,
-                               Vec<T> (&values)[MH][MW], Vec<T> bias, bool streams) {
-  Vec<T> check{};  // stays zero as long as everything is finite
-#pragma GCC unroll 4
-  for (int i = 0; i < MH; ++i) {
-    if (i >= rows) break;
-#pragma GCC unroll 4
-    for (int j = 0; j < MW; ++j) {
-      if (j >= columns) break;
-      const Vec<T> value = values[i][j] + bias;
-      check += value * T(0);
-      S* out = y + i * y_h + j * y_w;
-      if (lanes != kLanes<T>)
-        store_narrow(out, value, lanes);
-      else if (streams)
-        stream_narrow(out, value);
-      else
-        store_narrow(out, value);
-    }
-  }
-  return all_zero(check);
-}
-
 // What one thread works with.
 template <class T, class F, class S>
 class Worker {
@@ -329,10 +229,7 @@ class Worker {
   static constexpr int MH = H::kOutputs, MW = W::kOutputs;
   static constexpr int64_t VL = kLanes<T>, kProducts = F::kProducts;
 
-  struct Place {
-    int64_t n, p, q;  // the first pixel of a tile
-  };
-  Place place(int64_t tile) const {
+  TilePlace place(int64_t tile) const {
     const int64_t row = tile / plan_.tiles_w;
     return {row / plan_.tiles_h, row % plan_.tiles_h * MH, tile % plan_.tiles_w * MW};
   }
@@ -359,7 +256,7 @@ class Worker {
 
   // Asks for the pixels of tile `next` that `at`, the tile before it, lacks: short runs of several rows, which
   // processors don't see coming.
-  CNNFAST_INLINE void fetch_tile(const Place& at, const Place& next) const {
+  CNNFAST_INLINE void fetch_tile(const TilePlace& at, const TilePlace& next) const {
     const int64_t shared = next.p == at.p && next.n == at.n ? W::kPoints - MW * W::kStride : 0;
     const S* x = x_ + next.n * v_.x_n + first_group_ * v_.C;
     const int64_t h = next.p * H::kStride - v_.pad_h, w = next.q * W::kStride - v_.pad_w;
@@ -369,7 +266,7 @@ class Worker {
           __builtin_prefetch(x + i * v_.x_h + j * v_.x_w + c);
   }
 
-  void load_tile(int64_t index, const Place& at) {
+  void load_tile(int64_t index, const TilePlace& at) {
     const S* x = x_ + at.n * v_.x_n + first_group_ * v_.C;
     for (int64_t segment = 0; segment < F::kSegments; ++segment) {
       const int64_t p = at.p * H::kStride - v_.pad_h + H::first_tap(F::row(segment));
@@ -429,7 +326,7 @@ class Worker {
   }
 
   // One tile of a panel: products to pixels.
-  void finish_tile(int64_t index, const Place& at, int64_t group, int64_t panel) {
+  void finish_tile(int64_t index, const TilePlace& at, int64_t group, int64_t panel) {
     const int64_t vecs = plan_.panel_vecs(panel), rows = min(MH, v_.P - at.p), columns = min(MW, v_.Q - at.q);
     for (int64_t j = 0; j < vecs; ++j) {
       const int64_t k = (panel * kMaxTileVecs + j) * VL, lanes = min(VL, v_.K - k);
@@ -442,28 +339,14 @@ class Worker {
       const int64_t channel = group * v_.K + k;
       const Vec<T> bias = bias_ ? load_wide(bias_ + channel, lanes) : Vec<T>{};
       S* y = y_ + at.n * v_.y_n + at.p * v_.y_h + at.q * v_.y_w + channel;
-      if (epilogue_ ? !finish_values(y, at, rows, columns, channel, lanes, values, bias)
-                    : !store_tile<T, MH, MW>(y, v_.y_h, v_.y_w, rows, columns, lanes, values, bias, streams_))
+      const StoreArgs<S> args = {y, v_.y_h, v_.y_w, rows, columns, lanes, streams_};
+      if (epilogue_ ? !store_tile_through<T, MH, MW>(*epilogue_, args, at, channel, values, bias)
+                    : !store_tile<T, MH, MW>(args, values, bias))
         redo_tile(at, rows, columns, group, k, lanes);
     }
   }
 
-  // As store_tile, through the epilogue (conv_bn_act).
-  __attribute__((noinline)) bool finish_values(S* y, const Place& at, int64_t rows, int64_t columns, int64_t k,
-                                               int64_t lanes, const Vec<T> (&values)[MH][MW], Vec<T> bias) {
-    const auto factors = epilogue_->factors(k, lanes);
-    Vec<T> check{};
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) {
-        const S* r = epilogue_->residual_at(at.n, at.p + i, at.q + j);
-        const Vec<T> value = values[i][j] + bias;
-        check += value * T(0);
-        epilogue_->store(y + i * v_.y_h + j * v_.y_w, value, factors, r ? r + k : nullptr, lanes, streams_);
-      }
-    return all_zero(check);
-  }
-
-  __attribute__((noinline)) void redo_tile(const Place& at, int64_t rows, int64_t columns, int64_t group, int64_t k,
+  __attribute__((noinline)) void redo_tile(const TilePlace& at, int64_t rows, int64_t columns, int64_t group, int64_t k,
                                            int64_t lanes) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j)
@@ -490,8 +373,20 @@ const char* run_view(const Conv2dView& v, const S* x, const S* w, const S* bias,
   using T = Compute<S>;
   if (v.N * v.P * v.Q * v.K * v.G == 0) return nullptr;
   if (v.N * v.P * v.Q * v.K * v.C * v.G * v.R * v.S < kMacsWorthThreads) threads = 1;
-  const WinogradPlan<T, F> plan(v, threads);
   bool no_memory = false;
+  const bool in_lanes = with_lane_group<T, F>(v, [&](auto group) {
+    const LanePlan<T, F> plan(v, LaneUnit<T, decltype(group)::kValue>::kWidth, packed != nullptr, threads);
+    parallel_for(
+        threads, threads,
+        [&](int64_t task) {
+          LaneWorker<T, F, decltype(group)::kValue, S> worker(v, plan, x, w, bias, y, static_cast<const T*>(packed),
+                                                              epilogue);
+          if (!worker.run(task)) __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
+        },
+        kDenormals<S>);
+  });
+  if (in_lanes) return no_memory ? kNoMemory : nullptr;
+  const WinogradPlan<T, F> plan(v, threads);
   parallel_for(
       threads, threads,
       [&](int64_t task) {
@@ -523,9 +418,22 @@ const char* launch_pack(const void* params, const Launch& l) {
   const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
   if constexpr (sizeof...(Others) > 0)
     if (!F::serves(v)) return launch_pack<S, Others...>(params, l);
-  const WinogradPlan<T, F> plan(v, 1);
   const S* w = static_cast<const S*>(l.operands[1]);
   bool no_memory = false;
+  const bool in_lanes = with_lane_group<T, F>(v, [&](auto group) {
+    constexpr int kGroup = decltype(group)::kValue;
+    using Unit = LaneUnit<T, kGroup>;
+    const LanePlan<T, F> plan(v, Unit::kWidth, true, 1);
+    parallel_for(l.threads, plan.units, [&](int64_t unit) {
+      T* taps = static_cast<T*>(thread_scratch(Unit::kGroups * Unit::kTaps * sizeof(T)));
+      if (taps)
+        transform_lanes<T, F, kGroup>(static_cast<T*>(l.workspace) + unit * plan.weights, taps, w, v, unit);
+      else
+        __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
+    });
+  });
+  if (in_lanes) return no_memory ? kNoMemory : nullptr;
+  const WinogradPlan<T, F> plan(v, 1);
   parallel_for(l.threads, v.G * plan.panels * plan.units, [&](int64_t task) {
     T* taps = static_cast<T*>(thread_scratch(slice_elements<T, F>() * sizeof(T)));
     const int64_t unit = task % plan.units, panel = task / plan.units % plan.panels;
@@ -544,7 +452,8 @@ int64_t packed_bytes(const void* params) {
   const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
   if constexpr (sizeof...(Others) > 0)
     if (!F::serves(v)) return packed_bytes<S, Others...>(params);
-  return v.G * WinogradPlan<T, F>(v, 1).packed_elements() * static_cast<int64_t>(sizeof(T));
+  const int64_t of_group = lane_group<T, F>(v) ? F::kProducts * v.C * v.K : WinogradPlan<T, F>(v, 1).packed_elements();
+  return v.G * of_group * static_cast<int64_t>(sizeof(T));
 }
 
 template <class S, class F, class... Others>
