@@ -7,6 +7,8 @@
 // of channels, one or two vectors of whole groups, of a block of tiles is transformed, multiplied and transformed back
 // while everything is in L1: M takes the place of V. A thread owns units times tiles. It goes through as many units'
 // weights as stay in L2, all of them for each block of tiles, and asks for the pixels of the next block meanwhile.
+// Layout: NHWC; sums are in float for float, bf16 and fp16, in double for double. Tiles that aren't finite are summed
+// directly, as there.
 #pragma once
 #include "conv2d_direct.h"
 #include "conv2d_winograd_tile.h"
