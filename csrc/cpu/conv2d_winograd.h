@@ -226,13 +226,10 @@ class Worker {
  private:
   using H = typename F::H;
   using W = typename F::W;
-  static constexpr int MH = H::kOutputs, MW = W::kOutputs;
+  static constexpr int MW = W::kOutputs;
   static constexpr int64_t VL = kLanes<T>, kProducts = F::kProducts;
 
-  TilePlace place(int64_t tile) const {
-    const int64_t row = tile / plan_.tiles_w;
-    return {row / plan_.tiles_h, row % plan_.tiles_h * MH, tile % plan_.tiles_w * MW};
-  }
+  TilePlace place(int64_t tile) const { return tile_place<F>(tile, plan_.tiles_h, plan_.tiles_w); }
 
   void transform(T* u, int64_t group, int64_t panel, int64_t unit) const {
     transform_panel<T, F>(u, slice_, w_ + group * v_.w_g, v_, plan_, panel, unit);
@@ -250,7 +247,7 @@ class Worker {
     for (int64_t group = first_group_; group < first_group_ + groups_; ++group)
       for (int64_t panel = first_panel_; panel < last_panel_; ++panel) {
         for (int64_t unit = 0; unit < plan_.units; ++unit) multiply(group, panel, unit, count);
-        for (int64_t i = 0; i < count; ++i) finish_tile(i, place(tile + i), group, panel);
+        for (int64_t i = 0; i < count; ++i) finish(i, place(tile + i), group, panel);
       }
   }
 
@@ -326,31 +323,15 @@ class Worker {
   }
 
   // One tile of a panel: products to pixels.
-  void finish_tile(int64_t index, const TilePlace& at, int64_t group, int64_t panel) {
-    const int64_t vecs = plan_.panel_vecs(panel), rows = min(MH, v_.P - at.p), columns = min(MW, v_.Q - at.q);
+  void finish(int64_t index, const TilePlace& at, int64_t group, int64_t panel) {
+    const int64_t vecs = plan_.panel_vecs(panel);
     for (int64_t j = 0; j < vecs; ++j) {
-      const int64_t k = (panel * kMaxTileVecs + j) * VL, lanes = min(VL, v_.K - k);
-      const T* m = products_ + (index * vecs + j) * VL;
-      Vec<T> values[MH][MW];
-      transform_axes<T, H::kPoints, W::kPoints, MH, MW>(
-          [&](int a, int b) __attribute__((always_inline)) { return load(m + (a * W::kPoints + b) * m_product_); },
-          H::template output<T>, W::template output<T>,
-          [&](int i, int q, Vec<T> t) __attribute__((always_inline)) { values[i][q] = t; });
-      const int64_t channel = group * v_.K + k;
+      const int64_t k = (panel * kMaxTileVecs + j) * VL, lanes = min(VL, v_.K - k), channel = group * v_.K + k;
       const Vec<T> bias = bias_ ? load_wide(bias_ + channel, lanes) : Vec<T>{};
-      S* y = y_ + at.n * v_.y_n + at.p * v_.y_h + at.q * v_.y_w + channel;
-      const StoreArgs<S> args = {y, v_.y_h, v_.y_w, rows, columns, lanes, streams_};
-      if (epilogue_ ? !store_tile_through<T, MH, MW>(*epilogue_, args, at, channel, values, bias)
-                    : !store_tile<T, MH, MW>(args, values, bias))
-        redo_tile(at, rows, columns, group, k, lanes);
+      if (!finish_tile<T, F>(products_ + (index * vecs + j) * VL, m_product_, v_, y_, at, channel, lanes, bias,
+                             epilogue_, streams_))
+        redo_tile<F>(v_, x_, w_, bias_, y_, at, group, k, k + lanes, epilogue_);
     }
-  }
-
-  __attribute__((noinline)) void redo_tile(const TilePlace& at, int64_t rows, int64_t columns, int64_t group, int64_t k,
-                                           int64_t lanes) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j)
-        direct_pixel(v_, x_, w_, bias_, y_, (at.n * v_.P + at.p + i) * v_.Q + at.q + j, group, k, k + lanes, epilogue_);
   }
 
   const Conv2dView& v_;

@@ -10,7 +10,6 @@
 // Layout: NHWC; sums are in float for float, bf16 and fp16, in double for double. Tiles that aren't finite are summed
 // directly, as there.
 #pragma once
-#include "conv2d_direct.h"
 #include "conv2d_winograd_tile.h"
 #include "gemm_tile.h"
 #include "pack.h"
@@ -199,14 +198,10 @@ class LaneWorker {
 
   struct Tile {
     TilePlace at;
-    S* y;
     const S* next;  // a pixel of the tile that takes this one's place in the next block; null: none
   };
 
-  TilePlace place(int64_t tile) const {
-    const int64_t row = tile / plan_.tiles_w;
-    return {row / plan_.tiles_h, row % plan_.tiles_h * MH, tile % plan_.tiles_w * MW};
-  }
+  TilePlace place(int64_t tile) const { return tile_place<F>(tile, plan_.tiles_h, plan_.tiles_w); }
 
   // Finds the pixels of a block's tiles, of the first channel, and where the next block's begin.
   void place_tiles(int64_t tile, int64_t count, int64_t next) {
@@ -221,7 +216,7 @@ class LaneWorker {
           *pixels++ = h < 0 || h >= v_.H || w < 0 || w >= v_.W ? zeros_ : x + h * v_.x_h + w * v_.x_w;
         }
       }
-      tiles_[i] = {at, y_ + at.n * v_.y_n + at.p * v_.y_h + at.q * v_.y_w, nullptr};
+      tiles_[i] = {at, nullptr};
       if (i >= next) continue;
       const TilePlace then = place(tile + count + i);
       const int64_t h = then.p - v_.pad_h + H::kPoints - MH, w = then.q - v_.pad_w + W::kPoints - MW;
@@ -253,7 +248,10 @@ class LaneWorker {
       }
     for (int64_t j = 0; j < kWidth; j += VL) {
       const Vec<T> bias = bias_ ? load_wide(bias_ + channel + j) : Vec<T>{};
-      for (int64_t i = 0; i < count; ++i) finish_tile(tiles_[i], points_ + i * kWidth + j, channel + j, bias);
+      for (int64_t i = 0; i < count; ++i)
+        if (!finish_tile<T, F>(points_ + i * kWidth + j, v_product_, v_, y_, tiles_[i].at, channel + j, VL, bias,
+                               epilogue_, streams_))
+          redo(tiles_[i].at, channel + j);
     }
   }
 
@@ -264,25 +262,11 @@ class LaneWorker {
           __builtin_prefetch(x + h * v_.x_h + w * v_.x_w + c, 0, 2);
   }
 
-  CNNFAST_INLINE void finish_tile(const Tile& tile, const T* m, int64_t channel, Vec<T> bias) {
-    Vec<T> values[MH][MW];
-    transform_axes<T, H::kPoints, W::kPoints, MH, MW>(
-        [&](int a, int b) __attribute__((always_inline)) { return load(m + (a * W::kPoints + b) * v_product_); },
-        H::template output<T>, W::template output<T>,
-        [&](int i, int q, Vec<T> t) __attribute__((always_inline)) { values[i][q] = t; });
-    const int64_t rows = min(MH, v_.P - tile.at.p), columns = min(MW, v_.Q - tile.at.q);
-    const StoreArgs<S> args = {tile.y + channel, v_.y_h, v_.y_w, rows, columns, VL, streams_};
-    if (epilogue_ ? !store_tile_through<T, MH, MW>(*epilogue_, args, tile.at, channel, values, bias)
-                  : !store_tile<T, MH, MW>(args, values, bias))
-      redo_tile(tile.at, rows, columns, channel);
-  }
-
-  __attribute__((noinline)) void redo_tile(const TilePlace& at, int64_t rows, int64_t columns, int64_t channel) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j)
-        for (int64_t k = channel; k < channel + VL; k += min(kGroup, VL))
-          direct_pixel(v_, x_, w_, bias_, y_, (at.n * v_.P + at.p + i) * v_.Q + at.q + j, k / kGroup, k % kGroup,
-                       k % kGroup + min(kGroup, VL), epilogue_);
+  // A vector of one tile's channels, group by group.
+  void redo(const TilePlace& at, int64_t channel) {
+    constexpr int64_t kShare = kGroup < VL ? kGroup : VL;
+    for (int64_t k = channel; k < channel + VL; k += kShare)
+      redo_tile<F>(v_, x_, w_, bias_, y_, at, k / kGroup, k % kGroup, k % kGroup + kShare, epilogue_);
   }
 
   const Conv2dView& v_;

@@ -1,5 +1,6 @@
-// A tile of Winograd's: what it is along each axis, and how its results are written. (conv2d_winograd.h)
+// A tile of Winograd's: what it is along each axis, where it lies, and how products become pixels. (conv2d_winograd.h)
 #pragma once
+#include "conv2d_direct.h"
 #include "conv2d_view.h"
 #include "conv2d_winograd_transform.h"
 #include "epilogue.h"
@@ -82,6 +83,11 @@ using SquareTile = WinogradTile<Axis<M, R>, Axis<M, R>>;
 struct TilePlace {
   int64_t n, p, q;  // the first pixel of a tile
 };
+template <class F>
+TilePlace tile_place(int64_t tile, int64_t tiles_h, int64_t tiles_w) {
+  const int64_t row = tile / tiles_w;
+  return {row / tiles_h, row % tiles_h * F::H::kOutputs, tile % tiles_w * F::W::kOutputs};
+}
 
 // Where a tile's vector of channels goes: the part of it that lies in y.
 template <class S>
@@ -131,6 +137,35 @@ __attribute__((noinline)) bool store_tile_through(const Epilogue<S>& epilogue, c
                      args.streams);
     }
   return all_zero(check);
+}
+
+// One tile's vector of channels: products, `product` elements apart, to pixels of y. False: some aren't finite.
+template <class T, class F, class S>
+CNNFAST_INLINE bool finish_tile(const T* m, int64_t product, const Conv2dView& v, S* y, const TilePlace& at,
+                                int64_t channel, int64_t lanes, Vec<T> bias, const Epilogue<S>* epilogue,
+                                bool streams) {
+  using H = typename F::H;
+  using W = typename F::W;
+  constexpr int MH = H::kOutputs, MW = W::kOutputs;
+  Vec<T> values[MH][MW];
+  transform_axes<T, H::kPoints, W::kPoints, MH, MW>(
+      [&](int a, int b) __attribute__((always_inline)) { return load(m + (a * W::kPoints + b) * product); },
+      H::template output<T>, W::template output<T>,
+      [&](int i, int q, Vec<T> t) __attribute__((always_inline)) { values[i][q] = t; });
+  y += at.n * v.y_n + at.p * v.y_h + at.q * v.y_w + channel;
+  const StoreArgs<S> args = {y, v.y_h, v.y_w, min(MH, v.P - at.p), min(MW, v.Q - at.q), lanes, streams};
+  return epilogue ? store_tile_through<T, MH, MW>(*epilogue, args, at, channel, values, bias)
+                  : store_tile<T, MH, MW>(args, values, bias);
+}
+
+// The tile's channels [k, end) of a group as direct sums.
+template <class F, class S>
+__attribute__((noinline)) void redo_tile(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y,
+                                         const TilePlace& at, int64_t group, int64_t k, int64_t end,
+                                         const Epilogue<S>* epilogue) {
+  for (int64_t p = at.p; p < min(at.p + F::H::kOutputs, v.P); ++p)
+    for (int64_t q = at.q; q < min(at.q + F::W::kOutputs, v.Q); ++q)
+      direct_pixel(v, x, w, bias, y, (at.n * v.P + p) * v.Q + q, group, k, end, epilogue);
 }
 
 }  // namespace
