@@ -287,6 +287,15 @@ def serves(problem: Problem, forced: str) -> bool:
     return True
 
 
+def predicted(problem: Problem, forced: str) -> float:
+    """Seconds that the kernel of ours which would serve a problem is predicted to take; infinite where there is none."""
+    try:
+        selection = select(problem, forced, strict=True)
+    except NotImplementedError:
+        return math.inf
+    return selection.implementation.cost(problem)
+
+
 def reason_lines(rejected: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
     """``name: reasons`` for each; variants of one kernel (its ISAs) that have the same reasons share a line."""
     variants: dict[tuple[str, tuple[str, ...]], list[str]] = {}

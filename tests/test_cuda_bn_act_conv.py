@@ -11,7 +11,7 @@ from support import process
 
 from cnnfast import dispatch, ops
 from cnnfast.backends import cuda
-from cnnfast.ops.bn_act_conv import problem
+from cnnfast.ops.bn_act_conv import _apart, problem
 
 EPS = 1e-5
 IMPLEMENTATIONS = [
@@ -112,27 +112,32 @@ def test_any_tile_gives_the_same_bits(implementation: dispatch.Implementation, d
         _hold(*results[0])
 
 
-def _reasons(variant: str, n: int, c: int, h: int, k: int, r: int, groups: int = 1) -> list[str]:
-    """Of an H100 against a convolution that leaves the map as large as it was."""
+def _problem(variant: str, n: int, c: int, h: int, k: int, r: int, groups: int = 1) -> tuple[dispatch.Problem, bool]:
+    """A convolution on an H100 that leaves the map as large as it was, and whether its parts one by one are faster there."""
     dtype = torch.float32 if variant else torch.bfloat16
-    params = ((1, 1), (r // 2,) * 4, (1, 1), groups, "none", EPS, EPS, "fp32")
-    p = problem("fprop", (n, c, h, h), (k, c // groups, r, r), (n, k, h, h), dtype, torch.device("cpu"), params,
-                normed=False)  # fmt: skip
+    shapes = (n, c, h, h), (k, c // groups, r, r), (n, k, h, h)
+    params = ((1, 1), (r // 2,) * 4, (1, 1), groups, "none", EPS, EPS, "fp32", "cuda")
+    p = problem("fprop", *shapes, dtype, torch.device("cpu"), params, normed=False)
     p = dataclasses.replace(p, device="cuda", capability=(9, 0))
     (found,) = (i for i in IMPLEMENTATIONS if i.name == f"cuda.bn_act_conv_implicit_gemm{variant}")
-    return dispatch.reasons_against(found, p)
+    return p, _apart(p, shapes, dtype, torch.device("cpu"), params) < found.cost(p)
+
+
+def _reasons(variant: str, *sizes: int) -> list[str]:
+    (found,) = (i for i in IMPLEMENTATIONS if i.name == f"cuda.bn_act_conv_implicit_gemm{variant}")
+    return dispatch.reasons_against(found, _problem(variant, *sizes)[0])
 
 
 @pytest.mark.skipif(not IMPLEMENTATIONS, reason="no CUDA kernels on this machine")
 @process.mark_of_this_process
 def test_serves_where_it_saves_a_pass() -> None:
-    """The layers of ResNet in training; not those that another of conv2d's kernels is made for, nor split sums."""
-    for layer in ((64, 56, 64, 3), (64, 56, 256, 1), (128, 28, 128, 3), (512, 7, 512, 3)):
+    """Where an H200 had it faster than conv2d and a pass over the result, among CUDA C++'s kernels; and where it hadn't."""
+    for layer in ((256, 14, 256, 3), (512, 28, 128, 1), (1024, 14, 256, 1), (512, 7, 512, 3)):
         c, h, k, r = layer
         assert not _reasons("", 128, c, h, k, r), layer
-    assert not _reasons(".tf32x3", 32, 64, 56, 256, 1)
-    (grouped,) = _reasons("", 32, 128, 56, 128, 3, groups=8)
-    assert "a pass for the statistics" in grouped
+        assert not _problem("", 128, c, h, k, r)[1], layer
+    assert not _problem(".tf32x3", 32, 64, 56, 256, 1)[1]
+    assert _problem("", 32, 128, 56, 128, 3, 8)[1], "grouped convolutions have better kernels"
     (few,) = _reasons("", 1, 512, 7, 512, 3)
     assert "cuts their depth" in few
     (stem,) = _reasons("", 32, 3, 56, 64, 3)

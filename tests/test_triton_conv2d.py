@@ -297,25 +297,43 @@ def test_absent_descriptors_are_no_candidates(monkeypatch: pytest.MonkeyPatch) -
 
 
 @plain
-def test_a_launch_is_repeated_over_other_tensors() -> None:
+def test_a_launch_is_repeated_over_other_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recorded descriptor gets the base of the call at hand, and keeps no tensor of the first one alive."""
+    from triton import knobs
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
     first, second = (torch.zeros(8, 16, dtype=torch.bfloat16) for _ in range(2))
-    seen: list[Any] = []
+    scratch, another = (torch.zeros(64, dtype=torch.uint8) for _ in range(2))
+    direct: list[Any] = []
+    hooked: list[Any] = []
+
+    class Compiled(dict[Any, Any]):
+        function, packed_metadata = 11, (4, 1, 0)
+
+        def run(self, *arguments: Any) -> None:
+            direct.append(arguments)
+
     recorded = types.SimpleNamespace(
-        compiled={(1, 1, 1): lambda *a: seen.append(a)}, grid=(1, 1, 1),
-        arguments=[TensorDescriptor(first, [8, 16], [16, 1], [8, 16]), first, 7],
+        compiled=Compiled({(3, 1, 1): lambda *a: hooked.append(a)}), grid=(3, 1, 1),
+        arguments=[TensorDescriptor(first, [8, 16], [16, 1], [8, 16]), first, 7, scratch[16:]],
     )  # fmt: skip
-    repeat = triton._Repeat.of([recorded], [first], None)
+    repeat = triton._Repeat.of([recorded], [first], scratch)
     assert repeat is not None
-    repeat([second], None)
-    ((descriptor, plain_argument, number),) = seen
+    assert repeat._launches[0][2][0].base is None
+    assert repeat._launches[0][2][1] is None
+    repeat([second], another)
+    ((*grid, stream, function, metadata, no_metadata, enter, leave, descriptor, address, number, inside),) = direct
+    assert (grid, stream, function, metadata) == ([3, 1, 1], 5, 11, (4, 1, 0))
+    assert (no_metadata, enter, leave) == (None, None, None)
     assert descriptor.base is second
     assert (descriptor.shape, descriptor.block_shape) == ([8, 16], [8, 16])
-    assert plain_argument is second
-    assert number == 7
-    assert repeat._launches[0][1][0].base is None
+    assert (address, number, inside) == (second.data_ptr(), 7, another.data_ptr() + 16)
+    # a profiler's hook sees the launch
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", lambda metadata: None)
+    repeat([second], another)
+    assert len(direct) == 1
+    assert [a[1:] for a in hooked] == [(second.data_ptr(), 7, another.data_ptr() + 16)]
 
 
 @plain

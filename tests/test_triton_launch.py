@@ -21,6 +21,7 @@ class _Kernel:
     """Stands for a JIT function and for what it compiles to: remembers how it was launched."""
 
     arg_names = ("x", "y", "n", "BLOCK")
+    function, packed_metadata = 11, (4, 1, 0)
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -31,6 +32,11 @@ class _Kernel:
             return self
 
         return run
+
+    def run(self, x: int, y: int, z: int, *launch: Any) -> None:
+        """The compiled kernel's own launch, past what __getitem__ asks."""
+        assert launch[:6] == (5, self.function, self.packed_metadata, None, None, None)
+        self.calls.append(((x, y, z), launch[6:], {}))
 
 
 def _launcher(kernel: _Kernel) -> Any:
@@ -44,6 +50,7 @@ def _launcher(kernel: _Kernel) -> Any:
 
 def _bound(kernel: _Kernel, monkeypatch: pytest.MonkeyPatch, workspace: int = 0) -> Any:
     monkeypatch.setattr(backend, "INTERPRETED", False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
     problem = type("P", (), {"precision": "fp32", "capability": (9, 0)})()
     return backend._binder(_launcher(kernel), (lambda p: workspace) if workspace else None)(problem, {"N": 1})
 
@@ -60,8 +67,7 @@ def test_second_call_repeats_the_first_with_its_own_tensors(monkeypatch: pytest.
     assert again == (7, 1, 1)
     assert first[0] is x
     assert first[1] is y
-    assert second[0] is x2
-    assert second[1] is y2
+    assert second[:2] == (x2.data_ptr(), y2.data_ptr())
     assert second[2:] == (5, 64)  # every argument of the kernel, constants too, but no launch option
     dead = weakref.ref(x)
     del x, y, first
@@ -73,10 +79,20 @@ def test_second_call_repeats_the_first_with_its_own_tensors(monkeypatch: pytest.
 def test_workspace_is_this_calls_own(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = _Kernel()
     call = _bound(kernel, monkeypatch, workspace=256)
+    made: list[torch.Tensor] = []
+    empty = torch.empty
+
+    def spy(*arguments: Any, **options: Any) -> torch.Tensor:
+        made.append(empty(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "empty", spy)
     for _ in range(2):
         call([torch.zeros(64), torch.zeros(64)])
-    sizes = [arguments[1].numel() * arguments[1].element_size() for _, arguments, _ in kernel.calls]
-    assert sizes == [240, 240]
+    first, second = (arguments[1] for _, arguments, _ in kernel.calls)
+    assert [t.numel() for t in made] == [256, 256]
+    assert first.numel() * first.element_size() == 240
+    assert (first.data_ptr(), second) == (made[0].data_ptr() + 16, made[1].data_ptr() + 16)
 
 
 def test_what_triton_specialises_on_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:

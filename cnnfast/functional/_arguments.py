@@ -88,14 +88,15 @@ _torch_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as autocast wants them: float tensors of an eligible device in the autocast dtype."""
-    device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 and t.dtype != dtype else t
-        for t in tensors
-    )
+    return tuple(t if t is None or autocast_dtype(t) == t.dtype else t.to(autocast_dtype(t)) for t in tensors)
+
+
+def autocast_dtype(t: Tensor) -> torch.dtype:
+    """The dtype that autocast gives a tensor."""
+    device = t.device.type
+    if not torch.is_autocast_enabled(device) or not t.is_floating_point() or t.dtype == torch.float64:
+        return t.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def torch_serves(op: str, reason: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +111,7 @@ def torch_serves(op: str, reason: str, function: Callable[..., Any], *args: Any,
 
 
 def plain() -> bool:
-    """Whether the call may take the short way: nobody compiles, traces, transforms, casts or watches."""
+    """Whether the call may take the short way: nobody compiles, traces, transforms or watches."""
     return not _is_compiling() and _direct()
 
 

@@ -186,13 +186,17 @@ def _batch_norm(
 def update(
     running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, unbiased: Tensor, momentum: float
 ) -> None:
-    """The running averages' step, in place."""
     """Moves the running averages by a share of a batch's mean and unbiased variance; None are left alone."""
     if running_mean is None or running_var is None:
         return
+    averages = [running_mean, running_var]
+    found = [t.to(a.dtype) for t, a in zip((mean, unbiased), averages, strict=True)]
     with torch.no_grad():
-        running_mean.lerp_(mean if mean.dtype == running_mean.dtype else mean.to(running_mean.dtype), momentum)
-        running_var.lerp_(unbiased if unbiased.dtype == running_var.dtype else unbiased.to(running_var.dtype), momentum)
+        if plain():
+            torch._foreach_lerp_(averages, found, momentum)  # one launch on a GPU
+            return
+        for average, t in zip(averages, found, strict=True):  # vmap has no rule for the other
+            average.lerp_(t, momentum)
 
 
 def _as_images(t: Tensor) -> Tensor:

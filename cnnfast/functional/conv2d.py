@@ -64,11 +64,10 @@ def conv2d(
     if type(input) is not Tensor or type(weight) not in PLAIN_TYPES or type(bias) not in OPTIONAL_TYPES:
         check_tensors("conv2d", input=input, weight=weight, **({} if bias is None else {"bias": bias}))
     short = plain()
-    if not short:
-        if scripting():
-            return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
-        if any_autocast():
-            input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
+    if not short and scripting():
+        return torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if any_autocast():
+        input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
     stride, dilation = pair("conv2d", "stride", stride), pair("conv2d", "dilation", dilation)
     groups = integer("conv2d", "groups", groups)
     if type(padding) is str:

@@ -14,6 +14,7 @@ from cnnfast.errors import ShapeError
 from cnnfast.functional._arguments import (
     any_autocast,
     autocast,
+    autocast_dtype,
     has_torch_function,
     integer,
     named_padding,
@@ -71,6 +72,7 @@ def conv_bn_act(
         not training
         and type(eps) is float
         and type(padding) is not str
+        and not any_autocast()
         and plain()
         and _are_factors(input, weight, vectors)
     ):
@@ -159,20 +161,17 @@ def trains_fused(input: Tensor | Pending, weight: Tensor, residual: Tensor | Non
     x = input.z if isinstance(input, Pending) else input
     if has_torch_function(x, weight) or scripting() or not_ours(x, weight) or x.dim() != 4 or x.numel() == 0:
         return False
-    if any_autocast():
-        x, weight = autocast(x, weight)  # type: ignore[assignment]
-    if weight.dtype != x.dtype or (residual is not None and residual.dtype != x.dtype):
+    dtype = autocast_dtype(x) if any_autocast() else x.dtype
+    if (autocast_dtype(weight) if any_autocast() else weight.dtype) != dtype:
         return False
-    dtype = dispatch.DTYPES[x.dtype]
-    return dispatch.has_kernel("bn_act_conv", dtype, x.device.type, settings._state[0])
+    if residual is not None and residual.dtype != dtype:
+        return False
+    return dispatch.has_kernel("bn_act_conv", dispatch.DTYPES[dtype], x.device.type, settings._state[0])
 
 
-def _normalises_on_loading(x: Tensor, weight: Tensor) -> bool:
-    """Whether a convolution had rather normalise x while reading it: its gradients' kernels do that, if any does."""
-    dtype = dispatch.DTYPES[x.dtype]
-    return ops.normalises_on_loading(weight) and dispatch.has_kernel(
-        "bn_act_conv", dtype, x.device.type, settings._state[0], "wgrad"
-    )
+def _takes_pending(x: Tensor) -> bool:
+    """Whether a convolution had rather be given x as it is, to normalise it: its gradients then keep nothing else."""
+    return dispatch.has_kernel("bn_act_conv", dispatch.DTYPES[x.dtype], x.device.type, settings._state[0], "wgrad")
 
 
 def conv_for_norm(
@@ -188,7 +187,7 @@ def conv_for_norm(
         activation, momentum, eps: Of the batch norm.
     """
     weight, bias, *geometry = conv
-    if isinstance(input, Pending) and not _normalises_on_loading(input.z, weight):
+    if isinstance(input, Pending) and not _takes_pending(input.z):
         input = normalised(input)
     x, before = (input.z, input) if isinstance(input, Pending) else (input, None)
     if any_autocast():

@@ -24,7 +24,7 @@ from cnnfast.ops.batch_norm import (
     batch_norm_stats,
     batch_norm_wgrad,
 )
-from cnnfast.ops.bn_act_conv import bn_act_conv, bn_act_conv_dgrad, bn_act_conv_wgrad, normalises_on_loading
+from cnnfast.ops.bn_act_conv import bn_act_conv, bn_act_conv_dgrad, bn_act_conv_wgrad
 from cnnfast.ops.conv2d import conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad
 from cnnfast.ops.conv2d import validate as validate_conv
 from cnnfast.ops.conv_bn_act import conv_bn_act
@@ -75,7 +75,6 @@ __all__ = [
     "max_pool2d_jvp",
     "max_pool2d_recorded",
     "max_pool2d_records",
-    "normalises_on_loading",
     "prefers_channels_last",
     "validate_conv",
 ]

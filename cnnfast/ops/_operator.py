@@ -29,7 +29,6 @@ _profiling = torch._C._autograd._profiler_enabled
 _tracing = torch._C._get_tracing_state
 _key_included = torch._C._dispatch_tls_is_dispatch_key_included
 _VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")  # the older vmap of is_grads_batched, unknown to functorch
-_any_autocast = torch._C._is_any_autocast_enabled
 _grad_enabled = torch.is_grad_enabled
 _is_compiling = torch.compiler.is_compiling
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -41,13 +40,12 @@ def transforms_active() -> bool:
 
 
 def direct() -> bool:
-    """Whether a call may go straight to its kernel: nobody watches, traces, transforms or casts."""
+    """Whether a call may go straight to its kernel: nobody watches, traces or transforms. Autocast casts before, in functional."""
     return not (
         _dispatch_modes()
         or _functorch_active()
         or _key_included(_VMAP_MODE)
         or forward_ad._current_level >= 0
-        or _any_autocast()
         or settings._observer is not None
         or _profiling()
         or _tracing() is not None

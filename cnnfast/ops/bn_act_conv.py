@@ -10,8 +10,9 @@ operator has no gradient for them, nor for the statistics of y: whoever normalis
 bn_act_conv) gives y the whole gradient.
 
 Roles: x, w, b, y as conv2d's; xm, xv, xw, xb; ym, yv, ys; dw, db, t, the gradients of xw, xb, x. Directions: fprop ->
-y, ym, yv, ys; wgrad -> w; dgrad -> dw, db, t. All vectors are of the accumulator's dtype. Where no kernel serves,
-batch_norm, conv2d and batch_norm_stats do, one after the other: the same values, for they round where these would.
+y, ym, yv, ys; wgrad -> w; dgrad -> dw, db, t. All vectors are of the accumulator's dtype. Where no kernel serves, or one is
+predicted to take longer, batch_norm, conv2d and batch_norm_stats do, one after the other: the same values, for they round
+where these would. z is then made again for the weight's gradient: a pass over memory, against keeping it.
 
 A gradient that is itself to be differentiated, and forward mode, are composed likewise, of operators that have both.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,14 +41,12 @@ from cnnfast.ops.batch_norm import (
     composed_backward,
     tangent,
 )
+from cnnfast.ops.batch_norm import problem as norm_problem
 from cnnfast.ops.batch_norm import validate as validate_norm
 from cnnfast.ops.conv2d import B, W, X, Y, conv2d, conv2d_bgrad, conv2d_dgrad, conv2d_wgrad, flops, output_shape
 from cnnfast.ops.conv2d import problem as conv2d_problem
 from cnnfast.ops.conv2d import validate as validate_conv2d
 
-# How often a kernel may normalise one element of x, once for every tap and tile of filters that reads it, before a pass
-# over memory is cheaper: eight instructions each time, against writing and reading it. Predicted for an H100.
-REPEATS, FILTERS = 4, 128
 _VECTORS = ("xm", "xv", "xw", "xb")
 SIGNATURE = dispatch.register_signature(
     dispatch.Signature(
@@ -65,11 +65,6 @@ _TAIL = (
     "str precision, str backend, bool strict"
 )
 _NORM = "Tensor? xm, Tensor? xv, Tensor? xw, Tensor? xb"
-
-
-def normalises_on_loading(w: Any) -> bool:
-    """Whether x is rather normalised while it is read by a convolution with this weight (K, C/G, R, S) than beforehand."""
-    return bool(w.shape[2] * w.shape[3] * -(-w.shape[0] // FILTERS) <= REPEATS)
 
 
 def validate(tensors: Sequence[Any], params: Sequence[Any]) -> None:
@@ -111,15 +106,35 @@ def _serve(
     backend = params[8]
     first = next(t for t in inputs.values() if t is not None)
     if backend.partition(".")[0] != "aten":  # of which torch has several, and so have we
-        p = problem(
-            direction, *shapes, first.dtype, first.device, params, layouts(inputs), inputs.get("xm") is not None
-        )
+        normed = inputs.get("xm") is not None
+        p = problem(direction, *shapes, first.dtype, first.device, params, layouts(inputs), normed)
         try:
-            return serve(p, inputs, outputs, backend, True)
+            fused = dispatch.select(p, backend, strict=True).implementation.cost(p)
+            # a kernel that is asked for by its name serves, however long it takes
+            apart = math.inf if "." in backend else _apart(p, shapes, first.dtype, first.device, params)
+            if fused <= apart:
+                return serve(p, inputs, outputs, backend, True)
+            reason = f"predicted at {fused * 1e6:.0f} us, one after the other at {apart * 1e6:.0f}"
         except NotImplementedError as error:
-            reason = f"batch_norm, conv2d and batch_norm_stats in its place: {error}"
-            settings.note(dispatch.Unserved("bn_act_conv", reason))
+            reason = str(error)
+        note = f"batch_norm, conv2d and batch_norm_stats in its place: {reason}"
+        settings.note(dispatch.Unserved("bn_act_conv", note))
     return functools.partial(composed, params)
+
+
+def _apart(p: dispatch.Problem, shapes: tuple[Any, Any, Any], dtype: torch.dtype, device: torch.device, params: Any) -> float:
+    """Predicted seconds of the operators that make the same one after the other."""
+    stride, padding, dilation, groups, activation, x_eps, eps, precision, backend = params[:9]
+    x, _, y = shapes
+    parts = [conv2d_problem(p.direction, *shapes, dtype, device, (stride, padding, dilation, groups, precision))]
+    if p.direction == "fprop":
+        parts.append(norm_problem("stats", y, dtype, device, ("none", True, eps), activations=1))
+    if p.direction == "dgrad":
+        parts.append(norm_problem("backward", x, dtype, device, (activation, True, x_eps), activations=3))
+    elif p.normed:
+        parts.append(norm_problem("fprop", x, dtype, device, (activation, True, x_eps)))
+    parts = [dataclasses.replace(part, device=p.device, capability=p.capability) for part in parts]
+    return sum(dispatch.predicted(part, backend) for part in parts)
 
 
 def _conv(params: Sequence[Any]) -> tuple[Any, ...]:
