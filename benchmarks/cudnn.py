@@ -45,7 +45,7 @@ LAYERS: tuple[tuple[str, int, int, int, int, int, int], ...] = (
     ("vgg16 3x3", 64, 112, 128, 3, 1, 1), ("resnext50 3x3", 128, 56, 128, 3, 1, 32),
     ("resnext50 3x3", 512, 14, 512, 3, 1, 32),
 )  # fmt: skip
-NETWORKS = ("resnet18", "resnet50", "vgg16", "googlenet")
+NETWORKS = ("resnet50", "resnet18", "vgg16", "googlenet", "resnext50_32x4d")
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -212,24 +212,30 @@ def _fused(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, args: tuple[Any, .
 
 
 def networks(batch: int, names: Sequence[str], autotune: bool) -> Iterator[dict[str, Any]]:
-    """Inference in bf16: torch channels_last, torch.compile(mode="max-autotune"), and ours as users have it."""
+    """Inference in bf16: torchvision's network channels_last, torch.compile(mode="max-autotune"), and ours: the same network
+    of ``cnnfast.models``, layer by layer, and torchvision's through ``cnnfast.fuse``."""
     for name in names:
-        options: dict[str, Any] = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
-        torch.manual_seed(0)
-        model = (
-            cnnfast.models.create(name, **options).eval().to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
-        )
+        plain, ours = (model.eval().to(torch.bfloat16) for model in _pair(name))
         x = _images(batch, 3, PIXELS, torch.bfloat16)
-        makers: dict[str, Callable[[], Call]] = {"torch channels_last": lambda m=model, x=x: _network(_plain(m), x)}
+        makers: dict[str, Callable[[], Call]] = {"torch channels_last": lambda m=plain, x=x: _network(m, x)}
         if autotune:
-            makers["torch max-autotune"] = lambda m=model, x=x: _network(_autotuned(_plain(m), x), x)
-        makers[OURS] = lambda m=model, x=x: _network(m, x)
+            makers["torch max-autotune"] = lambda m=plain, x=x: _network(_autotuned(copy.deepcopy(m), x), x)
+        makers[OURS] = lambda m=ours, x=x: _network(m, x)
+        # everybody's graphs are made alike
+        makers[f"{OURS} fused"] = lambda m=plain, x=x: _network(cnnfast.fuse(m, x, cuda_graph=False), x)
         shared = {"dtype": "bf16", "batch": batch, "precision": "high", "flops": 0}
         yield compare(name, makers, 5e-2, True, direction="inference", **shared)
 
 
-def _plain(model: torch.nn.Module) -> torch.nn.Module:
-    return cnnfast.revert(copy.deepcopy(model))
+def _pair(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """torchvision's network and ours, channels_last and of the same weights."""
+    import torchvision
+
+    options: dict[str, Any] = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    torch.manual_seed(0)
+    plain, ours = torchvision.models.get_model(name, weights=None, **options), cnnfast.models.create(name, **options)
+    ours.load_state_dict(plain.state_dict())
+    return plain.to(DEVICE, memory_format=torch.channels_last), ours.to(DEVICE, memory_format=torch.channels_last)
 
 
 def _network(model: Any, x: torch.Tensor) -> Call:
@@ -252,7 +258,8 @@ def _autotuned(model: torch.nn.Module, x: torch.Tensor) -> Any:
 
 
 def training(batch: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A step in bf16 (autocast, SGD) with its peak memory: torch channels_last, torch.compile, ours. Eager, as users run it."""
+    """A step in bf16 (autocast, SGD) with its peak memory: torchvision's network channels_last, through torch.compile, and ours;
+    as users run it, where Python's time counts, and all of it as one CUDA graph."""
     for name in names:
         record: dict[str, Any] = {
             "name": name, "direction": "training step", "dtype": "bf16", "batch": batch, "precision": "high", "flops": 0,
@@ -261,9 +268,7 @@ def training(batch: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         x = _images(batch, 3, PIXELS, torch.float32)
         labels = torch.arange(batch, device=DEVICE) % 1000
         for competitor in ("torch channels_last", "torch.compile", OURS):
-            torch.manual_seed(0)
-            model = cnnfast.models.create(name).to(DEVICE, memory_format=torch.channels_last).train()
-            model = model if competitor == OURS else _plain(model)
+            model = _pair(name)[competitor == OURS].train()
             try:
                 step = _step(model if competitor != "torch.compile" else torch.compile(model, dynamic=False), x, labels)
                 for _ in range(3):
@@ -271,6 +276,7 @@ def training(batch: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
                 torch.cuda.reset_peak_memory_stats()
                 record["ms"] |= milliseconds({competitor: step}, rounds=5)
                 record["memory"][competitor] = torch.cuda.max_memory_allocated()
+                record["ms"] |= milliseconds({competitor + GRAPH: graphed(step)}, rounds=5)
             except Exception as error:
                 record["missing"][competitor] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
             del model
@@ -295,7 +301,7 @@ def _step(model: Any, x: torch.Tensor, labels: torch.Tensor) -> Call:
 SUITES: dict[str, tuple[float, Callable[[], Iterator[dict[str, Any]]]]] = {
     "layers-bf16-32": (60, lambda: layers("bf16", 32)),
     "fused-bf16-32": (60, lambda: layers("bf16", 32, fused=True)),
-    "networks-bf16-32": (60, lambda: networks(32, NETWORKS, autotune=False)),
+    "networks-bf16-32": (90, lambda: networks(32, NETWORKS, autotune=False)),
     "training-resnet50-128": (90, lambda: training(128, ("resnet50",))),
     "layers-bf16-256": (60, lambda: layers("bf16", 256)),
     "layers-tf32-32": (60, lambda: layers("f32", 32)),

@@ -119,7 +119,20 @@ def _serve(
             reason = str(error)
         note = f"batch_norm, conv2d and batch_norm_stats in its place: {reason}"
         settings.note(dispatch.Unserved("bn_act_conv", note))
-    return functools.partial(composed, params)
+    return functools.partial(composed, _Calls(), params)
+
+
+class _Calls:
+    """Calls of operators, the same ones with tensors of the same kinds every time: their kernels are found once."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, Callable[..., Any]] = {}
+
+    def __call__(self, operator: Operator, tensors: Sequence[Any], params: tuple[Any, ...]) -> Any:
+        run = self._runs.get(operator.name)
+        if run is None:
+            run = self._runs[operator.name] = operator.run(tensors, params)
+        return run(*tensors)
 
 
 def _apart(p: dispatch.Problem, shapes: tuple[Any, Any, Any], dtype: torch.dtype, device: torch.device, params: Any) -> float:
@@ -168,9 +181,14 @@ def _resolve(tensors: Sequence[Any], params: tuple[Any, ...]) -> Callable[..., A
     return _serve("fprop", (x.shape, w.shape, y), inputs, outputs, params, _composed)
 
 
-def _composed(params: tuple[Any, ...], x: Any, w: Any, b: Any, *vectors: Any) -> Any:
-    y = conv2d(_normed(params, x, *vectors), w, b, *_conv(params))
-    return (y, *batch_norm_stats(y, params[6], *params[8:]))
+def _composed(call: _Calls, params: tuple[Any, ...], x: Any, w: Any, b: Any, *vectors: Any) -> Any:
+    y = call(conv2d, (_made(call, params, x, *vectors), w, b), _conv(params))
+    return (y, *call(batch_norm_stats, (y,), (params[6], *params[8:])))
+
+
+def _made(call: _Calls, params: tuple[Any, ...], x: Any, xm: Any, xv: Any, xw: Any, xb: Any) -> Any:
+    """z as :func:`_normed` has it, without a derivative."""
+    return x if xm is None else call(batch_norm, (x, xw, xb, xm, xv, None), _norm(params))
 
 
 def _fake(tensors: Sequence[Any], params: tuple[Any, ...]) -> Any:
@@ -264,8 +282,9 @@ def _wgrad_resolve(tensors: Sequence[Any], params: tuple[Any, ...]) -> Callable[
     out = Meta(tuple(size), _memory.strides_of(size, channels_last), x.dtype)
     inputs = dict(zip(("x", "y", *_VECTORS), tensors, strict=True))
 
-    def composed(params: tuple[Any, ...], x: Any, g: Any, *vectors: Any) -> Any:
-        return conv2d_wgrad(_normed(params, x, *vectors), g, size, channels_last, *_conv(params))
+    def composed(call: _Calls, params: tuple[Any, ...], x: Any, g: Any, *vectors: Any) -> Any:
+        z = _made(call, params, x, *vectors)
+        return call(conv2d_wgrad, (z, g), (tuple(size), channels_last, *_conv(params)))
 
     return _serve("wgrad", (x.shape, size, g.shape), inputs, {"w": out}, rest, composed)
 
@@ -294,9 +313,12 @@ def _dgrad_resolve(tensors: Sequence[Any], params: tuple[Any, ...]) -> Callable[
     return _serve("dgrad", (x.shape, w.shape, g.shape), inputs, outputs, params, _composed_dgrad)
 
 
-def _composed_dgrad(params: tuple[Any, ...], x: Any, w: Any, g: Any, xm: Any, xv: Any, xw: Any, xb: Any) -> Any:
-    dz = conv2d_dgrad(w, g, x.shape, _memory.prefers_channels_last(x), *_conv(params))
-    return batch_norm_backward(x, xw, xb, xm, xv, None, dz, *_norm(params))
+def _composed_dgrad(
+    call: _Calls, params: tuple[Any, ...], x: Any, w: Any, g: Any, xm: Any, xv: Any, xw: Any, xb: Any
+) -> Any:  # fmt: skip
+    like = (tuple(x.shape), _memory.prefers_channels_last(x))
+    dz = call(conv2d_dgrad, (w, g), (*like, *_conv(params)))
+    return call(batch_norm_backward, (x, xw, xb, xm, xv, None, dz), _norm(params))
 
 
 def _dgrad_fake(tensors: Sequence[Any], params: tuple[Any, ...]) -> Any:
