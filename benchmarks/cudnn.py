@@ -302,7 +302,7 @@ SUITES: dict[str, tuple[float, Callable[[], Iterator[dict[str, Any]]]]] = {
     "layers-bf16-32": (60, lambda: layers("bf16", 32)),
     "fused-bf16-32": (60, lambda: layers("bf16", 32, fused=True)),
     "networks-bf16-32": (90, lambda: networks(32, NETWORKS, autotune=False)),
-    "training-resnet50-128": (90, lambda: training(128, ("resnet50",))),
+    "training-resnet50-128": (180, lambda: training(128, ("resnet50",))),
     "layers-bf16-256": (60, lambda: layers("bf16", 256)),
     "layers-tf32-32": (60, lambda: layers("f32", 32)),
     "layers-fp32-32": (60, lambda: layers("f32", 32, "fp32")),

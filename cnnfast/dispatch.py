@@ -10,6 +10,7 @@ the kernel can't read, and launches. A problem is only built on a cache miss: se
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -190,6 +191,11 @@ def has_kernel(op: str, dtype: str, device: str, forced: str, direction: str = "
 
     ``direction``: for that one; else for any.
     """
+    look = _has_kernel if torch.compiler.is_compiling() else _has_kernel_cached  # which Dynamo can't trace
+    return look(op, dtype, device, forced, direction)
+
+
+def _has_kernel(op: str, dtype: str, device: str, forced: str, direction: str) -> bool:
     problem = Problem(op, "", dtype, device, "", ())
     return any(
         not backend.unavailable(problem)
@@ -197,6 +203,9 @@ def has_kernel(op: str, dtype: str, device: str, forced: str, direction: str = "
         for backend in _candidates(problem, forced)[0]
         if backend.name != "aten"
     )
+
+
+_has_kernel_cached = functools.cache(_has_kernel)  # asked at every eager call; a process's kernels are what they are
 
 
 def runs_plans(device: str, forced: str) -> bool:

@@ -214,6 +214,8 @@ def _implicit_gemm_cost(p: Problem, rate: float) -> float:
     # a tile has at least 64 of both: what a group doesn't fill is computed in vain
     rows, columns = (p.K, p.C) if p.direction == "wgrad" else (64 * p.G, p.K if p.direction == "fprop" else p.C)
     used = min(1.0, columns / p.G / 64) * min(1.0, rows / p.G / 64)
+    if p.direction == "wgrad":
+        used *= min(1.0, rows * columns / p.G**2 / 2**13)  # of 64 by 64 half, as an H200 had it
     if p.G > 1:
         used *= 0.4  # not measured, and behind the kernels that are made for groups
     return 4e-6 + p.flops / (rate * used) + p.bytes / _gpu.BANDWIDTH

@@ -10,7 +10,6 @@ x, t -> y; taps x -> y, k; scatter y, k -> t, the same as dgrad. dgrad and jvp a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -251,11 +250,7 @@ def records(op: str, x: Any, backend: str, taps: Callable[[], Any]) -> bool:
     """
     if not x.requires_grad or not torch.is_grad_enabled() or taps() > MOST_TAPS:
         return False
-    has_kernel = dispatch.has_kernel if torch.compiler.is_compiling() else _has_kernel
-    return has_kernel(op, dispatch.DTYPES.get(x.dtype, ""), x.device.type, backend, "taps")
-
-
-_has_kernel = functools.cache(dispatch.has_kernel)  # asked at every eager call; a process's kernels are what they are
+    return dispatch.has_kernel(op, dispatch.DTYPES.get(x.dtype, ""), x.device.type, backend, "taps")
 
 
 def moved(direction: str, x: Any, y: Any, dtype: torch.dtype) -> int:
