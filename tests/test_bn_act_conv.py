@@ -156,7 +156,9 @@ def test_layers_train_as_unfused(fused: list[str], monkeypatch: pytest.MonkeyPat
     model = _network().double()
     twin, x = copy.deepcopy(model), torch.randn(2, 3, 6, 5, dtype=torch.float64)
     ours = _step(model, x)
-    assert fused.count("normalised") == 2 * 3, "all but the first convolution of each block take what was not normalised"
+    assert fused.count("normalised") == 2 * 3, (
+        "all but the first convolution of each block take what was not normalised"
+    )
     assert fused.count("statistics") == 2 * 3
     monkeypatch.setattr(dispatch, "has_kernel", lambda *args: False)
     _compare(ours, _step(twin, x))
@@ -349,7 +351,9 @@ def _rank(rank: int, port: int) -> None:
     with settings.observe() as seen, warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*[Gg]rad strides.*")
         ours = _run(block, halves[rank], "triton", forward=parallel)
-    assert len(_served(seen)) == 2 * (3 + 4), "three convolutions forward, two of them with two gradients, in each of two steps"
+    assert len(_served(seen)) == 2 * (3 + 4), (
+        "three convolutions forward, two of them with two gradients, in each of two steps"
+    )
     for results in (exact, own):
         mean = {name: (results[0][name] + results[1][name]) / 2 for name in ours if name.startswith("gradient of ")}
         del mean["gradient of x"]

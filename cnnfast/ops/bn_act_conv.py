@@ -135,7 +135,9 @@ class _Calls:
         return run(*tensors)
 
 
-def _apart(p: dispatch.Problem, shapes: tuple[Any, Any, Any], dtype: torch.dtype, device: torch.device, params: Any) -> float:
+def _apart(
+    p: dispatch.Problem, shapes: tuple[Any, Any, Any], dtype: torch.dtype, device: torch.device, params: Any
+) -> float:
     """Predicted seconds of the operators that make the same one after the other."""
     stride, padding, dilation, groups, activation, x_eps, eps, precision, backend = params[:9]
     x, _, y = shapes
