@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import pytest
 import torch
 from support import process
 
-from cnnfast import dispatch, ops
+from cnnfast import dispatch, ops, settings
 from cnnfast.backends import cuda
 from cnnfast.ops.bn_act_conv import _apart, problem
+
+bn_act_conv = sys.modules["cnnfast.ops.bn_act_conv"]  # the module: ops has the operator under its name
 
 EPS = 1e-5
 IMPLEMENTATIONS = [
@@ -118,7 +121,7 @@ def _problem(variant: str, n: int, c: int, h: int, k: int, r: int, groups: int =
     shapes = (n, c, h, h), (k, c // groups, r, r), (n, k, h, h)
     params = ((1, 1), (r // 2,) * 4, (1, 1), groups, "none", EPS, EPS, "fp32", "cuda")
     p = problem("fprop", *shapes, dtype, torch.device("cpu"), params, normed=False)
-    p = dataclasses.replace(p, device="cuda", capability=(9, 0))
+    p = dataclasses.replace(p, device="cpu" if process.EMULATED else "cuda", capability=(9, 0))
     (found,) = (i for i in IMPLEMENTATIONS if i.name == f"cuda.bn_act_conv_implicit_gemm{variant}")
     return p, _apart(p, shapes, dtype, torch.device("cpu"), params) < found.cost(p)
 
@@ -142,3 +145,32 @@ def test_serves_where_it_saves_a_pass() -> None:
     assert "cuts their depth" in few
     (stem,) = _reasons("", 32, 3, 56, 64, 3)
     assert "multiples of 8" in stem
+
+
+@pytest.mark.skipif(not process.EMULATED, reason="needs a kernel of ours that isn't asked for by name")
+@pytest.mark.emulated
+def test_parts_serve_where_they_are_predicted_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the observer is told the reason; a kernel that is asked for by its name serves all the same."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=generator).bfloat16() for s in ((2, 16, 9, 7), (24, 16, 1, 1)))
+    x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
+
+    def run(backend: str) -> tuple[list[str], tuple[torch.Tensor, ...]]:
+        with settings.observe() as seen:
+            results = ops.bn_act_conv(x, w, *(None,) * 5, *POINTWISE, "none", EPS, EPS, "fp32", backend, True)
+        events = [e for e in seen if isinstance(e, dispatch.Event)]
+        if not any(e.selection.problem.op == "bn_act_conv" for e in events):
+            (unserved,) = (e for e in seen if isinstance(e, dispatch.Unserved))
+            assert "one after the other at 0" in unserved.reason
+        return [f"{e.selection.problem.op} {e.selection.problem.direction}" for e in events], results
+
+    monkeypatch.setattr(bn_act_conv, "_apart", lambda *args: 1.0)
+    served, fused = run("cuda")
+    assert served == ["bn_act_conv fprop"]
+    monkeypatch.setattr(bn_act_conv, "_apart", lambda *args: 0.0)
+    served, apart = run("cuda")
+    assert served == ["conv2d fprop", "batch_norm stats"]
+    assert torch.equal(fused[0], apart[0])
+    for a, b in zip(fused[1:], apart[1:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert run("cuda.bn_act_conv_implicit_gemm")[0] == ["bn_act_conv fprop"]

@@ -481,3 +481,24 @@ def test_gradient_operators_check_their_arguments() -> None:
         except (ValueError, TypeError, RuntimeError, IndexError):
             continue
         pytest.fail(f"call {number} was accepted")
+
+
+@needs_cpu_kernels
+def test_autocast_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Casts are functional's: under it operators go to their kernels as without, and weights are cast once a call."""
+    x, w = (torch.randn(s).to(memory_format=CL) for s in ((2, 4, 5, 6), (6, 4, 3, 3)))
+    weight = w.clone().requires_grad_()
+    expected = functional.conv2d(x.bfloat16(), w.bfloat16(), None, 1, 1)
+    monkeypatch.setattr(cnnfast.ops.conv2d, "op", None)  # what the dispatcher would call
+    casts: list[torch.dtype] = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: (casts.append(t.dtype), to(t, *a, **k))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            y = functional.conv2d(x, w, None, 1, 1)
+        assert casts == [torch.float32] * 2
+        functional.conv2d(x, weight, None, 1, 1).float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
