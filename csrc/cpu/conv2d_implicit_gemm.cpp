@@ -12,8 +12,8 @@
 //   kWindows  every pixel's filter window copied in one piece (im2col of a block that stays in L2): for narrow maps,
 //             where the rows of a strip would cut the tiles short
 //
-// Of x itself a tile's pixels are asked for while the tile before is at work; results too large for the caches go past
-// them.
+// Of x itself a tile's pixels are asked for while the tile before is at work, of windows of groups the next block's
+// rows; results too large for the caches go past them.
 //
 // fprop with more operands is conv_bn_act: finished sums go through epilogue.h on their way from the tile to y.
 //
@@ -223,6 +223,7 @@ class Worker {
     const bool hot = chunks_ == 1 && kept_panels_ * panel_elements_ * static_cast<int64_t>(sizeof(T)) <= kHotPanelBytes;
     const int64_t units = plan_.flat ? block.pixels : block.rows;
     const int64_t step = !hot ? units : plan_.flat ? kHotPixels : 1;
+    ask_for_next(block);
     for (int64_t unit = 0; unit < units; unit += step) {
       T* panel_data = panels_;
       for (int64_t v = vec; v < end; panel_data += panel_elements_) {
@@ -276,6 +277,22 @@ class Worker {
                strip_columns_, block.q * v_.stride_w - v_.pad_w, plan_.step_w, inside ? v_.W : 0, v_.x_w, count,
                pitch_);
     }
+  }
+
+  // Groups' windows lie far apart in x, and are read a part of a pixel at a time: the products of a block take long
+  // enough to ask for the rows that the next block is the first to read.
+  void ask_for_next(const Block& block) {
+    next_rows_ = next_rows_end_ = nullptr;
+    const int64_t after = block.pixel + block.pixels, end = min(after + plan_.block, last_unit_);
+    const bool one_piece =
+        v_.x_w == v_.G * v_.C && v_.x_h == v_.W * v_.x_w && (v_.N == 1 || v_.x_n == v_.H * v_.x_h) && groups_ == v_.G;
+    if (plan_.source != Source::kWindows || v_.G == 1 || v_.R * v_.S == 1 || !one_piece || after >= end) return;
+    next_rows_ = row_after(after - 1), next_rows_end_ = row_after(end - 1);
+  }
+  // The first row of x that the window of an output pixel doesn't reach.
+  const char* row_after(int64_t pixel) const {
+    const int64_t h = pixel / v_.Q % v_.P * v_.stride_h - v_.pad_h + (v_.R - 1) * v_.dilation_h + 1;
+    return reinterpret_cast<const char*>(x_ + pixel / v_.Q / v_.P * v_.x_n + max(0, min(h, v_.H)) * v_.x_h);
   }
 
   void copy_windows(const Block& block, int64_t first, int64_t count) {
@@ -410,6 +427,12 @@ class Worker {
         }
       }
       if (new_pixels_) args.next = reinterpret_cast<const char*>(args.a + rows * row_step_);
+      if (next_rows_ < next_rows_end_) {
+        args.next = next_rows_;
+        next_rows_ += v_.R * v_.S * v_.C * kLineBytes;  // a line a step
+      } else if (!new_pixels_) {
+        args.next = nullptr;
+      }
       functions[rows - least](args);
       if (!last || stored) continue;
       if (epilogue_) {
@@ -460,6 +483,7 @@ class Worker {
   T *panels_ = nullptr, *tile_ = nullptr, *chains_ = nullptr, *sums_ = nullptr, *strip_ = nullptr;
   bool finite_ = true;
   bool streams_ = false;
+  const char *next_rows_ = nullptr, *next_rows_end_ = nullptr;
   bool new_pixels_ = false;  // the panel is the first to read them, where they lie beside each other in x
 };
 
