@@ -349,8 +349,8 @@ class _Repeat:
             with torch.cuda.device(self._device):
                 self(operands, workspace)
             return
-        # What compiled[grid](*arguments) does, but for its hooks, which are called even where there are none, and with
-        # addresses in the tensors' stead: a third of its time.
+        # What compiled[grid](*arguments) does, but for its hooks, which it calls even where there are none, and with addresses
+        # in the tensors' stead, which nobody then looks up.
         tensors = [*operands, workspace]
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)
