@@ -40,11 +40,12 @@ constexpr int kMaxSharedRows = 14;  // and where taps share what is spread
 #else
 constexpr int kMaxSharedRows = 8;
 #endif
-constexpr int kSharedTaps = 3;                   // columns of such a filter
-constexpr int64_t kVecs = 4;                     // vectors of channels whose rows are copied at a time
-constexpr int64_t kPackedBytes = 384 << 10;      // weights packed at a time
-constexpr int64_t kStripBytes = 64 << 10;        // copied rows of one vector
-constexpr int64_t kImageBytes = 1 << 20;         // of g, while the classes of dgrad pass by
+constexpr int kSharedTaps = 3;               // columns of such a filter
+constexpr int64_t kVecs = 4;                 // vectors of channels whose rows are copied at a time
+constexpr int64_t kPackedBytes = 384 << 10;  // weights packed at a time
+constexpr int64_t kStripBytes = 64 << 10;    // copied rows of one vector
+constexpr int64_t kFarBytes = 4 << 20;       // of x: what is smaller is still in the caches that its writer left it in
+constexpr int64_t kImageBytes = 1 << 20;     // of g, while the classes of dgrad pass by
 constexpr int64_t kMacsWorthThreads = 1 << 17;   // below, one thread
 constexpr int64_t kRowsWorthSharing = 16;        // of a thread
 constexpr int64_t kWeightsWorthTwice = 1 << 16;  // weights that threads may pack each for itself
@@ -326,11 +327,12 @@ class Worker {
 
   void run_block(const Block& block, const Next& next, const T* packed) {
     const int64_t n = block.unit / v_.P, p = block.unit % v_.P, strip = strip_elements(block_);
+    const bool far = v_.N * v_.H * v_.W * v_.C * v_.G * static_cast<int64_t>(sizeof(S)) >= kFarBytes;
     if (taps())
       for (int64_t j = 0; j < block.vecs; ++j) copy_rows(block.vec + j, n, p, block.rows, strip_ + j * strip);
     for (int64_t i = 0; i < block.rows; ++i)
       for (int64_t j = 0; j < block.vecs; ++j) {
-        const bool more = next.unit + i < next.last_unit && next.vec + j < next.last_vec;
+        const bool more = far && next.unit + i < next.last_unit && next.vec + j < next.last_vec;
         next_ = more ? row_of(next.unit + i) + input(next.vec + j) : nullptr;
         run_row(block.vec + j, packed + j * weights_ * VL, n, p + i, strip_ + j * strip + i * strip_row());
       }
