@@ -289,11 +289,7 @@ def select(
 
 def serves(problem: Problem, forced: str) -> bool:
     """Whether a kernel of ours serves a problem."""
-    try:
-        select(problem, forced, strict=True)
-    except NotImplementedError:
-        return False
-    return True
+    return predicted(problem, forced) < math.inf
 
 
 def predicted(problem: Problem, forced: str) -> float:

@@ -88,15 +88,15 @@ _torch_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors as autocast wants them: float tensors of an eligible device in the autocast dtype."""
-    return tuple(t if t is None or autocast_dtype(t) == t.dtype else t.to(autocast_dtype(t)) for t in tensors)
+    return tuple(None if t is None else t.to(autocast_dtype(t)) for t in tensors)
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
     """The dtype that autocast gives a tensor."""
-    device = t.device.type
-    if not torch.is_autocast_enabled(device) or not t.is_floating_point() or t.dtype == torch.float64:
+    if not any_autocast() or not t.is_floating_point() or t.dtype == torch.float64:
         return t.dtype
-    return torch.get_autocast_dtype(device)
+    device = t.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.dtype
 
 
 def torch_serves(op: str, reason: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

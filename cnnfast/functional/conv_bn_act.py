@@ -161,10 +161,8 @@ def trains_fused(input: Tensor | Pending, weight: Tensor, residual: Tensor | Non
     x = input.z if isinstance(input, Pending) else input
     if has_torch_function(x, weight) or scripting() or not_ours(x, weight) or x.dim() != 4 or x.numel() == 0:
         return False
-    dtype = autocast_dtype(x) if any_autocast() else x.dtype
-    if (autocast_dtype(weight) if any_autocast() else weight.dtype) != dtype:
-        return False
-    if residual is not None and residual.dtype != dtype:
+    dtype = autocast_dtype(x)
+    if autocast_dtype(weight) != dtype or (residual is not None and residual.dtype != dtype):
         return False
     return dispatch.has_kernel("bn_act_conv", dispatch.DTYPES[dtype], x.device.type, settings._state[0])
 

@@ -289,6 +289,13 @@ class Worker {
     if (plan_.source != Source::kWindows || v_.G == 1 || v_.R * v_.S == 1 || !one_piece || after >= end) return;
     next_rows_ = row_after(after - 1), next_rows_end_ = row_after(end - 1);
   }
+  // As many of their lines as a tile has steps; null: there are none left.
+  const char* next_lines() {
+    if (next_rows_ >= next_rows_end_) return nullptr;
+    const char* const lines = next_rows_;
+    next_rows_ += v_.R * v_.S * v_.C * kLineBytes;
+    return lines;
+  }
   // The first row of x that the window of an output pixel doesn't reach.
   const char* row_after(int64_t pixel) const {
     const int64_t h = pixel / v_.Q % v_.P * v_.stride_h - v_.pad_h + (v_.R - 1) * v_.dilation_h + 1;
@@ -426,13 +433,7 @@ class Worker {
           for (int64_t l = 0; l < lanes; l += kLineElements<S>) __builtin_prefetch(line + l, 1);
         }
       }
-      if (new_pixels_) args.next = reinterpret_cast<const char*>(args.a + rows * row_step_);
-      if (next_rows_ < next_rows_end_) {
-        args.next = next_rows_;
-        next_rows_ += v_.R * v_.S * v_.C * kLineBytes;  // a line a step
-      } else if (!new_pixels_) {
-        args.next = nullptr;
-      }
+      args.next = new_pixels_ ? reinterpret_cast<const char*>(args.a + rows * row_step_) : next_lines();
       functions[rows - least](args);
       if (!last || stored) continue;
       if (epilogue_) {
