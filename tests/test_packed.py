@@ -65,8 +65,11 @@ def test_packed_is_unpacked(implementation: Implementation, dtype: str, case: An
 
 def _served(implementation: Implementation, dtype: torch.dtype) -> Any:
     """A case that the kernel serves, with the size of filter and the stride that it has, padded to the size of the map."""
-    for (r, s), c, stride in itertools.product(((3, 3), (5, 5), (1, 7), (1, 3)), (33, 64), (1, 2)):
-        case = conv2d.Case("", 1, c, 27, 25, 35, r, s, (stride, stride), (r // 2, s // 2), bias=True)
+    sizes = itertools.product(
+        ((3, 3), (5, 5), (1, 7), (1, 3)), ((33, 35, 1), (64, 35, 1), (40, 40, 5), (40, 40, 10)), (1, 2)
+    )
+    for (r, s), (c, k, groups), stride in sizes:
+        case = conv2d.Case("", 1, c, 27, 25, k, r, s, (stride, stride), (r // 2, s // 2), groups=groups, bias=True)
         if not dispatch.reasons_against(implementation, conv2d.problem(case, "fprop", dtype, "fp32")):
             return case
     raise AssertionError(f"{implementation.name} serves none of these sizes")
@@ -78,7 +81,7 @@ def test_packed_weights_that_are_not_finite(implementation: Implementation) -> N
     dtype = _dtype(implementation)
     case = _served(implementation, dtype)
     t = {r: g.tensor for r, g in conv2d.inputs(case, "fprop", dtype).items()}
-    t["w"][3, 5, 0, case.S // 2 if case.R > 1 else 0], t["w"][34, 1, -1, -1] = float("inf"), float("nan")
+    t["w"][3, 3, 0, case.S // 2 if case.R > 1 else 0], t["w"][34, 1, -1, -1] = float("inf"), float("nan")
     packed = _plan(implementation, case, dtype, t, True)(t["x"])[0]
     plain = _plan(implementation, case, dtype, t, False)(t["x"])[0]
     torch.testing.assert_close(packed, plain, rtol=0, atol=0, equal_nan=True)

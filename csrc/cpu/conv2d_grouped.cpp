@@ -14,13 +14,13 @@
 //
 // dgrad is fprop of the gradient, one stride-1 convolution for each residue class (conv2d_view.h). fprop with more
 // operands is conv_bn_act: sums go through epilogue.h.
-// A thread owns vectors of channels times rows of the output. It packs the weights inside the call, as many vectors' at
-// a time as stay in L2, and goes through blocks of output rows. Of 4 vectors at a time it copies the rows of x that the
-// block needs, a vector's beside each other [row][column][lanes]: every input pixel once, widened, with the zeros of
-// the padding. What the next 4 need is asked for meanwhile: x comes from memory block by block, whole pixels, not a
-// part of every pixel again and again. A single tap without padding reads x itself. Sums are in float for float, bf16
-// and fp16, in double for double; one rounding. Padding contributes nothing: a call that meets an Inf or a NaN among
-// its weights is done again by the direct kernel (zeros stand for the padding).
+// A thread owns vectors of channels times rows of the output. It packs the weights inside the call (or the pack entry
+// did so beforehand), as many vectors' at a time as stay in L2, and goes through blocks of output rows. Of 4 vectors at
+// a time it copies the rows of x that the block needs, a vector's beside each other [row][column][lanes]: every input
+// pixel once, widened, with the zeros of the padding. What the next 4 need is asked for meanwhile: x comes from memory
+// block by block, whole pixels, not a part of every pixel again and again. A single tap without padding reads x itself.
+// Sums are in float for float, bf16 and fp16, in double for double; one rounding. Padding contributes nothing: a call
+// that meets an Inf or a NaN among its weights is done again by the direct kernel (zeros stand for the padding).
 #include "../common/kernel_table.h"
 #include "conv2d_direct.h"
 #include "conv2d_view.h"
@@ -49,6 +49,7 @@ constexpr int64_t kImageBytes = 1 << 20;     // of g, while the classes of dgrad
 constexpr int64_t kMacsWorthThreads = 1 << 17;   // below, one thread
 constexpr int64_t kRowsWorthSharing = 16;        // of a thread
 constexpr int64_t kWeightsWorthTwice = 1 << 16;  // weights that threads may pack each for itself
+constexpr int64_t kPackedHead = 64;              // bytes before what is packed; the first: all weights are finite
 constexpr int64_t kChain = 128;                  // products added up in a row; sums of sums stay accurate
 
 template <class T>
@@ -212,21 +213,57 @@ const Tiles<T>* tiles_for(int64_t in, int64_t out) {
   return nullptr;
 }
 
+// Elements of one vector's packed bias and weights.
+template <class T>
+int64_t packed_vector(const Conv2dView& v) {
+  return (1 + v.R * v.S * v.C) * kLanes<T>;
+}
+
 template <class T, class S>
 class Worker {
  public:
-  Worker(const Conv2dView& v, const Tiles<T>& tiles, const S* x, const S* w, const S* bias, S* y,
+  Worker(const Conv2dView& v, const Tiles<T>& tiles, const S* x, const S* w, const S* bias, S* y, const T* packed,
          const Epilogue<S>* epilogue)
-      : v_(v), tiles_(tiles), x_(x), w_(w), bias_(bias), y_(y), epilogue_(epilogue) {}
+      : v_(v), tiles_(tiles), x_(x), w_(w), bias_(bias), y_(y), epilogue_(epilogue), given_(packed) {}
 
   bool finite() const { return finite_; }
+
+  // One vector's bias, then its weights [tap][q][lane], to `out`.
+  void pack(int64_t vec, T* out) {
+    const int64_t channel = vec * VL, lanes = min(VL, channels() - channel);
+    store(out, bias_ ? load_wide(bias_ + channel, lanes) : Vec<T>{});
+    out += VL;
+    const S* w = w_ + channel / v_.K * v_.w_g;
+    if (!taps()) return;
+    if (v_.w_g == v_.K * v_.w_k) {
+      finite_ &= pack_panel<T>(out, w, {lanes, 1, v_.C, v_.R, v_.S, v_.w_k, v_.w_c, v_.w_r, v_.w_s});
+      return;
+    }
+    Vec<T> check{};
+    for_each_weight(vec, [&](const S* in) {
+      Vec<T> value{};
+      for (int64_t l = 0; l < lanes; ++l) value[l] = widen_one(in[lane(l)]);
+      check += value * T(0);
+      store(out, value);
+      out += VL;
+    });
+    for (int l = 0; l < VL; ++l) finite_ &= check[l] == T(0);
+  }
+
+  // The way back, to weights at `w`.
+  void unpack(int64_t vec, const T* packed, S* w) const {
+    const int64_t lanes = min(VL, channels() - vec * VL);
+    for_each_weight(vec, [&](const S* place) {
+      packed += VL;  // the first vector is the bias
+      for (int64_t l = 0; l < lanes; ++l) narrow_one(w + (place - w_) + lane(l), packed[l]);
+    });
+  }
 
   // Vectors [vec, last_vec) of rows [unit, last_unit) of the batch. False: out of memory.
   bool run(int64_t vec, int64_t last_vec, int64_t unit, int64_t last_unit) {
     if (vec == last_vec || unit == last_unit) return true;
-    weights_ = 1 + taps() * v_.C;
-    const int64_t packed_vecs =
-        min(last_vec - vec, max(1, kPackedBytes / (weights_ * VL * static_cast<int64_t>(sizeof(T)))));
+    const int64_t vector = packed_vector<T>(v_);
+    const int64_t packed_vecs = min(last_vec - vec, max(1, kPackedBytes / (vector * static_cast<int64_t>(sizeof(T)))));
     const int64_t vecs = ceil_div(packed_vecs, ceil_div(packed_vecs, kVecs));
     step_h_ = needed_step(v_.P, v_.R, v_.stride_h, v_.dilation_h);
     step_w_ = needed_step(v_.Q, v_.S, v_.stride_w, v_.dilation_w);
@@ -237,7 +274,7 @@ class Worker {
     while (block_ > 1 && strip_elements(block_) * static_cast<int64_t>(sizeof(T)) > kStripBytes)
       block_ = ceil_div(block_, 2);
     const auto carve = [&](Carver carver) {
-      packed_ = carver.take<T>(packed_vecs * weights_ * VL);
+      packed_ = carver.take<T>(given_ ? 0 : packed_vecs * vector);
       tile_ = carver.take<T>(kMaxSharedRows * VL);
       strip_ = carver.take<T>(max(pitch_, vecs * strip_elements(block_)) + VL);
       return carver.used();
@@ -248,13 +285,14 @@ class Worker {
     streams_ = kLineVectors && streams_result(v_, y_, true);
     for (; vec < last_vec; vec += packed_vecs) {
       const int64_t end = min(vec + packed_vecs, last_vec);
-      for (int64_t j = vec; j < end; ++j) pack(j, packed_ + (j - vec) * weights_ * VL);
+      for (int64_t j = vec; j < end && !given_; ++j) pack(j, packed_ + (j - vec) * vector);
+      const T* packed = given_ ? given_ + vec * vector : packed_;
       for (int64_t u = unit; u < last_unit;) {
         const int64_t rows = min(block_, min(v_.P - u % v_.P, last_unit - u));
         for (int64_t j = vec; j < end; j += vecs) {
           const bool more = j + vecs < end;
           run_block({j, min(vecs, end - j), u, rows}, {more ? j + vecs : vec, more ? u : u + rows, end, last_unit},
-                    packed_ + (j - vec) * weights_ * VL);
+                    packed + (j - vec) * vector);
         }
         u += rows;
       }
@@ -273,6 +311,17 @@ class Worker {
     int64_t vec, unit, last_vec, last_unit;  // where the block after starts, and what there is
   };
 
+  // Calls f(the weight of the vector's first lane), tap by tap, and of a tap input channel by input channel; and where
+  // a lane's weight lies from there.
+  template <class F>
+  void for_each_weight(int64_t vec, const F& f) const {
+    const S* w = w_ + vec * VL / v_.K * v_.w_g;
+    for (int64_t r = 0; r < v_.R; ++r)
+      for (int64_t s = 0; s < v_.S; ++s)
+        for (int64_t q = 0; q < v_.C; ++q) f(w + r * v_.w_r + s * v_.w_s + q * v_.w_c);
+  }
+  int64_t lane(int64_t l) const { return l / v_.K * v_.w_g + l % v_.K * v_.w_k; }
+
   int64_t taps() const { return v_.R * v_.S; }
   int64_t channels() const { return v_.G * v_.K; }
   // Input channels of a vector of outputs: the first, and how many.
@@ -289,30 +338,6 @@ class Worker {
     return (((rows - 1) * v_.stride_h + (v_.R - 1) * v_.dilation_h) / step_h_ + 1) * columns_ * pitch_;
   }
   int64_t strip_row() const { return v_.P == 1 ? 0 : v_.stride_h / step_h_ * columns_ * pitch_; }
-
-  // One vector's bias, then its weights [tap][q][lane].
-  void pack(int64_t vec, T* out) {
-    const int64_t channel = vec * VL, lanes = min(VL, channels() - channel);
-    store(out, bias_ ? load_wide(bias_ + channel, lanes) : Vec<T>{});
-    out += VL;
-    const S* w = w_ + channel / v_.K * v_.w_g;
-    if (!taps()) return;
-    if (v_.w_g == v_.K * v_.w_k) {
-      finite_ &= pack_panel<T>(out, w, {lanes, 1, v_.C, v_.R, v_.S, v_.w_k, v_.w_c, v_.w_r, v_.w_s});
-      return;
-    }
-    Vec<T> check{};
-    for (int64_t r = 0; r < v_.R; ++r)
-      for (int64_t s = 0; s < v_.S; ++s)
-        for (int64_t q = 0; q < v_.C; ++q, out += VL) {
-          const S* in = w + r * v_.w_r + s * v_.w_s + q * v_.w_c;
-          Vec<T> value{};
-          for (int64_t l = 0; l < lanes; ++l) value[l] = widen_one(in[l / v_.K * v_.w_g + l % v_.K * v_.w_k]);
-          check += value * T(0);
-          store(out, value);
-        }
-    for (int l = 0; l < VL; ++l) finite_ &= check[l] == T(0);
-  }
 
   // The rows of x that output rows [p, p + rows) of image n need.
   void copy_rows(int64_t vec, int64_t n, int64_t p, int64_t rows, T* strip) {
@@ -334,7 +359,7 @@ class Worker {
       for (int64_t j = 0; j < block.vecs; ++j) {
         const bool more = far && next.unit + i < next.last_unit && next.vec + j < next.last_vec;
         next_ = more ? row_of(next.unit + i) + input(next.vec + j) : nullptr;
-        run_row(block.vec + j, packed + j * weights_ * VL, n, p + i, strip_ + j * strip + i * strip_row());
+        run_row(block.vec + j, packed + j * packed_vector<T>(v_), n, p + i, strip_ + j * strip + i * strip_row());
       }
   }
 
@@ -427,7 +452,7 @@ class Worker {
   const S *x_, *w_, *bias_;
   S* y_;
   const Epilogue<S>* epilogue_;
-  int64_t weights_ = 0;                                        // vectors of one packed vector of channels
+  const T* given_;                                             // weights that were packed beforehand, or null
   int64_t step_h_ = 1, step_w_ = 1, columns_ = 0, pitch_ = 0;  // of the strip
   int64_t block_ = 0;                                          // rows of y at a time
   const S* next_ = nullptr;                                    // a row of x that is needed soon
@@ -445,22 +470,26 @@ struct Outcome {
 
 // The share of one thread in one view.
 template <class S>
-void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, int threads, int64_t task,
-              Outcome& outcome, const Epilogue<S>* epilogue) {
+void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, const void* packed, int threads,
+              int64_t task, Outcome& outcome, const Epilogue<S>* epilogue) {
   using T = Compute<S>;
   const int64_t vecs = ceil_div(v.G * v.K, kLanes<T>), units = v.N * v.P;
   const Tiles<T>* tiles = tiles_for<T>(v.C, v.K);
   if (vecs * units * v.Q == 0 || !tiles) return;
   // Vectors are the better half to share: no weights are packed and no rows copied twice. But of large maps a thread
   // then reads and writes a part of every pixel, and both together more cache lines than there are.
-  const bool large = units >= kRowsWorthSharing * threads && v.R * v.S * v.C * v.K * v.G <= kWeightsWorthTwice;
+  const bool cheap = packed || v.R * v.S * v.C * v.K * v.G <= kWeightsWorthTwice;
+  const bool large = units >= kRowsWorthSharing * threads && cheap;
   const int64_t threads_v = large ? 1 : vecs % threads == 0 || vecs >= 4 * threads ? threads : gcd(vecs, threads);
   const int64_t threads_u = threads / threads_v, tv = task / threads_u, tu = task % threads_u;
-  Worker<T, S> worker(v, *tiles, x, w, bias, y, epilogue);
+  const char* head = static_cast<const char*>(packed);
+  Worker<T, S> worker(v, *tiles, x, w, bias, y, head ? reinterpret_cast<const T*>(head + kPackedHead) : nullptr,
+                      epilogue);
   if (!worker.run(vecs * tv / threads_v, vecs * (tv + 1) / threads_v, units * tu / threads_u,
                   units * (tu + 1) / threads_u))
     __atomic_store_n(&outcome.no_memory, true, __ATOMIC_RELAXED);
-  if (!worker.finite() && reaches_padding(v)) __atomic_store_n(&outcome.not_finite, true, __ATOMIC_RELAXED);
+  if (!(head ? *head : worker.finite()) && reaches_padding(v))
+    __atomic_store_n(&outcome.not_finite, true, __ATOMIC_RELAXED);
 }
 
 int useful_threads(const Conv2dParams& p, int threads) {
@@ -478,13 +507,56 @@ const char* launch_fprop(const void* params, const Launch& l) {
   const int threads = useful_threads(p, l.threads);
   const Epilogue<S> operands(p, l);
   const Epilogue<S>* epilogue = operands.or_null();
+  const void* packed = l.operands[kPackedOperand];
   Outcome outcome;
   parallel_for(
-      threads, threads, [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, threads, task, outcome, epilogue); },
+      threads, threads,
+      [&](int64_t task) { run_view(fprop_view(p), x, w, bias, y, packed, threads, task, outcome, epilogue); },
       kDenormals<S>);
   if (outcome.no_memory) return kNoMemory;
   if (outcome.not_finite) direct_fprop(p, x, w, bias, y, l.threads, epilogue);
   return nullptr;
+}
+
+// Every vector of fprop, with its bias, into the workspace.
+template <class S>
+const char* launch_pack(const void* params, const Launch& l) {
+  using T = Compute<S>;
+  const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
+  char* head = static_cast<char*>(l.workspace);
+  *head = true;
+  const Tiles<T>* tiles = tiles_for<T>(v.C, v.K);
+  if (!tiles) return nullptr;
+  parallel_for(l.threads, ceil_div(v.G * v.K, kLanes<T>), [&](int64_t vec) {
+    Worker<T, S> worker(v, *tiles, nullptr, static_cast<const S*>(l.operands[1]), static_cast<const S*>(l.operands[2]),
+                        nullptr, nullptr, nullptr);
+    worker.pack(vec, reinterpret_cast<T*>(head + kPackedHead) + vec * packed_vector<T>(v));
+    if (!worker.finite()) __atomic_store_n(head, false, __ATOMIC_RELAXED);
+  });
+  return nullptr;
+}
+
+// The weights that the pack entry packed, back to where the second operand is.
+template <class S>
+const char* launch_unpack(const void* params, const Launch& l) {
+  using T = Compute<S>;
+  const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
+  const char* head = static_cast<const char*>(l.operands[kPackedOperand]);
+  S* w = static_cast<S*>(l.operands[1]);
+  const Tiles<T>* tiles = tiles_for<T>(v.C, v.K);
+  if (!tiles) return nullptr;
+  parallel_for(l.threads, ceil_div(v.G * v.K, kLanes<T>), [&](int64_t vec) {
+    const Worker<T, S> worker(v, *tiles, nullptr, w, nullptr, nullptr, nullptr, nullptr);
+    worker.unpack(vec, reinterpret_cast<const T*>(head + kPackedHead) + vec * packed_vector<T>(v), w);
+  });
+  return nullptr;
+}
+
+template <class S>
+int64_t packed_bytes(const void* params) {
+  using T = Compute<S>;
+  const Conv2dView v = fprop_view(*static_cast<const Conv2dParams*>(params));
+  return kPackedHead + ceil_div(v.G * v.K, kLanes<T>) * packed_vector<T>(v) * static_cast<int64_t>(sizeof(T));
 }
 
 template <class S>
@@ -503,8 +575,8 @@ const char* launch_dgrad(const void* params, const Launch& l) {
         for (int64_t n = 0; n < p.N; n += images)
           for_each_dgrad_view(p, [&](Conv2dView v, int64_t w_offset, int64_t dx_offset) {
             v.N = min(images, p.N - n);
-            run_view<S>(v, g + n * p.y_n, w + w_offset, nullptr, dx + n * p.x_n + dx_offset, threads, task, outcome,
-                        nullptr);
+            run_view<S>(v, g + n * p.y_n, w + w_offset, nullptr, dx + n * p.x_n + dx_offset, nullptr, threads, task,
+                        outcome, nullptr);
           });
       },
       kDenormals<S>);
@@ -519,6 +591,14 @@ CNNFAST_KERNEL("conv2d_grouped.fprop.f32", Conv2dParams, launch_fprop<float>, nu
 CNNFAST_KERNEL("conv2d_grouped.fprop.f64", Conv2dParams, launch_fprop<double>, nullptr)
 CNNFAST_KERNEL("conv2d_grouped.fprop.bf16", Conv2dParams, launch_fprop<BFloat16>, nullptr)
 CNNFAST_KERNEL("conv2d_grouped.fprop.f16", Conv2dParams, launch_fprop<Float16>, nullptr)
+CNNFAST_KERNEL("conv2d_grouped.fprop.f32.pack", Conv2dParams, launch_pack<float>, packed_bytes<float>)
+CNNFAST_KERNEL("conv2d_grouped.fprop.f64.pack", Conv2dParams, launch_pack<double>, packed_bytes<double>)
+CNNFAST_KERNEL("conv2d_grouped.fprop.bf16.pack", Conv2dParams, launch_pack<BFloat16>, packed_bytes<BFloat16>)
+CNNFAST_KERNEL("conv2d_grouped.fprop.f16.pack", Conv2dParams, launch_pack<Float16>, packed_bytes<Float16>)
+CNNFAST_KERNEL("conv2d_grouped.fprop.f32.unpack", Conv2dParams, launch_unpack<float>, nullptr)
+CNNFAST_KERNEL("conv2d_grouped.fprop.f64.unpack", Conv2dParams, launch_unpack<double>, nullptr)
+CNNFAST_KERNEL("conv2d_grouped.fprop.bf16.unpack", Conv2dParams, launch_unpack<BFloat16>, nullptr)
+CNNFAST_KERNEL("conv2d_grouped.fprop.f16.unpack", Conv2dParams, launch_unpack<Float16>, nullptr)
 CNNFAST_KERNEL("conv2d_grouped.dgrad.f32", Conv2dParams, launch_dgrad<float>, nullptr)
 CNNFAST_KERNEL("conv2d_grouped.dgrad.f64", Conv2dParams, launch_dgrad<double>, nullptr)
 CNNFAST_KERNEL("conv2d_grouped.dgrad.bf16", Conv2dParams, launch_dgrad<BFloat16>, nullptr)
