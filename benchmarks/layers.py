@@ -2,6 +2,7 @@
 
     python benchmarks/layers.py                 medians of interleaved runs, geometric mean, lowest ratio
     python benchmarks/layers.py --batch 16      at another batch size
+    python benchmarks/layers.py --network mobilenet_v2 efficientnet_b0 convnext_tiny    depthwise layers
     python benchmarks/layers.py --direction dgrad --batch 8     the gradient of the input (or wgrad: of the weight) alone
     python benchmarks/layers.py --packed        ours as a plan of one node whose weights were packed beforehand
     python benchmarks/layers.py --memory        peak memory above what an import takes, in fresh processes, batch 1 and 8
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from memory import MMAP_THRESHOLD, fresh, keep_freed, reset_peak, status
 from providers import CHANNELS_LAST, NCHW, OURS, TOLERANCE, geometric_mean, providers
 from tables import render
-from workloads import NETWORKS, Layer, distinct
+from workloads import DEPTHWISE, NETWORKS, Layer, distinct
 
 import cnnfast
 from cnnfast import _render, settings
@@ -115,7 +116,7 @@ def memory_child(provider: str, network: str, batch: int) -> None:
     convolution: Any = cnnfast.functional.conv2d if provider == OURS else F.conv2d
     last = torch.channels_last
     with torch.no_grad():
-        for layer in NETWORKS[network]:  # made in place: no copy that would hide a kernel's own needs
+        for layer in {**NETWORKS, **DEPTHWISE}[network]:  # made in place: no copy that would hide a kernel's own needs
             x = torch.empty(batch, layer.C, layer.H, layer.H, memory_format=last).normal_()
             w = torch.empty(layer.K, layer.C // layer.groups, layer.R, layer.S)
             w = torch.empty_like(w, memory_format=last if provider == CHANNELS_LAST else None).normal_()
@@ -140,7 +141,7 @@ def memory(networks: Sequence[str], batches: Sequence[int], threads: int, proces
         medians = {provider: statistics.median(values) for provider, values in added.items()}
         ratio = medians[OURS] / medians[CHANNELS_LAST]
         found["networks"].append({
-            "network": network, "batch": batch, "layers": len(NETWORKS[network]), "bytes": added, "median": medians,
+            "network": network, "batch": batch, "layers": len({**NETWORKS, **DEPTHWISE}[network]), "bytes": added, "median": medians,
             "ratio": ratio,
         })  # fmt: skip
         mega = [f"{medians[p] / 1e6:.1f} ({min(added[p]) / 1e6:.1f}–{max(added[p]) / 1e6:.1f})" for p in added]
@@ -233,8 +234,9 @@ def main() -> None:
     parser.add_argument(
         "--kind", nargs="+", default=[], help="only layers of these kinds: grouped, stem, 1x1, 3x3, ..."
     )
-    parser.add_argument("--network", nargs="+", choices=list(NETWORKS), default=list(NETWORKS),
-                        metavar="NAME", help="only layers of these: " + ", ".join(NETWORKS))  # fmt: skip
+    parser.add_argument("--network", nargs="+", choices=[*NETWORKS, *DEPTHWISE], default=list(NETWORKS),
+                        metavar="NAME", help="only layers of these: " + ", ".join(NETWORKS)
+                        + "; of these the depthwise ones: " + ", ".join(DEPTHWISE))  # fmt: skip
     parser.add_argument("--rounds", type=int, default=15, help="interleaved samples of each; default: 15")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--nchw", action="store_true", help="time torch with NCHW tensors, too")

@@ -57,7 +57,7 @@ class Layer:
     def kind(self) -> str:
         """The group that a table lists it in."""
         if self.groups > 1:
-            return "grouped"
+            return "depthwise" if self.groups == self.C else "grouped"
         if self.C <= 4:
             return "stem"
         if (self.R, self.S) == (1, 1):
@@ -244,6 +244,28 @@ NETWORKS: dict[str, dict[Layer, int]] = {  # network -> layer -> how often, in t
         (1, 1024, 14, 2048, 1, 1, 2, 0, 0, 1), (2, 2048, 7, 1024, 1, 1, 1, 0, 0, 1), (2, 1024, 7, 1024, 3, 3, 1, 1, 1, 1),
     ),
 }
+DEPTHWISE: dict[str, dict[Layer, int]] = {  # the depthwise convolutions alone of networks whose other ones are 1x1
+    "mobilenet_v2": _net(
+        False,
+        (1, 32, 112, 32, 3, 3, 1, 1, 1, 32), (1, 96, 112, 96, 3, 3, 2, 1, 1, 96), (1, 144, 56, 144, 3, 3, 1, 1, 1, 144),
+        (1, 144, 56, 144, 3, 3, 2, 1, 1, 144), (2, 192, 28, 192, 3, 3, 1, 1, 1, 192), (1, 192, 28, 192, 3, 3, 2, 1, 1, 192),
+        (4, 384, 14, 384, 3, 3, 1, 1, 1, 384), (2, 576, 14, 576, 3, 3, 1, 1, 1, 576), (1, 576, 14, 576, 3, 3, 2, 1, 1, 576),
+        (3, 960, 7, 960, 3, 3, 1, 1, 1, 960),
+    ),
+    "efficientnet_b0": _net(
+        False,
+        (1, 32, 112, 32, 3, 3, 1, 1, 1, 32), (1, 96, 112, 96, 3, 3, 2, 1, 1, 96), (1, 144, 56, 144, 3, 3, 1, 1, 1, 144),
+        (1, 144, 56, 144, 5, 5, 2, 2, 2, 144), (1, 240, 28, 240, 5, 5, 1, 2, 2, 240), (1, 240, 28, 240, 3, 3, 2, 1, 1, 240),
+        (2, 480, 14, 480, 3, 3, 1, 1, 1, 480), (1, 480, 14, 480, 5, 5, 1, 2, 2, 480), (2, 672, 14, 672, 5, 5, 1, 2, 2, 672),
+        (1, 672, 14, 672, 5, 5, 2, 2, 2, 672), (3, 1152, 7, 1152, 5, 5, 1, 2, 2, 1152),
+        (1, 1152, 7, 1152, 3, 3, 1, 1, 1, 1152),
+    ),
+    "convnext_tiny": _net(
+        True,
+        (3, 96, 56, 96, 7, 7, 1, 3, 3, 96), (3, 192, 28, 192, 7, 7, 1, 3, 3, 192), (9, 384, 14, 384, 7, 7, 1, 3, 3, 384),
+        (3, 768, 7, 768, 7, 7, 1, 3, 3, 768),
+    ),
+}
 _RESNET = (Pooling(64, 112, 3, 2, 1, False),)
 POOLINGS: dict[str, tuple[Pooling, ...]] = {  # network -> its distinct max poolings, in the order of the first call
     "alexnet": tuple(Pooling(c, h, 3, 2, 0, False) for c, h in ((64, 55), (192, 27), (256, 13))),
@@ -264,7 +286,7 @@ def distinct(networks: Iterable[str] = tuple(NETWORKS)) -> dict[Layer, tuple[str
     """The distinct layers of these networks, each with the networks that have it."""
     found: dict[Layer, tuple[str, ...]] = {}
     for network in networks:
-        for layer in NETWORKS[network]:
+        for layer in {**NETWORKS, **DEPTHWISE}[network]:
             found[layer] = (*found.get(layer, ()), network)
     return found
 

@@ -19,6 +19,13 @@ def test_table(network: str) -> None:
     assert workloads.extract_poolings(network) == workloads.POOLINGS[network]
 
 
+@pytest.mark.parametrize("network", workloads.DEPTHWISE)
+def test_depthwise(network: str) -> None:
+    pytest.importorskip("torchvision")
+    found = {layer: count for layer, count in workloads.extract(network).items() if layer.kind == "depthwise"}
+    assert found == workloads.DEPTHWISE[network]
+
+
 def test_distinct() -> None:
     layers = workloads.distinct()
     assert len(layers) == len({(*vars(layer).values(),) for layer in layers})
