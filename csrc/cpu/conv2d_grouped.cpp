@@ -22,6 +22,7 @@
 // Sums are in float for float, bf16 and fp16, in double for double; one rounding. Padding contributes nothing: a call
 // that meets an Inf or a NaN among its weights is done again by the direct kernel (zeros stand for the padding).
 #include "../common/kernel_table.h"
+#include "conv2d_depthwise_tile.h"
 #include "conv2d_direct.h"
 #include "conv2d_view.h"
 #include "grouped_lanes.h"
@@ -270,6 +271,7 @@ class Worker {
     columns_ = taps() ? ((v_.Q - 1) * v_.stride_w + (v_.S - 1) * v_.dilation_w) / step_w_ + 1 : 0;
     pitch_ = max(1, v_.C / v_.K) * VL;
     direct_ = kSame<S, T> && taps() == 1 && !reaches_padding(v_);
+    in_place_ = depthwise_tiles();
     block_ = v_.P;
     while (block_ > 1 && strip_elements(block_) * static_cast<int64_t>(sizeof(T)) > kStripBytes)
       block_ = ceil_div(block_, 2);
@@ -354,7 +356,8 @@ class Worker {
     const int64_t n = block.unit / v_.P, p = block.unit % v_.P, strip = strip_elements(block_);
     const bool far = v_.N * v_.H * v_.W * v_.C * v_.G * static_cast<int64_t>(sizeof(S)) >= kFarBytes;
     if (taps())
-      for (int64_t j = 0; j < block.vecs; ++j) copy_rows(block.vec + j, n, p, block.rows, strip_ + j * strip);
+      for (int64_t j = 0; j < block.vecs; ++j)
+        if (!reads_in_place(block.vec + j)) copy_rows(block.vec + j, n, p, block.rows, strip_ + j * strip);
     for (int64_t i = 0; i < block.rows; ++i)
       for (int64_t j = 0; j < block.vecs; ++j) {
         const bool more = far && next.unit + i < next.last_unit && next.vec + j < next.last_vec;
@@ -363,7 +366,40 @@ class Worker {
       }
   }
 
+  // The tiles that read x where it lies, or null: of depthwise filters whose columns lie side by side.
+  const DepthwiseFn<T, S>* depthwise_tiles() const {
+    if constexpr (kSpecialised<T>) {
+      const bool depthwise = v_.C == 1 && v_.K == 1 && v_.R * v_.S <= kChain;
+      if (depthwise && v_.S <= kMostTaps && (v_.dilation_w == 1 || v_.S == 1) && v_.stride_w <= 2) {
+        const auto& tiles = kDepthwiseTiles<T, S, kMaxSharedRows>.function[v_.S][v_.stride_w - 1];
+        return tiles[1] ? tiles : nullptr;
+      }
+    }
+    return nullptr;
+  }
+  bool reads_in_place(int64_t vec) const { return in_place_ && (vec + 1) * VL <= channels(); }
+
+  void run_row_in_place(int64_t vec, const T* packed, int64_t n, int64_t p) {
+    const int64_t h = p * v_.stride_h - v_.pad_h, channel = vec * VL;
+    const int64_t r = h < 0 ? min(v_.R, ceil_div(-h, v_.dilation_h)) : 0;
+    S* y = y_ + n * v_.y_n + p * v_.y_h + channel;
+    DepthwiseArgs<T, S> args;
+    args.bias = packed, args.w = packed + (1 + r * v_.S) * VL;
+    args.R = max(0, min(v_.R, ceil_div(v_.H - h, v_.dilation_h)) - r);
+    args.row = v_.dilation_h * v_.x_h, args.column = v_.x_w;
+    const S* x = x_ + n * v_.x_n + (h + r * v_.dilation_h) * v_.x_h + channel;
+    const int64_t tiles = ceil_div(v_.Q, kMaxSharedRows);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t q = v_.Q * t / tiles, pixels = v_.Q * (t + 1) / tiles - q, w = q * v_.stride_w - v_.pad_w;
+      args.x = x + w * v_.x_w;
+      args.first = max(0, -w), args.inside = max(0, v_.W - w - args.first);
+      prefetch(q, pixels);
+      run_tile(in_place_[pixels], args, y + q * v_.y_w, pixels, VL, residual(n, p, q), channel);
+    }
+  }
+
   void run_row(int64_t vec, const T* packed, int64_t n, int64_t p, const T* strip) {
+    if (reads_in_place(vec)) return run_row_in_place(vec, packed, n, p);
     const int64_t channel = vec * VL, lanes = min(VL, channels() - channel);
     S* y = y_ + n * v_.y_n + p * v_.y_h + channel;
     TileArgs<T> args;
@@ -390,7 +426,7 @@ class Worker {
       const int64_t q = v_.Q * t / tiles, pixels = v_.Q * (t + 1) / tiles - q;
       args.x = first + q * args.pixel;
       prefetch(q, pixels);
-      run_tile(args, y + q * v_.y_w, pixels, lanes, residual(n, p, q), channel);
+      run_tile(step_tiles_[pixels], args, y + q * v_.y_w, pixels, lanes, residual(n, p, q), channel);
     }
   }
 
@@ -400,7 +436,7 @@ class Worker {
     args.x = strip_;
     for (int64_t q = 0; q < v_.Q; ++q, x += args.pixel) {
       copy_channels(strip_, x, inputs(vec));
-      run_tile(args, y + q * v_.y_w, 1, lanes, residual(n, p, q), vec * VL);
+      run_tile(step_tiles_[1], args, y + q * v_.y_w, 1, lanes, residual(n, p, q), vec * VL);
     }
   }
 
@@ -420,16 +456,17 @@ class Worker {
   }
 
   // r: the first pixel's residual; channel: the first lane's.
-  void run_tile(TileArgs<T>& args, S* y, int64_t pixels, int64_t lanes, const S* r, int64_t channel) {
+  template <class Tile, class Args>
+  void run_tile(Tile* tile, Args& args, S* y, int64_t pixels, int64_t lanes, const S* r, int64_t channel) {
     if constexpr (kSame<S, T>) {
       if (lanes == VL && !epilogue_) {
         args.out = y, args.out_step = v_.y_w, args.streams = streams_;
-        step_tiles_[pixels](args);
+        tile(args);
         return;
       }
     }
     args.out = tile_, args.out_step = VL, args.streams = false;
-    step_tiles_[pixels](args);
+    tile(args);
     if (epilogue_) {
       const auto factors = epilogue_->factors(channel, lanes);
       if (r) r += channel;
@@ -449,6 +486,7 @@ class Worker {
   const Conv2dView& v_;
   const Tiles<T>& tiles_;
   const TileFn<T>* step_tiles_ = nullptr;  // those of the row's step
+  const DepthwiseFn<T, S>* in_place_ = nullptr;
   const S *x_, *w_, *bias_;
   S* y_;
   const Epilogue<S>* epilogue_;

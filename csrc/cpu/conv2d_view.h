@@ -23,14 +23,20 @@ struct Conv2dView {
   int64_t N, C, H, W, K, R, S, P, Q, G;                                     // C and K of one group
   int64_t stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;         // the pads may be negative
   int64_t x_n, x_c, x_h, x_w, w_g, w_k, w_c, w_r, w_s, y_n, y_c, y_h, y_w;  // the weights' may be negative
+  int64_t result;  // elements of all that the call writes: dgrad's, not one class's
 };
 
 inline Conv2dView fprop_view(const Conv2dParams& p) {
-  return {p.N,          p.C / p.G,    p.H,   p.W,        p.K / p.G,  p.R,     p.S,
-          p.P,          p.Q,          p.G,   p.stride_h, p.stride_w, p.pad_h, p.pad_w,
-          p.dilation_h, p.dilation_w, p.x_n, p.x_c,      p.x_h,      p.x_w,   p.K / p.G * p.w_k,
-          p.w_k,        p.w_c,        p.w_r, p.w_s,      p.y_n,      p.y_c,   p.y_h,
-          p.y_w};
+  return {p.N,          p.C / p.G,  p.H,
+          p.W,          p.K / p.G,  p.R,
+          p.S,          p.P,        p.Q,
+          p.G,          p.stride_h, p.stride_w,
+          p.pad_h,      p.pad_w,    p.dilation_h,
+          p.dilation_w, p.x_n,      p.x_c,
+          p.x_h,        p.x_w,      p.K / p.G * p.w_k,
+          p.w_k,        p.w_c,      p.w_r,
+          p.w_s,        p.y_n,      p.y_c,
+          p.y_h,        p.y_w,      p.N * p.K * p.P * p.Q};
 }
 
 inline int64_t gcd(int64_t a, int64_t b) {
@@ -84,6 +90,7 @@ CNNFAST_INLINE void for_each_dgrad_view(const Conv2dParams& p, const F& fn) {
       v.w_g = p.K / p.G * p.w_k, v.w_k = p.w_c, v.w_c = p.w_k;
       v.w_r = -h.step * p.w_r, v.w_s = -w.step * p.w_s;
       v.y_n = p.x_n, v.y_c = p.x_c, v.y_h = p.stride_h * p.x_h, v.y_w = p.stride_w * p.x_w;
+      v.result = p.N * p.C * p.H * p.W;
       const int64_t w_offset =
           v.R && v.S ? (h.first + h.step * (h.taps - 1)) * p.w_r + (w.first + w.step * (w.taps - 1)) * p.w_s : 0;
       fn(v, w_offset, a * p.x_h + b * p.x_w);
@@ -109,8 +116,8 @@ template <class S>
 bool streams_result(const Conv2dView& v, const S* y, bool whole) {
   if (!kSame<S, Compute<S>> || !whole) return false;
   const auto vectors = [](int64_t stride) { return stride % kLanes<S> == 0; };
-  return v.N * v.P * v.Q * v.K * v.G * static_cast<int64_t>(sizeof(S)) >= kLargeResult && vectors(v.y_w) &&
-         vectors(v.y_h) && vectors(v.y_n) && reinterpret_cast<uintptr_t>(y) % kVecBytes == 0;
+  return v.result * static_cast<int64_t>(sizeof(S)) >= kLargeResult && vectors(v.y_w) && vectors(v.y_h) &&
+         vectors(v.y_n) && reinterpret_cast<uintptr_t>(y) % kVecBytes == 0;
 }
 
 // Whether some tap of some output lies outside the input.
