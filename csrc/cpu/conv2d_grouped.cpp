@@ -18,7 +18,8 @@
 // did so beforehand), as many vectors' at a time as stay in L2, and goes through blocks of output rows. Of 4 vectors at
 // a time it copies the rows of x that the block needs, a vector's beside each other [row][column][lanes]: every input
 // pixel once, widened, with the zeros of the padding. What the next 4 need is asked for meanwhile: x comes from memory
-// block by block, whole pixels, not a part of every pixel again and again. A single tap without padding reads x itself.
+// block by block, whole pixels, not a part of every pixel again and again. A single tap without padding reads x itself,
+// and so does a depthwise filter (conv2d_depthwise_tile.h), row by row of whole pixels.
 // Sums are in float for float, bf16 and fp16, in double for double; one rounding. Padding contributes nothing: a call
 // that meets an Inf or a NaN among its weights is done again by the direct kernel (zeros stand for the padding).
 #include "../common/kernel_table.h"
@@ -220,6 +221,19 @@ int64_t packed_vector(const Conv2dView& v) {
   return (1 + v.R * v.S * v.C) * kLanes<T>;
 }
 
+// The tiles that read x where it lies, or null: of depthwise filters whose columns lie side by side.
+template <class T, class S>
+const DepthwiseFn<T, S>* depthwise_tiles(const Conv2dView& v) {
+  if constexpr (kSpecialised<T>) {
+    const bool depthwise = v.C == 1 && v.K == 1 && v.R * v.S <= kChain;
+    if (depthwise && v.S <= kMostTaps && (v.dilation_w == 1 || v.S == 1) && v.stride_w <= 2) {
+      const auto& tiles = kDepthwiseTiles<T, S, kMaxSharedRows>.function[v.S][v.stride_w - 1];
+      return tiles[1] ? tiles : nullptr;
+    }
+  }
+  return nullptr;
+}
+
 template <class T, class S>
 class Worker {
  public:
@@ -271,7 +285,7 @@ class Worker {
     columns_ = taps() ? ((v_.Q - 1) * v_.stride_w + (v_.S - 1) * v_.dilation_w) / step_w_ + 1 : 0;
     pitch_ = max(1, v_.C / v_.K) * VL;
     direct_ = kSame<S, T> && taps() == 1 && !reaches_padding(v_);
-    in_place_ = depthwise_tiles();
+    in_place_ = depthwise_tiles<T, S>(v_);
     block_ = v_.P;
     while (block_ > 1 && strip_elements(block_) * static_cast<int64_t>(sizeof(T)) > kStripBytes)
       block_ = ceil_div(block_, 2);
@@ -289,11 +303,18 @@ class Worker {
       const int64_t end = min(vec + packed_vecs, last_vec);
       for (int64_t j = vec; j < end && !given_; ++j) pack(j, packed_ + (j - vec) * vector);
       const T* packed = given_ ? given_ + vec * vector : packed_;
-      for (int64_t u = unit; u < last_unit;) {
+      const int64_t first = in_place_ ? max(vec, min(end, channels() / VL)) : vec;
+      // Whole pixels are read in the order in which they lie; of a part of them, whose other part is another thread's,
+      // few vectors at a time: else each thread's core fetches the lines ahead that the other one writes.
+      const int64_t together = end - vec == ceil_div(channels(), VL) ? end - vec : vecs;
+      for (int64_t j = vec; j < first; j += together)
+        for (int64_t u = unit; u < last_unit; ++u)
+          run_row_in_place(j, min(j + together, first), packed + (j - vec) * vector, u, u + 1 < last_unit ? u + 1 : -1);
+      for (int64_t u = unit; u < last_unit && first < end;) {
         const int64_t rows = min(block_, min(v_.P - u % v_.P, last_unit - u));
-        for (int64_t j = vec; j < end; j += vecs) {
+        for (int64_t j = first; j < end; j += vecs) {
           const bool more = j + vecs < end;
-          run_block({j, min(vecs, end - j), u, rows}, {more ? j + vecs : vec, more ? u : u + rows, end, last_unit},
+          run_block({j, min(vecs, end - j), u, rows}, {more ? j + vecs : first, more ? u : u + rows, end, last_unit},
                     packed + (j - vec) * vector);
         }
         u += rows;
@@ -334,6 +355,7 @@ class Worker {
     const int64_t h = unit % v_.P * v_.stride_h - v_.pad_h + (v_.R - 1) * v_.dilation_h;
     return x_ + unit / v_.P * v_.x_n + max(0, min(v_.H - 1, h)) * v_.x_h;
   }
+  bool far() const { return v_.N * v_.H * v_.W * v_.C * v_.G * static_cast<int64_t>(sizeof(S)) >= kFarBytes; }
   // Elements of the strip for `rows` output rows, and from one output row to the next.
   int64_t strip_elements(int64_t rows) const {
     if (direct_ || !taps()) return 0;
@@ -354,52 +376,42 @@ class Worker {
 
   void run_block(const Block& block, const Next& next, const T* packed) {
     const int64_t n = block.unit / v_.P, p = block.unit % v_.P, strip = strip_elements(block_);
-    const bool far = v_.N * v_.H * v_.W * v_.C * v_.G * static_cast<int64_t>(sizeof(S)) >= kFarBytes;
     if (taps())
-      for (int64_t j = 0; j < block.vecs; ++j)
-        if (!reads_in_place(block.vec + j)) copy_rows(block.vec + j, n, p, block.rows, strip_ + j * strip);
+      for (int64_t j = 0; j < block.vecs; ++j) copy_rows(block.vec + j, n, p, block.rows, strip_ + j * strip);
     for (int64_t i = 0; i < block.rows; ++i)
       for (int64_t j = 0; j < block.vecs; ++j) {
-        const bool more = far && next.unit + i < next.last_unit && next.vec + j < next.last_vec;
+        const bool more = far() && next.unit + i < next.last_unit && next.vec + j < next.last_vec;
         next_ = more ? row_of(next.unit + i) + input(next.vec + j) : nullptr;
         run_row(block.vec + j, packed + j * packed_vector<T>(v_), n, p + i, strip_ + j * strip + i * strip_row());
       }
   }
 
-  // The tiles that read x where it lies, or null: of depthwise filters whose columns lie side by side.
-  const DepthwiseFn<T, S>* depthwise_tiles() const {
-    if constexpr (kSpecialised<T>) {
-      const bool depthwise = v_.C == 1 && v_.K == 1 && v_.R * v_.S <= kChain;
-      if (depthwise && v_.S <= kMostTaps && (v_.dilation_w == 1 || v_.S == 1) && v_.stride_w <= 2) {
-        const auto& tiles = kDepthwiseTiles<T, S, kMaxSharedRows>.function[v_.S][v_.stride_w - 1];
-        return tiles[1] ? tiles : nullptr;
-      }
-    }
-    return nullptr;
-  }
-  bool reads_in_place(int64_t vec) const { return in_place_ && (vec + 1) * VL <= channels(); }
-
-  void run_row_in_place(int64_t vec, const T* packed, int64_t n, int64_t p) {
-    const int64_t h = p * v_.stride_h - v_.pad_h, channel = vec * VL;
+  // One row of vectors [vec, last_vec), a tile of pixels after the other: so x is read in the order in which it lies.
+  void run_row_in_place(int64_t vec, int64_t last_vec, const T* packed, int64_t unit, int64_t next_unit) {
+    const int64_t n = unit / v_.P, p = unit % v_.P, h = p * v_.stride_h - v_.pad_h;
     const int64_t r = h < 0 ? min(v_.R, ceil_div(-h, v_.dilation_h)) : 0;
-    S* y = y_ + n * v_.y_n + p * v_.y_h + channel;
+    S* y = y_ + n * v_.y_n + p * v_.y_h;
     DepthwiseArgs<T, S> args;
-    args.bias = packed, args.w = packed + (1 + r * v_.S) * VL;
     args.R = max(0, min(v_.R, ceil_div(v_.H - h, v_.dilation_h)) - r);
     args.row = v_.dilation_h * v_.x_h, args.column = v_.x_w;
-    const S* x = x_ + n * v_.x_n + (h + r * v_.dilation_h) * v_.x_h + channel;
-    const int64_t tiles = ceil_div(v_.Q, kMaxSharedRows);
+    const S* x = x_ + n * v_.x_n + (h + r * v_.dilation_h) * v_.x_h;
+    const S* next = next_unit >= 0 && far() ? row_of(next_unit) : nullptr;
+    const int64_t tiles = ceil_div(v_.Q, kMaxSharedRows), vector = packed_vector<T>(v_);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t q = v_.Q * t / tiles, pixels = v_.Q * (t + 1) / tiles - q, w = q * v_.stride_w - v_.pad_w;
-      args.x = x + w * v_.x_w;
       args.first = max(0, -w), args.inside = max(0, v_.W - w - args.first);
-      prefetch(q, pixels);
-      run_tile(in_place_[pixels], args, y + q * v_.y_w, pixels, VL, residual(n, p, q), channel);
+      for (int64_t j = vec; j < last_vec; ++j) {
+        const int64_t channel = j * VL;
+        args.bias = packed + (j - vec) * vector, args.w = args.bias + (1 + r * v_.S) * VL;
+        args.x = x + w * v_.x_w + channel;
+        next_ = next ? next + channel : nullptr;
+        prefetch(q, pixels);
+        run_tile(in_place_[pixels], args, y + q * v_.y_w + channel, pixels, VL, residual(n, p, q), channel);
+      }
     }
   }
 
   void run_row(int64_t vec, const T* packed, int64_t n, int64_t p, const T* strip) {
-    if (reads_in_place(vec)) return run_row_in_place(vec, packed, n, p);
     const int64_t channel = vec * VL, lanes = min(VL, channels() - channel);
     S* y = y_ + n * v_.y_n + p * v_.y_h + channel;
     TileArgs<T> args;
@@ -515,10 +527,12 @@ void run_view(const Conv2dView& v, const S* x, const S* w, const S* bias, S* y, 
   const Tiles<T>* tiles = tiles_for<T>(v.C, v.K);
   if (vecs * units * v.Q == 0 || !tiles) return;
   // Vectors are the better half to share: no weights are packed and no rows copied twice. But of large maps a thread
-  // then reads and writes a part of every pixel, and both together more cache lines than there are.
+  // then reads and writes a part of every pixel, and both together more cache lines than there are. What is read in
+  // place is split by rows, unless one thread would have a quarter more of them than its share.
+  const bool even = ceil_div(units, threads) * threads * 4 <= units * 5;
   const bool cheap = packed || v.R * v.S * v.C * v.K * v.G <= kWeightsWorthTwice;
-  const bool large = units >= kRowsWorthSharing * threads && cheap;
-  const int64_t threads_v = large ? 1 : vecs % threads == 0 || vecs >= 4 * threads ? threads : gcd(vecs, threads);
+  const bool by_rows = depthwise_tiles<T, S>(v) ? even : units >= kRowsWorthSharing * threads && cheap;
+  const int64_t threads_v = by_rows ? 1 : vecs % threads == 0 || vecs >= 4 * threads ? threads : gcd(vecs, threads);
   const int64_t threads_u = threads / threads_v, tv = task / threads_u, tu = task % threads_u;
   const char* head = static_cast<const char*>(packed);
   Worker<T, S> worker(v, *tiles, x, w, bias, y, head ? reinterpret_cast<const T*>(head + kPackedHead) : nullptr,
