@@ -79,36 +79,61 @@ CNNFAST_INLINE void for_each_block(const PanelShape& p, PanelOrder order, const 
   }
 }
 
+// The offset of every panel row's weights from a lane's first element, in the panel's order.
+template <class F>
+CNNFAST_INLINE void for_each_row(const PanelShape& p, const F& fn) {
+  for (int64_t r = 0; r < p.R; ++r)
+    for (int64_t s = 0; s < p.S; ++s)
+      for (int64_t c = 0; c < p.channels; ++c) fn(r * p.w_r + s * p.w_s + c * p.w_c);
+}
+
+constexpr int64_t kRowsAhead = 16;
+
+// Packs a panel whose rows are read as they are, each of them whole, and asked for before: they may be pages apart,
+// where no processor fetches ahead by itself.
+template <class T, class S>
+bool pack_rows(T* panel, const S* w, const PanelShape& p) {
+  constexpr int VL = kLanes<T>;
+  const int64_t whole = p.lanes / VL, rest = p.lanes % VL;
+  Vec<T> checks[2] = {};
+  for_each_row(p, [&](int64_t offset) __attribute__((always_inline)) {
+    const S* in = w + offset;
+    for (int64_t j = 0; j < p.vecs; ++j, panel += VL) {
+      __builtin_prefetch(in + kRowsAhead * p.w_c + j * VL);
+      const Vec<T> v = j < whole            ? load_wide(in + j * VL)
+                       : j == whole && rest ? load_wide(in + j * VL, rest)
+                                            : Vec<T>{};
+      checks[j & 1] += v * T(0);
+      store(panel, v);
+    }
+  });
+  const Vec<T> check = checks[0] + checks[1];
+  for (int l = 0; l < VL; ++l)
+    if (!(check[l] == T(0))) return false;
+  return true;
+}
+
 // Packs one panel. Returns false if a weight is Inf or NaN: multiplied by the zeros of the padding it would spread, so
 // that the caller has to choose another way.
 template <class T, class S>
 bool pack_panel(T* panel, const S* w, const PanelShape& p) {
   constexpr int VL = kLanes<T>;
   const PanelOrder order = panel_order(p);
+  if (order == PanelOrder::kLanes) return pack_rows<T>(panel, w, p);
   const int64_t row = p.vecs * VL, taps = p.R * p.S;
   Vec<T> check{};  // stays zero as long as everything is finite
   for (int64_t j = 0; j < p.vecs; ++j) {
     const int64_t lanes = max(0, min(VL, p.lanes - j * VL));
     const S* wj = w + j * VL * p.w_k;
     T* out = panel + j * VL;
-    if (order == PanelOrder::kLanes) {
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        const S* source = wj + tap / p.S * p.w_r + tap % p.S * p.w_s;
-        for (int64_t c = 0; c < p.channels; ++c, source += p.w_c, out += row) {
-          const Vec<T> v = lanes == VL ? load_wide(source) : load_wide(source, lanes);
-          check += v * T(0);
-          store(out, v);
-        }
-      }
-    } else if (order == PanelOrder::kAny) {
-      for (int64_t tap = 0; tap < taps; ++tap)
-        for (int64_t c = 0; c < p.channels; ++c, out += row) {
-          const S* source = wj + tap / p.S * p.w_r + tap % p.S * p.w_s + c * p.w_c;
-          Vec<T> v{};
-          for (int64_t l = 0; l < lanes; ++l) v[l] = widen_one(source[l * p.w_k]);
-          check += v * T(0);
-          store(out, v);
-        }
+    if (order == PanelOrder::kAny) {
+      for_each_row(p, [&](int64_t offset) __attribute__((always_inline)) {
+        Vec<T> v{};
+        for (int64_t l = 0; l < lanes; ++l) v[l] = widen_one(wj[offset + l * p.w_k]);
+        check += v * T(0);
+        store(out, v);
+        out += row;
+      });
     } else {
       for_each_block<VL>(p, order, [&](int64_t offset, int64_t n, const int64_t* rows) __attribute__((always_inline)) {
         Vec<T> v[VL];
@@ -146,7 +171,17 @@ template <class T, class S>
 void unpack_panel(S* w, const T* panel, const PanelShape& p) {
   constexpr int VL = kLanes<T>;
   const PanelOrder order = panel_order(p);
-  const int64_t row = p.vecs * VL, taps = p.R * p.S;
+  const int64_t row = p.vecs * VL;
+  if (order == PanelOrder::kLanes) {
+    const int64_t whole = p.lanes / VL, rest = p.lanes % VL;
+    for_each_row(p, [&](int64_t offset) __attribute__((always_inline)) {
+      S* out = w + offset;
+      for (int64_t j = 0; j < whole; ++j) store_narrow(out + j * VL, load(panel + j * VL));
+      if (rest) store_narrow(out + whole * VL, load(panel + whole * VL), rest);
+      panel += row;
+    });
+    return;
+  }
   for (int64_t j = 0; j < p.vecs; ++j) {
     const int64_t lanes = max(0, min(VL, p.lanes - j * VL));
     S* wj = w + j * VL * p.w_k;
@@ -165,14 +200,10 @@ void unpack_panel(S* w, const T* panel, const PanelShape& p) {
         }
       });
     } else {
-      for (int64_t tap = 0; tap < taps; ++tap)
-        for (int64_t c = 0; c < p.channels; ++c, in += row) {
-          S* out = wj + tap / p.S * p.w_r + tap % p.S * p.w_s + c * p.w_c;
-          if (order == PanelOrder::kLanes)
-            store_narrow(out, load(in), lanes);
-          else
-            for (int64_t l = 0; l < lanes; ++l) narrow_one(out + l * p.w_k, in[l]);
-        }
+      for_each_row(p, [&](int64_t offset) __attribute__((always_inline)) {
+        for (int64_t l = 0; l < lanes; ++l) narrow_one(wj + offset + l * p.w_k, in[l]);
+        in += row;
+      });
     }
   }
 }
