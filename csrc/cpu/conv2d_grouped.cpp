@@ -51,7 +51,6 @@ constexpr int64_t kImageBytes = 1 << 20;     // of g, while the classes of dgrad
 constexpr int64_t kMacsWorthThreads = 1 << 17;   // below, one thread
 constexpr int64_t kRowsWorthSharing = 16;        // of a thread
 constexpr int64_t kWeightsWorthTwice = 1 << 16;  // weights that threads may pack each for itself
-constexpr int64_t kPackedHead = 64;              // bytes before what is packed; the first: all weights are finite
 constexpr int64_t kChain = 128;                  // products added up in a row; sums of sums stay accurate
 
 template <class T>
@@ -334,8 +333,7 @@ class Worker {
     int64_t vec, unit, last_vec, last_unit;  // where the block after starts, and what there is
   };
 
-  // Calls f(the weight of the vector's first lane), tap by tap, and of a tap input channel by input channel; and where
-  // a lane's weight lies from there.
+  // Calls f(the weight of the vector's first lane), tap by tap, and of a tap input channel by input channel.
   template <class F>
   void for_each_weight(int64_t vec, const F& f) const {
     const S* w = w_ + vec * VL / v_.K * v_.w_g;
@@ -343,6 +341,7 @@ class Worker {
       for (int64_t s = 0; s < v_.S; ++s)
         for (int64_t q = 0; q < v_.C; ++q) f(w + r * v_.w_r + s * v_.w_s + q * v_.w_c);
   }
+  // Where the weight of lane l lies from there.
   int64_t lane(int64_t l) const { return l / v_.K * v_.w_g + l % v_.K * v_.w_k; }
 
   int64_t taps() const { return v_.R * v_.S; }

@@ -59,7 +59,6 @@ int64_t packed_panel_elements(const Conv2dView& v, const Plan& plan) {
 inline int64_t packed_panels(const Conv2dView& v, const Plan& plan) {
   return v.G * ceil_div(plan.group_vecs, kMaxTileVecs);
 }
-constexpr int64_t kPackedHead = 64;  // bytes before the packed panels; the first tells whether all weights are finite
 
 // What one thread works with.
 template <class T, class S>

@@ -10,6 +10,8 @@
 namespace cnnfast {
 namespace CNNFAST_ISA {
 
+constexpr int64_t kPackedHead = 64;  // bytes before what a pack entry packs; the first: whether all weights are finite
+
 // The weights of one panel: lane k, channel c, tap (r, s) is at k*w_k + c*w_c + r*w_r + s*w_s.
 struct PanelShape {
   int64_t lanes;  // output channels, at most vecs * VL

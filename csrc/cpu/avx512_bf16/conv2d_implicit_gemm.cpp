@@ -38,7 +38,6 @@ namespace {
 
 constexpr int64_t VL = kLanes<float>;
 constexpr int64_t kMacsWorthThreads = 1 << 18;  // below, one thread
-constexpr int64_t kPackedHead = 64;  // bytes before the packed panels; the first tells whether all weights are finite
 constexpr int64_t kLine = 64;
 constexpr const char* kNoMemory = "out of memory";
 
