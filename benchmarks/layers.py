@@ -116,7 +116,7 @@ def memory_child(provider: str, network: str, batch: int) -> None:
     convolution: Any = cnnfast.functional.conv2d if provider == OURS else F.conv2d
     last = torch.channels_last
     with torch.no_grad():
-        for layer in {**NETWORKS, **DEPTHWISE}[network]:  # made in place: no copy that would hide a kernel's own needs
+        for layer in distinct([network]):  # made in place: no copy that would hide a kernel's own needs
             x = torch.empty(batch, layer.C, layer.H, layer.H, memory_format=last).normal_()
             w = torch.empty(layer.K, layer.C // layer.groups, layer.R, layer.S)
             w = torch.empty_like(w, memory_format=last if provider == CHANNELS_LAST else None).normal_()
@@ -141,7 +141,7 @@ def memory(networks: Sequence[str], batches: Sequence[int], threads: int, proces
         medians = {provider: statistics.median(values) for provider, values in added.items()}
         ratio = medians[OURS] / medians[CHANNELS_LAST]
         found["networks"].append({
-            "network": network, "batch": batch, "layers": len({**NETWORKS, **DEPTHWISE}[network]), "bytes": added, "median": medians,
+            "network": network, "batch": batch, "layers": len(distinct([network])), "bytes": added, "median": medians,
             "ratio": ratio,
         })  # fmt: skip
         mega = [f"{medians[p] / 1e6:.1f} ({min(added[p]) / 1e6:.1f}–{max(added[p]) / 1e6:.1f})" for p in added]

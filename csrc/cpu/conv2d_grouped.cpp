@@ -249,14 +249,15 @@ class Worker {
     out += VL;
     const S* w = w_ + channel / v_.K * v_.w_g;
     if (!taps()) return;
+    const PanelShape shape = panel(lanes);
     if (v_.w_g == v_.K * v_.w_k) {
-      finite_ &= pack_panel<T>(out, w, {lanes, 1, v_.C, v_.R, v_.S, v_.w_k, v_.w_c, v_.w_r, v_.w_s});
+      finite_ &= pack_panel<T>(out, w, shape);
       return;
     }
     Vec<T> check{};
-    for_each_weight(vec, [&](const S* in) {
+    for_each_row(shape, [&](int64_t offset) {
       Vec<T> value{};
-      for (int64_t l = 0; l < lanes; ++l) value[l] = widen_one(in[lane(l)]);
+      for (int64_t l = 0; l < lanes; ++l) value[l] = widen_one(w[offset + lane(l)]);
       check += value * T(0);
       store(out, value);
       out += VL;
@@ -267,9 +268,10 @@ class Worker {
   // The way back, to weights at `w`.
   void unpack(int64_t vec, const T* packed, S* w) const {
     const int64_t lanes = min(VL, channels() - vec * VL);
-    for_each_weight(vec, [&](const S* place) {
+    w += vec * VL / v_.K * v_.w_g;
+    for_each_row(panel(lanes), [&](int64_t offset) {
       packed += VL;  // the first vector is the bias
-      for (int64_t l = 0; l < lanes; ++l) narrow_one(w + (place - w_) + lane(l), packed[l]);
+      for (int64_t l = 0; l < lanes; ++l) narrow_one(w + offset + lane(l), packed[l]);
     });
   }
 
@@ -333,15 +335,9 @@ class Worker {
     int64_t vec, unit, last_vec, last_unit;  // where the block after starts, and what there is
   };
 
-  // Calls f(the weight of the vector's first lane), tap by tap, and of a tap input channel by input channel.
-  template <class F>
-  void for_each_weight(int64_t vec, const F& f) const {
-    const S* w = w_ + vec * VL / v_.K * v_.w_g;
-    for (int64_t r = 0; r < v_.R; ++r)
-      for (int64_t s = 0; s < v_.S; ++s)
-        for (int64_t q = 0; q < v_.C; ++q) f(w + r * v_.w_r + s * v_.w_s + q * v_.w_c);
-  }
-  // Where the weight of lane l lies from there.
+  // One vector's weights, of `lanes` channels: groups are panels of one vector, if their lanes are evenly apart.
+  PanelShape panel(int64_t lanes) const { return {lanes, 1, v_.C, v_.R, v_.S, v_.w_k, v_.w_c, v_.w_r, v_.w_s}; }
+  // Where lane l lies from the first one.
   int64_t lane(int64_t l) const { return l / v_.K * v_.w_g + l % v_.K * v_.w_k; }
 
   int64_t taps() const { return v_.R * v_.S; }
@@ -597,7 +593,7 @@ const char* launch_unpack(const void* params, const Launch& l) {
   const Tiles<T>* tiles = tiles_for<T>(v.C, v.K);
   if (!tiles) return nullptr;
   parallel_for(l.threads, ceil_div(v.G * v.K, kLanes<T>), [&](int64_t vec) {
-    const Worker<T, S> worker(v, *tiles, nullptr, w, nullptr, nullptr, nullptr, nullptr);
+    const Worker<T, S> worker(v, *tiles, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr);
     worker.unpack(vec, reinterpret_cast<const T*>(head + kPackedHead) + vec * packed_vector<T>(v), w);
   });
   return nullptr;

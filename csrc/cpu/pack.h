@@ -122,7 +122,7 @@ bool pack_panel(T* panel, const S* w, const PanelShape& p) {
   constexpr int VL = kLanes<T>;
   const PanelOrder order = panel_order(p);
   if (order == PanelOrder::kLanes) return pack_rows<T>(panel, w, p);
-  const int64_t row = p.vecs * VL, taps = p.R * p.S;
+  const int64_t row = p.vecs * VL;
   Vec<T> check{};  // stays zero as long as everything is finite
   for (int64_t j = 0; j < p.vecs; ++j) {
     const int64_t lanes = max(0, min(VL, p.lanes - j * VL));
