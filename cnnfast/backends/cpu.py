@@ -104,6 +104,7 @@ class _Tile:
     products: int
     segments: int = 1
     stride: int = 1
+    shared: int = 0  # products that have another one's weights
 
     def turned(self) -> _Tile:
         """For columns, where this one is for rows."""
@@ -118,7 +119,7 @@ _TILES = {
     "conv2d_winograd_f2x2_5x5": [_Tile((5, 5), (2, 2), (6, 6), 36)],
     "conv2d_winograd_f4_1x3": [_ROW3, _ROW3.turned()],
     "conv2d_winograd_f3_1x7": [_ROW7, _ROW7.turned()],
-    "conv2d_winograd_f3x3_stride2": [_Tile((3, 3), (3, 3), (7, 7), 49, stride=2)],
+    "conv2d_winograd_f3x3_stride2": [_Tile((3, 3), (3, 3), (7, 7), 49, stride=2, shared=24)],
 }
 
 
@@ -217,7 +218,7 @@ def _with_weights(p: Problem, isa: str, multiply: float, vectors: float, pack: f
         return multiply + pack
     bytes = LANE_BYTES[isa] * vectors
     if not hidden and bytes > 2**21:
-        return multiply + 0.2 * bytes
+        return multiply + 0.05 * bytes
     return max(multiply, 0.1 * bytes) if bytes > 2**20 else multiply
 
 
@@ -227,19 +228,15 @@ def _winograd_cost(p: Problem, isa: str, stem: str) -> float:
     c, k, h, w = (p.K, p.C, p.H, p.W) if p.direction == "dgrad" else (p.C, p.K, p.P, p.Q)
     c, k = c // p.G, k // p.G
     tiles, points = p.N * -(-h // tile.outputs[0]) * -(-w // tile.outputs[1]), math.prod(tile.points)
-    read, vectors, point = float(-(-c // lanes)), float(-(-k // lanes)), 6 if points > 16 else 3.6
+    read, vectors, point = float(-(-c // lanes)), float(-(-k // lanes)), 6 if points == 36 else 3.6
     if tile.stride == 1 and _few_in_lanes(p, lanes):
         read, vectors, point = c / lanes, k / lanes, point * 0.55  # in L1
-    weights = p.G * c * vectors
+    weights, transformed = p.G * c * vectors, tile.products - tile.shared
     transforms = p.G * point * points * tiles * (tile.segments * read + vectors)
-    multiply, pack = tile.products * tiles * weights / 2, (3 * tile.products + 8 * p.R * p.S) * weights
-    # two inputs apart, tiles are too few to hide the weights: 12 % slower than the implicit GEMM with 12.8 MB at batch 1
-    cycles = transforms + _with_weights(p, isa, multiply, tile.products * weights, pack, hidden=tile.stride == 1)
-    if tile.stride > 1 and not p.packed:
-        # 49 products of each weight leave the caches, and block after block they are made again: 0.74 to 0.99 of torch at
-        # batch 1, where the implicit GEMM has 0.95 to 1.38
-        cycles *= 1.5
-    return _seconds(cycles) + _conversions(p)
+    multiply, pack = tile.products * tiles * weights / 2, (3 * transformed + 8 * p.R * p.S) * weights
+    # two inputs apart, tiles are too few to hide the weights, and their transforms' data is more than a cache keeps
+    cycles = transforms + _with_weights(p, isa, multiply, transformed * weights, pack, hidden=tile.stride == 1)
+    return _seconds(1.15 * cycles if tile.stride > 1 else cycles) + _conversions(p)
 
 
 def _direct_cost(p: Problem, isa: str) -> float:

@@ -14,6 +14,8 @@
 //   1x7, 7x1    F(3,4) twice, 4 taps and 3    11 for 3              1.91
 //   3x3 /2      F(3,2) and 3 products, twice  49 for 9              1.65
 //
+// With stride 2 the points of the middle tap share its weights: 25 are transformed, kept and read, not 49.
+//
 // A filter longer than R is cut into segments: more input channels, of which each is the input moved by R. The last
 // point of a segment that lacks its last tap is zero, and left out.
 //
@@ -70,7 +72,7 @@ struct WinogradPlan {
   int64_t vecs, panels;             // of output channels; a panel is kMaxTileVecs vectors
   int64_t chunk, chunks;            // of input channels
   int64_t units;                    // chunks of all segments
-  int64_t u_product, u_unit;        // elements of one product, and of all, of one unit of a panel
+  int64_t u_product, u_unit;        // elements of one point's weights, and of all, of one unit of a panel
   int64_t together;                 // groups whose inputs lie side by side
   int64_t v_pitch;                  // elements of a tile of a unit: whole cache lines, none between tiles
   int threads_g, threads_k, threads_t;
@@ -83,7 +85,7 @@ struct WinogradPlan {
     chunks = max(1, ceil_div(v.C, max(1, chunk)));
     units = F::kSegments * chunks;
     u_product = odd_lines<T>(max(1, chunk) * kMaxTileVecs * VL);
-    u_unit = kProducts * u_product;
+    u_unit = F::kWeights * u_product;
     threads_g = v.G >= threads ? threads : 1;
     together = units > 1 ? 1 : max(1, min(v.G / threads_g, kTogether / max(1, v.C)));
     v_pitch = round_up(max(1, chunk * together), kLineBytes / static_cast<int64_t>(sizeof(T)));
@@ -95,7 +97,7 @@ struct WinogradPlan {
       const double k = static_cast<double>(ceil_div(panels, tk) * kMaxTileVecs),
                    t = static_cast<double>(ceil_div(tiles, threads / tk)), c = static_cast<double>(F::kSegments * v.C);
       const double cost =
-          k * t * c * kProducts / 2 + (t * c / VL + k * t) * 4 * kProducts + k * c * (3 * kProducts + 2 * F::kTaps);
+          k * t * c * kProducts / 2 + (t * c / VL + k * t) * 4 * kProducts + k * c * (3 * F::kWeights + 2 * F::kTaps);
       if (best < 0 || cost < best) best = cost, threads_k = tk, threads_t = threads / tk;
     }
   }
@@ -130,7 +132,7 @@ void transform_panel(T* u, T* taps, const S* w, const Conv2dView& v, const Winog
     for (int64_t i = 0; i < channels; ++i)
       for (int64_t j = 0; j < width; j += VL) {
         T* out = u + (c - first + i) * width + j;
-        transform_axes<T, H::kTaps, W::kTaps, H::kPoints, W::kPoints>(
+        transform_axes<T, H::kTaps, W::kTaps, H::kWeights, W::kWeights>(
             [&](int r, int s) __attribute__((always_inline)) {
               if constexpr (F::kSegments > 1)
                 if (r >= rows || s >= columns) return Vec<T>{};
@@ -138,7 +140,7 @@ void transform_panel(T* u, T* taps, const S* w, const Conv2dView& v, const Winog
             },
             H::template weights<T>, W::template weights<T>,
             [&](int a, int b, Vec<T> t)
-                __attribute__((always_inline)) { store(out + (a * W::kPoints + b) * plan.u_product, t); });
+                __attribute__((always_inline)) { store(out + (a * W::kWeights + b) * plan.u_product, t); });
       }
   }
 }
@@ -298,21 +300,26 @@ class Worker {
     args.taps = taps_, args.ntaps = taps.size(), args.chains = chains_;
     args.init_row = args.out_row = width;
     const int64_t groups = ceil_div(count, kMaxTileRows[vecs]);
-    for (int64_t f = 0; f < kProducts; ++f) {
-      if (!F::has_point(unit / plan_.chunks, static_cast<int>(f) / W::kPoints, static_cast<int>(f) % W::kPoints))
-        continue;
-      const T* v = inputs_ + (unit * kProducts + f) * v_product_ + (group - first_group_) * v_.C;
-      T* m = products_ + f * m_product_;
-      args.b = u + f * plan_.u_product;
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t i = count * g / groups, rows = count * (g + 1) / groups - i;
-        args.a = v + i * plan_.v_pitch;
-        args.out = m + i * width;
-        args.init = unit ? args.out : nullptr;
-        if (packed_) fetch(args.b + plan_.u_product, channels * width, g, groups);
-        tile_function<T, true>(rows, vecs)(args);
+    for (int i = 0; i < H::kWeights; ++i)
+      for (int j = 0; j < W::kWeights; ++j) {
+        if (!F::has_point(unit / plan_.chunks, i, j)) continue;
+        args.b = u + (i * W::kWeights + j) * plan_.u_product;
+        // The points that have these weights.
+        const int rows = i + 1 < H::kWeights ? 1 : H::kPoints - i, columns = j + 1 < W::kWeights ? 1 : W::kPoints - j;
+        for (int f = 0; f < rows * columns; ++f) {
+          const int64_t point = (i + f / columns) * W::kPoints + j + f % columns;
+          const T* v = inputs_ + (unit * kProducts + point) * v_product_ + (group - first_group_) * v_.C;
+          T* m = products_ + point * m_product_;
+          for (int64_t g = 0; g < groups; ++g) {
+            const int64_t tile = count * g / groups, tiles = count * (g + 1) / groups - tile;
+            args.a = v + tile * plan_.v_pitch;
+            args.out = m + tile * width;
+            args.init = unit ? args.out : nullptr;
+            if (packed_) fetch(args.b + plan_.u_product, channels * width, f * groups + g, rows * columns * groups);
+            tile_function<T, true>(tiles, vecs)(args);
+          }
+        }
       }
-    }
   }
 
   // Asks for part `part` of `parts` of the next product's weights, which were packed far from the caches.

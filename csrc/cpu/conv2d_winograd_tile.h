@@ -20,7 +20,7 @@ CNNFAST_INLINE int64_t odd_lines(int64_t elements) {
 template <int M, int R, int taps = R>
 struct Axis {
   static constexpr int kOutputs = M, kTaps = R, kFilter = taps, kPoints = M + R - 1, kSegments = (taps + R - 1) / R;
-  static constexpr int kStride = 1;
+  static constexpr int kStride = 1, kWeights = kPoints;
 
   static constexpr int first_tap(int segment) { return segment * R; }
   static constexpr int segment_taps(int segment) { return taps - segment * R < R ? taps - segment * R : R; }
@@ -39,9 +39,9 @@ struct Axis {
   }
 };
 
-// 3 outputs of 3 taps, two inputs apart.
+// 3 outputs of 3 taps, two inputs apart. The last three points have the same weights, the middle tap.
 struct StridedAxis {
-  static constexpr int kOutputs = 3, kTaps = 3, kFilter = 3, kPoints = 7, kSegments = 1, kStride = 2;
+  static constexpr int kOutputs = 3, kTaps = 3, kFilter = 3, kPoints = 7, kSegments = 1, kStride = 2, kWeights = 5;
 
   static constexpr int first_tap(int) { return 0; }
   static constexpr int segment_taps(int) { return kTaps; }
@@ -65,7 +65,8 @@ struct WinogradTile {
   using H = H_;
   using W = W_;
   static constexpr int kProducts = H::kPoints * W::kPoints, kSegments = H::kSegments * W::kSegments;
-  static constexpr int kTaps = H::kTaps * W::kTaps;  // of a segment
+  static constexpr int kTaps = H::kTaps * W::kTaps;           // of a segment
+  static constexpr int kWeights = H::kWeights * W::kWeights;  // transformed, of which the last serves the points left
 
   static bool serves(const Conv2dView& v) { return v.R == H::kFilter && v.S == W::kFilter; }
   // Of a segment: its place along each axis, and whether point (a, b) of its transformed weights can be other than

@@ -117,7 +117,7 @@ CNNFAST_INLINE void transform_output(const Vec<T>* m, Vec<T>* y) {
   }
 }
 
-// Stride 2: t of 7 inputs, of 3 taps, and 3 outputs. F(3,2)'s points come first.
+// Stride 2: t of 7 inputs, of 3 taps (5), and 3 outputs. F(3,2)'s points come first.
 template <class T>
 CNNFAST_INLINE void transform_strided_input(const Vec<T>* d, Vec<T>* t) {
   t[0] = d[0] - d[4];
@@ -134,7 +134,7 @@ CNNFAST_INLINE void transform_strided_weights(const Vec<T>* g, Vec<T>* t) {
   t[1] = T(0.5) * (g[0] + g[2]);
   t[2] = T(0.5) * (g[0] - g[2]);
   t[3] = g[2];
-  t[4] = t[5] = t[6] = g[1];
+  t[4] = g[1];  // and of the points after it
 }
 template <class T>
 CNNFAST_INLINE void transform_strided_output(const Vec<T>* m, Vec<T>* y) {
