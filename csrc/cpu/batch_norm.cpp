@@ -210,15 +210,21 @@ void collect(double* partial, int64_t chunks, int64_t padded, int64_t C, int64_t
 // Calls f(how results are stored, the activation). What streams to memory waits for it, not for the choice of an
 // activation; elsewhere the compiler knows the most common ones.
 template <class S, class F>
-CNNFAST_INLINE void with_results(const Rows& rows, const Pixels<S>& y, int64_t activation, const F& f) {
+CNNFAST_INLINE void with_results(const Rows& rows, const Pixels<S>& y, int64_t activation, const F& f,
+                                 int64_t tensors = 3) {
   const Activation act = static_cast<Activation>(activation);
-  with_stores(rows, y, [&](auto stores) {
-    if constexpr (kSame<decltype(stores), Streamed>)
-      f(stores, act);
-    else
-      with_activation<Compute<S>>(act, [&](auto known) { f(stores, known); });
-  });
+  with_stores(
+      rows, y,
+      [&](auto stores) {
+        if constexpr (kSame<decltype(stores), Streamed>)
+          f(stores, act);
+        else
+          with_activation<Compute<S>>(act, [&](auto known) { f(stores, known); });
+      },
+      tensors);
 }
+// What both passes of a gradient go through: x, g, t, and with a residual its y and u.
+int64_t gradient_tensors(const Launch& l) { return l.operands[kU] ? 5 : 3; }
 
 // ---- stats ----------------------------------------------------------------------------------------------------------
 
@@ -468,7 +474,8 @@ const char* launch_wgrad(const void* params, const Launch& l) {
 
   // two operands' rows side by side meet in a cache without harm, three's don't
   const bool together = one_pitch(x, g, r, u) && (!r.data || rows_apart(x));
-  with_results(rows, u.data ? Pixels<const S>{u.data, u.n, u.h, u.w} : x, p.act, [&](auto stores, auto act) {
+  const Pixels<const S> streamed = u.data ? Pixels<const S>{u.data, u.n, u.h, u.w} : x;
+  const auto pass = [&](auto stores, auto act) {
     parallel_for(threads, tasks.count(), [&](int64_t task) {
       Sums<T> sums = Sums<T>::take(partial, parts, tasks, task, padded);  // of dz, and of dz * xhat
       sums.template over<kGradientRows>(
@@ -481,7 +488,8 @@ const char* launch_wgrad(const void* params, const Launch& l) {
           together);
       stores.end();
     });
-  });
+  };
+  with_results(rows, streamed, p.act, pass, gradient_tensors(l));
   collect(partial, tasks.chunks, padded, p.C, rows.len);
   T *dw = static_cast<T*>(l.operands[kDw]), *db = static_cast<T*>(l.operands[kDb]);
 #pragma GCC ivdep
@@ -551,7 +559,7 @@ const char* launch_dgrad(const void* params, const Launch& l) {
   }
   const bool training = p.training, together = one_pitch(t, x, g, r) && rows_apart(t);
 
-  with_results(rows, t, p.act, [&](auto stores, auto act) {
+  const auto pass = [&](auto stores, auto act) {
     parallel_for(threads, tasks.count(), [&](int64_t task) {
       const int64_t begin = tasks.begin(task, VL), end = tasks.end(task, VL);
       for_each_rows_back<kMapRows>(
@@ -564,7 +572,8 @@ const char* launch_dgrad(const void* params, const Launch& l) {
           together);
       stores.end();
     });
-  });
+  };
+  with_results(rows, t, p.act, pass, gradient_tensors(l));
   return nullptr;
 }
 

@@ -10,7 +10,7 @@
 namespace cnnfast {
 namespace CNNFAST_ISA {
 
-constexpr int64_t kShortRow = 1024, kLongRow = 4096;  // elements
+constexpr int64_t kShortRow = 256, kLongRow = 4096;  // elements
 constexpr int64_t kRowsFirst = 64;  // that are walked in ascending order where the last ones come first
 constexpr int64_t kAlias = 4096;    // bytes
 
@@ -154,9 +154,10 @@ struct Streamed {
   static CNNFAST_INLINE void end() { stream_end(); }
 };
 
+// More tensors than the usual three fill the caches sooner.
 template <class S>
-bool is_large(const Rows& rows, const Pixels<S>&) {
-  return rows.N * rows.H * rows.W * rows.len * static_cast<int64_t>(sizeof(S)) >= kStreamBytes;
+bool is_large(const Rows& rows, const Pixels<S>&, int64_t tensors = 3) {
+  return tensors * rows.N * rows.H * rows.W * rows.len * static_cast<int64_t>(sizeof(S)) >= 3 * kStreamBytes;
 }
 
 // Calls f(Streamed) for large operands, else f(Kept): a pass that has no result.
@@ -170,9 +171,9 @@ CNNFAST_INLINE void with_reads(const Rows& rows, const Pixels<S>& x, const F& f)
 
 // Calls f(Streamed) for a large result whose rows are whole, aligned vectors, else f(Kept).
 template <class S, class F>
-CNNFAST_INLINE void with_stores(const Rows& rows, const Pixels<S>& y, const F& f) {
+CNNFAST_INLINE void with_stores(const Rows& rows, const Pixels<S>& y, const F& f, int64_t tensors = 3) {
   const bool whole = rows.N == 1 && rows.H == 1 && y.w == rows.len && rows.len % kLanes<Compute<S>> == 0;
-  if (is_large(rows, y) && whole && reinterpret_cast<uintptr_t>(y.data) % kVecBytes == 0)
+  if (is_large(rows, y, tensors) && whole && reinterpret_cast<uintptr_t>(y.data) % kVecBytes == 0)
     f(Streamed{});
   else
     f(Kept{});
