@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help env test test-all test-oldest check format demo train bench gpu emulation fuzz sanitize mutate static matrix clean
+.PHONY: help env test test-all test-oldest check format demo train bench gpu emulation fuzz sanitize simde mutate static matrix clean
 
 help: ## this list
 	@echo "cnnfast: make TARGET"
@@ -65,6 +65,9 @@ fuzz: $(STAMP) ## 100,000 random calls, valid and not, beside torch's: verdict, 
 
 sanitize: $(STAMP) ## the CPU kernels' tests under the address, undefined-behaviour and thread sanitizers (half an hour)
 	@$(PY) tests/sanitize.py
+
+simde: $(STAMP) ## the AVX-512 kernels as functions on AVX2, as `make test` runs them where a processor lacks AVX-512 (half an hour)
+	@$(PY) tests/run.py --simde
 
 mutate: $(STAMP) ## changes the GPU kernels one line at a time and counts what the tests notice: a sample (half an hour)
 	@$(PY) tests/mutate.py

@@ -6,8 +6,10 @@
     python tests/run.py --gpu       on a card (make gpu): build, tests, benchmarks; goes on where it stopped, --fresh: anew
     python tests/run.py --static    the machine code of the GPU kernels (make static)
     python tests/run.py --emulation only builds the emulation (make emulation)
+    python tests/run.py --simde     AVX-512's kernels as functions on AVX2 (make simde)
 
 Which kernels run is decided by the environment when cnnfast is imported, so each part is a pytest process of its own.
+On a processor without AVX-512 or its bf16 the part `simde` comes by itself: every ISA is executed everywhere.
 The last line is `N passed, N failed, N skipped`, over all parts. A part that ran no test is a failure.
 """
 
@@ -88,6 +90,12 @@ OLDEST = (
         {"PYTHONPATH": str(ROOT)}, options=tuple(f"--ignore-glob=*/{name}" for name in VERSIONLESS),
     ),
 )  # fmt: skip
+# AVX-512's kernels, made of simde's functions where the processor hasn't the instructions
+SIMDE = Part(
+    "simde", "AVX-512's kernels as functions on AVX2", 20, PLAIN + " and not slow", paths=("tests/test_kernels.py",),
+    options=("-k", "avx512"),
+)  # fmt: skip
+SIMDE_VERSION = "simde-py==0.8.2.post1"
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -272,6 +280,32 @@ def build_emulation(requirement: str) -> float:
     return time.monotonic() - begin
 
 
+# ---- AVX-512 where there is none --------------------------------------------------------------------------------------
+
+
+def lacks_avx512() -> bool:
+    """Whether this is an x86 processor with AVX2 on which some of the CPU's kernels can't run."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    return "avx2" in flags and not {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"} <= flags
+
+
+def build_simde() -> tuple[Part, float]:
+    """Fetches simde's headers, builds AVX-512's kernels of its functions; their part, and the seconds it took."""
+    begin = time.monotonic()
+    folder, packages = BUILD / "simde", BUILD / "simde-headers"
+    if not packages.exists():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(packages), SIMDE_VERSION]
+        call(command, BUILD / "test" / "simde-headers.log", "fetching simde")
+    include = next(packages.glob("**/x86/avx512.h")).parents[2]
+    print(f"==== simde: building into {folder.relative_to(ROOT)}", flush=True)
+    build(folder, "the kernels of simde's functions", f"-DCNNFAST_SIMDE={include}", "-DCNNFAST_CPU_ISAS=avx512")
+    module = next(folder.glob("_cpu*.so"))
+    return dataclasses.replace(SIMDE, environment={"CNNFAST_CPU_MODULE": str(module)}), time.monotonic() - begin
+
+
 # ---- the parts that have files of their own ---------------------------------------------------------------------------
 
 
@@ -284,7 +318,7 @@ def static() -> int:
 def main() -> int:
     """See the head of this file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    for option in ("full", "oldest", "gpu", "fresh", "static", "emulation"):
+    for option in ("full", "oldest", "gpu", "fresh", "static", "emulation", "simde"):
         parser.add_argument(f"--{option}", action="store_true")
     parser.add_argument("--headers", default="", help="what to install where the machine has no CUDA headers")
     parser.add_argument("--minutes", type=float, default=gpu.MINUTES, help="with --gpu: start nothing after that many")
@@ -296,11 +330,17 @@ def main() -> int:
         return static()
     if options.oldest:
         return summary(run(OLDEST), {})
+    if options.simde:
+        part, seconds = build_simde()
+        return summary(run((part,)), {"simde": seconds})
     parts = tuple(p for p in (FULL if options.full else PARTS) if not options.part or p.name in options.part)
     steps = {"emulation": build_emulation(options.headers)}
     if options.emulation:
         print(f"emulation: built in {steps['emulation']:.0f} s")
         return 0
+    if lacks_avx512() and not options.part:
+        part, steps["simde"] = build_simde()
+        parts += (part,)
     if options.full:
         os.environ["CNNFAST_TEST_FULL"] = "1"
     return summary(run(parts), steps)

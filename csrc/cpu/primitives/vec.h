@@ -10,7 +10,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if defined(CNNFAST_SIMDE)
+#include "simde.h"
+#elif defined(__AVX2__) || defined(__AVX512F__)
 #if defined(__GNUC__) && !defined(__clang__)
 // GCC's own headers read an undefined vector on purpose (bug 105593).
 #pragma GCC diagnostic push
