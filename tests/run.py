@@ -9,7 +9,7 @@
     python tests/run.py --simde     AVX-512's kernels as functions on AVX2 (make simde)
 
 Which kernels run is decided by the environment when cnnfast is imported, so each part is a pytest process of its own.
-On a processor without AVX-512 or its bf16 the part `simde` comes by itself: every ISA is executed everywhere.
+On a processor with AVX2 but without AVX-512 or its bf16 the part `simde` comes by itself.
 The last line is `N passed, N failed, N skipped`, over all parts. A part that ran no test is a failure.
 """
 
@@ -81,9 +81,6 @@ PARTS = (
         {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, beside=True,
     ),
 )  # fmt: skip
-FULL = tuple(
-    dataclasses.replace(p, marker=p.marker.replace(" and not slow", ""), minutes=p.minutes * 20) for p in PARTS
-)
 OLDEST = (
     Part(
         "oldest", "operators, compile and export with the oldest torch", 8, PLAIN + " and not slow",
@@ -96,6 +93,11 @@ SIMDE = Part(
     options=("-k", "avx512"),
 )  # fmt: skip
 SIMDE_VERSION = "simde-py==0.8.2.post1"
+
+
+def in_full(part: Part) -> Part:
+    """The part of `make test-all`."""
+    return dataclasses.replace(part, marker=part.marker.replace(" and not slow", ""), minutes=part.minutes * 20)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -239,6 +241,12 @@ def build(folder: Path, what: str, *definitions: str) -> None:
     call([cmake, "--build", str(folder / "cmake"), "--parallel", jobs], folder / "build.log", f"building {what}")
 
 
+def install(requirement: str, folder: Path, what: str) -> None:
+    """Installs a package of PyPI's into a folder of its own."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder), requirement]
+    call(command, BUILD / "test" / f"{folder.name}.log", f"fetching {what}")
+
+
 def headers(requirement: str) -> str:
     """CNNFAST_CUDA_INCLUDE where this machine has no CUDA toolkit: PyPI's headers in build/; empty where it has one."""
     given = os.environ.get("CNNFAST_CUDA_INCLUDE", "")
@@ -251,17 +259,7 @@ def headers(requirement: str) -> str:
         return given
     include = BUILD / "cuda-headers" / "nvidia" / "cu13" / "include"
     if not (include / "crt" / "host_defines.h").exists() and requirement:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--target",
-            str(BUILD / "cuda-headers"),
-            requirement,
-        ]
-        call(command, BUILD / "test" / "cuda-headers.log", "fetching CUDA's headers")
+        install(requirement, BUILD / "cuda-headers", "CUDA's headers")
     return str(include)
 
 
@@ -296,10 +294,9 @@ def build_simde() -> tuple[Part, float]:
     """Fetches simde's headers, builds AVX-512's kernels of its functions; their part, and the seconds it took."""
     begin = time.monotonic()
     folder, packages = BUILD / "simde", BUILD / "simde-headers"
-    if not packages.exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(packages), SIMDE_VERSION]
-        call(command, BUILD / "test" / "simde-headers.log", "fetching simde")
-    include = next(packages.glob("**/x86/avx512.h")).parents[2]
+    include = packages / "simde_py" / "simde"
+    if not (include / "simde" / "x86" / "avx512.h").exists():
+        install(SIMDE_VERSION, packages, "simde")
     print(f"==== simde: building into {folder.relative_to(ROOT)}", flush=True)
     build(folder, "the kernels of simde's functions", f"-DCNNFAST_SIMDE={include}", "-DCNNFAST_CPU_ISAS=avx512")
     module = next(folder.glob("_cpu*.so"))
@@ -333,7 +330,7 @@ def main() -> int:
     if options.simde:
         part, seconds = build_simde()
         return summary(run((part,)), {"simde": seconds})
-    parts = tuple(p for p in (FULL if options.full else PARTS) if not options.part or p.name in options.part)
+    parts = tuple(p for p in PARTS if not options.part or p.name in options.part)
     steps = {"emulation": build_emulation(options.headers)}
     if options.emulation:
         print(f"emulation: built in {steps['emulation']:.0f} s")
@@ -342,6 +339,7 @@ def main() -> int:
         part, steps["simde"] = build_simde()
         parts += (part,)
     if options.full:
+        parts = tuple(map(in_full, parts))
         os.environ["CNNFAST_TEST_FULL"] = "1"
     return summary(run(parts), steps)
 
